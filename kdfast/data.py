@@ -52,7 +52,7 @@ class BatchFlip(Transform):
     def __init__(self, p:float=.5): self.p = p
 
     def encodes(self, x:TensorImage):
-        res = x.as_subclass(Tensor).clone()
+        res = x.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
         flip = torch.rand(len(x), device=x.device)<self.p
         res[flip] = res[flip].flip(-1)
         return res
@@ -205,8 +205,10 @@ def _split(root, parts, pct, seed):
 
 def _load(files, resize):
     "All of `files` as one uint8 tensor, decoded in parallel"
+    resize = resize or noop
     load = lambda f: image2tensor(deepcopy(resize)(open_image(f), split_idx=1))
-    return torch.stack([*parallel(load, files, threadpool=True, n_workers=defaults.cpus, progress=False)])
+    images = torch.stack([*parallel(load, files, threadpool=True, n_workers=defaults.cpus, progress=False)])
+    return images.contiguous(memory_format=torch.channels_last)  # twice as fast to crop and resize
 
 # %% ../nbs/05_data.ipynb #629012bf
 def _file_dls(train, valid, bs, item_tfms, batch_tfms, stats, device, num_workers):
@@ -233,8 +235,8 @@ def cifar10_dls(
     parts = ('train','test')
     train,valid = _split(_dataset(path, URLs.CIFAR, parts), parts, pct, seed)
     tfms = [BatchShift(4), BatchFlip()]
-    if in_memory: return _memory_dls(train, valid, bs, Resize(32), Resize(32), tfms, cifar_stats, device)
-    return _file_dls(train, valid, bs, Resize(32), tfms, cifar_stats, device, num_workers)
+    if in_memory: return _memory_dls(train, valid, bs, None, None, tfms, cifar_stats, device)
+    return _file_dls(train, valid, bs, None, tfms, cifar_stats, device, num_workers)
 
 # %% ../nbs/05_data.ipynb #3ebfc8ff
 def _imagenette_url(size, woof): return getattr(URLs, ('IMAGEWOOF' if woof else 'IMAGENETTE') + ('_160' if size<=160 else '_320' if size<=320 else ''))
