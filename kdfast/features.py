@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from functools import partial
 from math import ceil
 import torch
+from fastcore.basics import tuplify
 from torch import nn
 from .convs import init_he
 from .measure import probing
@@ -37,7 +38,7 @@ def _trace(model, x):
         if args and all(isinstance(o, torch.Tensor) for o in (args[0],out)): calls[name] = (m, args[0].shape, out.shape)
     handles = [m.register_forward_hook(partial(record, n)) for n,m in model.named_modules() if n]
     try:
-        with probing(model): model(x)
+        with probing(model): model(*tuplify(x))
     finally:
         for h in handles: h.remove()
     return calls
@@ -113,14 +114,14 @@ def stage_taps(
 def pair_layers(
     student:nn.Module, # The network to be taught
     teacher:nn.Module, # The network to copy
-    x:torch.Tensor, # A batch that both take
+    x:torch.Tensor, # A batch that both take; a tuple for several inputs
     per_stage:int=1, # Pairs in each stage: 1, 2, 3, 6 are AT, AT6, AT9, AT18 on a WRN
     stem:bool=False, # Pair the stems as well
     tfm=None # What is done to `x` before the teacher sees it
 ) -> dict: # Student's layer to teacher's layer; raises `ValueError` if no map sizes agree
     "The layers of two convnets whose maps have the same size, stage by stage"
     s = stage_taps(student, x, per_stage, stem)
-    t = stage_taps(teacher, x if tfm is None else tfm(x), per_stage, stem)
+    t = stage_taps(teacher, x if tfm is None else tfm(*tuplify(x)), per_stage, stem)
     pairs = {a:b for size in s if size in t for a,b in zip(s[size], t[size])}
     if pairs: return pairs
     raise ValueError(f"No layers to pair: the student's stages have maps of {[*s]}, the teacher's of {[*t]}; pass pairs={{'student.layer': 'teacher.layer'}}")

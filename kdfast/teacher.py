@@ -102,7 +102,7 @@ def _watch(self:TeacherCallback):
 # %% ../nbs/06_teacher.ipynb #0e28fa7a
 class DistillCallback(Callback):
     "Adds `weight` times what `term` computes to the loss of every training batch"
-    order,run_valid,layers,value,total,count = 1,False,{},None,0.,0
+    order,run_valid,layers,label,now,value,total,count = 1,False,{},None,None,None,0.,0
     def __init__(self,
         weight:float=1. # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`
     ): self.weight = weight
@@ -114,8 +114,7 @@ class DistillCallback(Callback):
     def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
 
     def choose(self, student, network, see, xb): "Set `layers`, student's to teacher's, to those that the term reads"
-    def check(self, probe): "Raise `ValueError` if the term cannot be computed for what `probe` shows"
-    def adapters(self, probe): return {}
+    def prepare(self, probe): return {}
     def term(self): raise NotImplementedError("A DistillCallback computes a `term`")
 
     def before_fit(self):
@@ -126,8 +125,8 @@ class DistillCallback(Callback):
         self.total,self.count = 0.,0
 
     def after_loss(self):
-        weight,n = self.weight(self.pct_train) if callable(self.weight) else self.weight,find_bs(self.learn.xb)
-        added = weight*self.term()
+        n,self.now = find_bs(self.learn.xb),self.weight(self.pct_train) if callable(self.weight) else self.weight
+        added = self.now*self.term()
         self.value = added.detach()
         self.total,self.count = self.total + n*self.value,self.count+n
         self.learn.loss_grad = self.learn.loss_grad + added
@@ -141,10 +140,16 @@ class DistillCallback(Callback):
 def terms(self:TeacherCallback): return [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, DistillCallback)]
 
 @patch
+def _label(self:TeacherCallback, terms):
+    labels = []
+    for t in terms:
+        labels.append(t.column if t.column not in labels else f'{t.column}_{len(labels)+1}')
+        t.label = labels[-1]
+
+@patch
 def _name_columns(self:TeacherCallback):
     if not hasattr(self.learn, 'recorder'): return
-    rec,names = self.recorder,[]
-    for t in self.terms: names.append(t.column if t.column not in names else f'{t.column}_{len(names)+1}')
+    rec,names = self.recorder,[t.label for t in self.terms]
     end = len(rec.metric_names)-rec.add_time
     rec.metric_names = L([*rec.metric_names[:end], *names, *rec.metric_names[end:]])
 
@@ -171,10 +176,10 @@ def setup(self:TeacherCallback):
     if {*map(id, student.parameters())} & {*map(id, self.network.parameters())}: raise ValueError(
         "Teacher and student share parameters, so the student would change its own teacher: pass deepcopy(student) as teacher")
     probe,clones = self._probe(student, terms)
+    self._label(terms)
     adapters = {}
-    for t in terms:
-        t.check(probe)
-        adapters.update({f'{t.column}_{k}'.replace('.', '_'):a for k,a in t.adapters(probe).items()})
+    with torch.random.fork_rng():
+        for t in terms: adapters.update(t.prepare(probe))
     self._adapt(student, adapters)
     self.known,self.clones = known,clones
 

@@ -1,0 +1,10 @@
+"Everything: `from kdfast.all import *`, after `from fastai.vision.all import *`"
+from .losses import *
+from .measure import *
+from .convs import *
+from .models import *
+from .features import *
+from .data import *
+from .teacher import *
+from .distill import *
+from .learner import *
