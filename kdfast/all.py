@@ -8,3 +8,4 @@ from .data import *
 from .teacher import *
 from .distill import *
 from .learner import *
+from .interpret import *

@@ -93,6 +93,7 @@ def _watch(self:TeacherCallback):
         "learn.remove_cb(TeacherCallback); learn.add_cb(TeacherCallback(teacher))")
     if not self.terms: raise ValueError("A TeacherCallback alone teaches nothing: add a term, such as KD(), to the learner's callbacks")
     self.setup()
+    self._own_adapters()
     self.network.to(self.dls.device, memory_format=torch.channels_last if hasattr(self.learn, 'channels_last') else torch.preserve_format)
     self.finite = torch.ones((), dtype=torch.bool, device=self.dls.device)
     self.student_taps,self.taps = (Taps(m, *o) for m,o in zip((bare_model(self.learn.model),self.network), self.clones))

@@ -1,0 +1,280 @@
+"What fastai does with a learner, it does with one that distils: each test asserts what the feature promises"
+import pytest
+from conftest import n_hooks
+from fastai.vision.all import *
+from kdfast.all import *
+from torchvision.models import resnet18
+
+class Watch(Callback):
+    "What every training batch shows, when all terms have been added"
+    order = 5
+    def __init__(self): self.values = []
+    def after_loss(self):
+        if self.training: self.values.append({t.label: t.value.item() for t in self.learn.teacher.terms})
+
+def count_forwards(module):
+    calls = []
+    return calls,module.register_forward_hook(lambda m,i,o: calls.append(i[0]))
+
+def weights(m): return torch.cat([p.detach().flatten().clone() for p in m.parameters()])
+
+@pytest.mark.parametrize('terms', [[KD], [AT], [KD,AT], [KD,AT,FitNet], [FitNet,AT,KD,AT]], ids=lambda o: '+'.join(c.__name__ for c in o))
+def test_one_teacher_forward_a_batch(terms, dls, teacher, quiet):
+    watch = Watch()
+    learn = distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[*(t() for t in terms), watch], metrics=accuracy)
+    calls,handle = count_forwards(teacher)
+    quiet(learn, 2, 1e-3)
+    assert len(calls)==2*len(dls.train)==len(watch.values)
+    assert all(len(v)==len(terms) and all(o>0 for o in v.values()) for v in watch.values)
+    names = learn.recorder.metric_names
+    assert list(names[4:-1])==[t.label for t in learn.teacher.terms] and len(set(names))==len(names)
+    assert all(len(v)==len(names)-2 and all(o>0 for o in v[3:]) for v in learn.recorder.values)
+    assert len(learn.validate())==2
+    learn.get_preds()
+    learn.path = Path(tempfile.mkdtemp())
+    learn.export()
+    assert len(calls)==2*len(dls.train)
+    assert n_hooks(teacher, learn.student)==1  # the one of this test
+
+def test_column_is_the_mean_of_the_batches(dls, teacher, quiet):
+    watch = Watch()
+    learn = quiet(distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[AT(), watch]), 1, 1e-3)
+    assert learn.recorder.history['at'][0]==pytest.approx(np.mean([v['at'] for v in watch.values]), rel=1e-4)
+
+def test_csv_logger(dls, teacher, quiet, tmp_path):
+    learn = quiet(distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[KD(), AT(), CSVLogger()], path=tmp_path, metrics=accuracy), 2, 1e-3)
+    log = learn.csv_logger.read_log()
+    assert list(log)==['epoch','train_loss','valid_loss','accuracy','kd','at','time']
+    assert (log[['kd','at']]>0).all(axis=None)
+
+def test_control_equals_a_plain_learner(dls, quiet):
+    def fit(make):
+        set_seed(3)
+        return weights(quiet(make(digits_dls(20, per_class=8), wrn(10, 1)), 1, 1e-3).model)
+    assert torch.equal(fit(lambda d,s: distill_learner(d, None, s)), fit(Learner))
+
+def test_same_seed_same_batches(teacher, quiet):
+    def seen(t, cbs=None):
+        set_seed(3)
+        xs,learn = [],distill_learner(digits_dls(20, per_class=8), t, partial(wrn, 10, 1), cbs=cbs)
+        class See(Callback):
+            def after_pred(self): xs.append(self.xb[0].clone())
+        quiet(learn, 2, 1e-3, cbs=See())
+        return torch.stack([x.sum() for x in xs])
+    control = seen(None)
+    assert torch.equal(control, seen(teacher)) and torch.equal(control, seen(teacher, [FitNet(),AT()]))
+
+def test_lr_find(dls, teacher):
+    learn = distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[KD(),FitNet()], path=tempfile.mkdtemp())
+    before,(calls,handle) = weights(learn.model),count_forwards(teacher)
+    with learn.no_bar(): res = learn.lr_find(num_it=8, show_plot=False)
+    handle.remove()
+    assert 1e-7 < res.valley < 10
+    assert torch.equal(before, weights(learn.model))
+    assert len(calls) in (8,9) and n_hooks(teacher, learn.student)==0
+    assert teacher.training
+
+def test_fine_tune_and_flat_cos(dls, teacher, quiet):
+    "A vision_learner with its splitter, to which distillation is added after its optimizer was made"
+    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
+    learn.freeze()
+    groups = len(learn.opt.param_lists)
+    learn.add_cbs([TeacherCallback(teacher), FitNet({'0.4':'group3'}), KD()])
+    body = learn.model[0][0].weight.clone()
+    quiet(learn, 1, 1e-3)
+    assert torch.equal(body, bare_model(learn.model)[0][0].weight)
+    adapter = learn.model.adapters['fitnet_0_4']
+    assert len(learn.opt.param_lists)==groups
+    assert {id(p) for p in adapter.parameters()} <= {id(p) for p in learn.opt.param_lists[-1]}
+    start = adapter[0].weight.detach().clone()
+    quiet(learn, 1, how='fine_tune')
+    assert not torch.equal(start, adapter[0].weight) and not torch.equal(body, bare_model(learn.model)[0][0].weight)
+    quiet(learn, 2, how='fit_flat_cos')
+    assert list(learn.recorder.metric_names[4:-1])==['fitnet','kd'] and all(v[3]>0 and v[4]>0 for v in learn.recorder.values)
+
+def test_terms_for_one_fit(dls, teacher, quiet):
+    learn = Learner(dls, wrn(10, 1), metrics=accuracy)
+    quiet(learn, 1, 1e-3)
+    assert learn.opt is not None
+    quiet(learn, 1, how='fit_one_cycle', cbs=[TeacherCallback(teacher), FitNet()])
+    assert learn.recorder.values[0][3]>0
+    adapter = learn.model.adapters['fitnet_group1'][0].weight
+    assert any(adapter is p for p in learn.opt.param_lists[-1]) and learn.opt.state[adapter]
+    quiet(learn, 1, 1e-3)
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','time']
+
+def test_torch_optimizer(dls, teacher, quiet):
+    learn = Learner(dls, wrn(10, 1), opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+    quiet(learn, 1, 1e-3)
+    learn.add_cbs([TeacherCallback(teacher), FitNet()])
+    quiet(learn, 1, 1e-3)
+    start = learn.model.adapters['fitnet_group1'][0].weight.detach().clone()
+    quiet(learn, 1, 1e-3)
+    assert not torch.equal(start, learn.model.adapters['fitnet_group1'][0].weight)
+
+def test_splitter_sees_the_bare_student(dls, teacher, quiet):
+    seen = []
+    def halves(m):
+        seen.append(m)
+        return L(m[:2], m[2:]).map(params)
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=FitNet(), splitter=halves)
+    quiet(learn, 1, slice(1e-4, 1e-3))
+    assert seen[0] is learn.student and len(learn.opt.param_lists)==2
+    assert len(learn.opt.param_lists[1])==len(params(learn.student[2:]))+len(params(learn.model.adapters))
+
+def test_channels_last(dls, teacher, quiet):
+    seen = []
+    class See(DistillCallback):
+        def choose(self, *_): self.layers = {'group2':'group2'}
+        def term(self):
+            seen.extend(o['group2'].is_contiguous(memory_format=torch.channels_last) for o in (self.source.taps,self.source.student_taps))
+            return torch.zeros(())
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[See(),KD()])
+    learn.to_channelslast(use_amp=False)
+    quiet(learn, 1, 1e-3)
+    assert seen and all(seen)
+
+def test_bf16_is_computed_and_closed(dls, teacher, quiet):
+    class Stop(Callback):
+        def after_pred(self): raise KeyboardInterrupt
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(),FitNet()]).to_bf16()
+    with pytest.raises(KeyboardInterrupt): quiet(learn, 1, cbs=Stop())
+    assert not torch.is_autocast_enabled('cpu')
+    types = set()
+    handle = learn.student.group3.register_forward_hook(lambda m,i,o: types.add(o.dtype))
+    quiet(learn, 1, 1e-3)
+    assert types=={torch.bfloat16} and '_do_one_batch' not in vars(learn)
+    handle.remove()
+    assert learn.to_fp32() is learn and not [c for c in learn.cbs if isinstance(c, MixedPrecision)]
+    learn.student.group3.register_forward_hook(lambda m,i,o: types.add(('fp32', o.dtype)))
+    quiet(learn, 1, 1e-3)
+    assert ('fp32',torch.float32) in types and ('fp32',torch.bfloat16) not in types
+
+@pytest.mark.parametrize('mix', [MixUp,CutMix])
+def test_teacher_sees_the_mixed_batch(mix, dls, teacher, quiet):
+    learn = distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[mix(), KD(), AT()])
+    seen,_ = count_forwards(teacher)
+    student,_ = count_forwards(learn.student)
+    quiet(learn, 1, 1e-3)
+    assert all(torch.equal(a, b) for a,b in zip(seen, student[:len(seen)]))
+    assert learn.recorder.values[0][2]>0 and len(seen)==len(dls.train)
+
+def test_gradient_accumulation_steps_once(dls, teacher, quiet):
+    "The weights after one accumulated step are those after one step on the mean gradient"
+    steps = []
+    learn = distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[KD(),AT(),GradientAccumulation(40)], opt_func=SGD)
+    class Count(Callback):
+        def after_step(self): steps.append(self.iter)
+    quiet(learn, 1, 1e-3, cbs=Count())
+    assert steps==[1,3]
+
+def test_gradient_clip_includes_adapters(dls, teacher, quiet):
+    norms = []
+    class Norm(Callback):
+        order = GradientClip.order+1
+        def before_step(self): norms.append(nn.utils.clip_grad_norm_(self.learn.model.parameters(), 1e9).item())
+    learn = distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[FitNet(),GradientClip(.1),Norm()])
+    quiet(learn, 1, 1e-3)
+    assert len(norms)==len(dls.train) and all(n<=.1001 for n in norms)
+
+def test_save_model_restores_the_best_epoch(dls, teacher, quiet, tmp_path):
+    class Spoil(Callback):
+        "Ruin the student in the last epoch"
+        order = SaveModelCallback.order-1
+        def before_validate(self):
+            if self.epoch==2: nn.init.zeros_(self.learn.student.fc.weight)
+    learn = distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[KD(),FitNet()], metrics=accuracy, path=tmp_path)
+    quiet(learn, 3, 3e-3, cbs=[SaveModelCallback(monitor='accuracy'),Spoil()])
+    accs = list(learn.recorder.history['accuracy'])
+    assert learn.student.fc.weight.abs().sum()>0
+    assert learn.validate()[1]==pytest.approx(max(accs))
+    state = torch.load(tmp_path/'models/model.pth')
+    state = state.get('model', state)
+    assert {k for k in state if not k.startswith('adapters.')}==set(wrn(10, 1).state_dict())
+    assert any(k.startswith('adapters.fitnet') for k in state)
+
+def test_early_stopping_monitors_a_term(dls, teacher, quiet):
+    learn = distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[AT(), EarlyStoppingCallback(monitor='at', comp=np.less, min_delta=1e9, patience=2)])
+    quiet(learn, 9, 1e-3)
+    assert len(learn.recorder.values)==3 and n_hooks(teacher, learn.student)==0
+
+def test_early_stopping_alone_still_distils(dls, teacher, quiet):
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=EarlyStoppingCallback(patience=9))
+    quiet(learn, 1, 1e-3)
+    assert learn.recorder.metric_names[3]=='kd' and learn.recorder.values[0][2]>0
+
+def test_save_and_load(dls, teacher, quiet, tmp_path):
+    make = lambda t,cbs=None: distill_learner(dls, t, wrn(10, 1), cbs=cbs, path=tmp_path)
+    learn = quiet(make(teacher, FitNet()), 1, 1e-3)
+    learn.save('hints')
+    other = make(teacher, FitNet()).load('hints')
+    assert torch.equal(weights(other.model), weights(learn.model))
+    assert [other.opt.state[p]['step'] for p in other.model.parameters()]==[learn.opt.state[p]['step'] for p in learn.model.parameters()]
+    control = quiet(make(None), 1, 1e-3)
+    control.save('control')
+    adapters = weights(other.model.adapters)
+    other.load('control', with_opt=False)
+    assert torch.equal(weights(other.student), weights(control.student)) and torch.equal(adapters, weights(other.model.adapters))
+    control.load('hints', strict=False, with_opt=False)
+    assert torch.equal(weights(control.student), weights(learn.student))
+
+def test_predict_and_show_results(dls, teacher, quiet):
+    learn = quiet(distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[KD(),FitNet()], metrics=accuracy), 1, 1e-3)
+    preds,targets = learn.get_preds()
+    assert preds.shape==(599,10) and torch.allclose(preds.sum(1), torch.ones(599), atol=1e-4)
+    image = np.array(Image.fromarray(dls.valid_ds.tls[0].tfms.fs[0].images[0].permute(1,2,0).numpy()))
+    with learn.no_bar():
+        label,idx,probs = learn.predict(image)
+        learn.show_results(max_n=4)
+    assert label==dls.vocab[preds[0].argmax()] and torch.allclose(probs, preds[0], atol=1e-4)
+
+def test_export(dls, quiet, tmp_path):
+    "With 20 million parameters attached, and adapters, the file holds the student and some names"
+    big,sizes,learns = resnet(34, stem='small'),[],[]
+    for teacher,cbs in ((None,None), (big,None), (big,[KD(),AT(),FitNet()])):
+        set_seed(1)
+        learn = quiet(distill_learner(dls, teacher, wrn(10, 1), cbs=cbs, path=tmp_path), 0)
+        learn.export()
+        sizes.append((tmp_path/'export.pkl').stat().st_size)
+    assert max(sizes)-sizes[0] < 3000
+    loaded = load_learner(tmp_path/'export.pkl')
+    assert torch.equal(loaded.get_preds(dl=dls.valid)[0], learn.get_preds(dl=dls.valid)[0])
+    assert not isinstance(loaded.model, Adapted)
+    assert isinstance(learn.model, Adapted)
+
+def test_export_student(dls, teacher, quiet, tmp_path):
+    learn = quiet(distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(),FitNet()], path=tmp_path, metrics=accuracy), 1, 1e-3)
+    before = learn.cbs.copy()
+    file = learn.export_student('out/student.pkl')
+    assert file==tmp_path/'out/student.pkl' and [o.name for o in file.parent.iterdir()]==['student.pkl']
+    served = load_learner(file)
+    assert torch.equal(served.get_preds(dl=dls.valid)[0], learn.get_preds(dl=dls.valid)[0])
+    assert learn.cbs==before and isinstance(learn.model, Adapted)
+    old = file.read_bytes()
+    learn.loss_func = type('Local', (nn.CrossEntropyLoss,), {'__reduce__': lambda self: 1/0})()
+    with pytest.raises(ZeroDivisionError): learn.export_student('out/student.pkl')
+    assert file.read_bytes()==old and len(list(file.parent.iterdir()))==1
+
+def test_teacher_learner_from_file(dls, quiet, tmp_path):
+    "The classes are checked, and the teacher's own normalization is used"
+    teacher = quiet(Learner(dls, wrn(10, 2), path=tmp_path), 1, 1e-3)
+    teacher.export()
+    other = digits_dls(20, per_class=8)
+    for dl in other.loaders:
+        i = next(i for i,f in enumerate(dl.after_batch.fs) if isinstance(f, Normalize))
+        dl.after_batch.fs[i] = Normalize.from_stats(*imagenet_stats, cuda=False)
+    learn = distill_learner(other, tmp_path/'export.pkl', wrn(10, 1))
+    x = other.valid.one_batch()[0].as_subclass(Tensor)
+    raw = x*tensor(imagenet_stats[1])[:,None,None] + tensor(imagenet_stats[0])[:,None,None]
+    theirs = (raw-tensor(digits_stats[0])[:,None,None])/tensor(digits_stats[1])[:,None,None]
+    net = learn.teacher.network.eval()
+    assert torch.allclose(learn.teacher.see(x), net(theirs), atol=1e-4)
+    assert distill_learner(dls, teacher, wrn(10, 1)).teacher.tfm is None
+
+def test_segmentation_logits(quiet):
+    "A map of logits for each image; the teacher and the student are fully convolutional"
+    n = lambda c: nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, 5, 1))
+    x,y = torch.randn(24,3,16,16),torch.randint(0, 5, (24,16,16))
+    dls = DataLoaders(*(DataLoader(list(zip(x, y)), bs=8) for _ in range(2)))
+    learn = quiet(distill_learner(dls, n(16), n(4), loss_func=CrossEntropyLossFlat(axis=1)), 2, 1e-3)
+    assert all(v[2]>0 for v in learn.recorder.values)
