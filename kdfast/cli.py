@@ -18,7 +18,7 @@ warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  #
 from fastai.vision.all import *
 from fastcore.script import anno_parser
 from .data import digits_dls
-from .distill import AT, KD, FeatureKD, FitNet
+from .distill import FeatureKD
 from .interpret import plot_history, show_attention
 from .learner import distill_learner
 from .measure import count_macs, count_params
@@ -57,9 +57,10 @@ def _stderr(xs): return stdev(xs)/len(xs)**.5 if len(xs)>1 else float('nan')
 def versus(
     arm:list, # Accuracies, one a seed
     control:list # The control's
-) -> tuple: # Difference of the means, its standard error, and 'better', 'worse' or 'no different'
+) -> tuple: # Difference of the means, its standard error, and 'better', 'worse', 'no different' or '(one seed)'
     "Whether `arm` differs from `control` by more than their joint standard error"
     diff,err = mean(arm)-mean(control),math.hypot(_stderr(arm), _stderr(control))
+    if math.isnan(err): return diff,err,'(one seed)'
     return diff,err,'better' if diff>err else 'worse' if diff<-err else 'no different'
 
 # %% ../nbs/17_cli.ipynb #547f26ed
@@ -79,7 +80,7 @@ def demo_table(
     runs,rows = by_arm(record, 'accuracy'),{}
     for name,accs in runs.items():
         diff,err,verdict = versus(accs, runs['control'])
-        against = '' if name in ('teacher','control') else f"{100*diff:+.1f} ± {100*err:.1f} {verdict}"
+        against = '' if name in ('teacher','control') else f"{100*diff:+.1f} {'' if math.isnan(err) else f'± {100*err:.1f} '}{verdict}"
         rows[name] = {'accuracy':_percent(accs), 'against control (points)':against, **record['costs']['teacher' if name=='teacher' else 'student']}
     return pd.DataFrame.from_dict(rows, orient='index')
 

@@ -9,7 +9,8 @@ __all__ = ['digits_stats', 'stratified', 'BatchShift', 'BatchFlip', 'BatchResize
            'TensorDL', 'tensor_dls', 'digits_dls', 'cifar10_dls', 'imagenette_dls']
 
 # %% ../nbs/05_data.ipynb #8f4c7da6
-import shutil, tempfile
+import functools, tarfile, tempfile, zlib
+from lzma import LZMAError
 from random import Random
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -114,15 +115,18 @@ class TensorDL(TfmdDL):
     "Makes a batch of a `FromMemory` dataset in one indexing, and anything else, like test files, item by item"
     def create_batches(self, samps):
         tls = getattr(self.dataset, 'tls', ())
-        if len(tls)==2 and isinstance(first(tls[0].items), int): yield from self._index(*tls, samps)
-        else: yield from super().create_batches(samps)
+        if len(tls)!=2 or not isinstance(first(tls[0].items), int): yield from super().create_batches(samps)
+        else:
+            images,rows,y = self._tensors
+            for idxs in chunked(samps, self.bs, self.drop_last):
+                i = rows[idxs]
+                yield TensorImage(images[i]),TensorCategory(y[i])
 
-    def _index(self, xs, ys, samps):
-        images,(labels,cat) = xs.tfms.fs[0].images,ys.tfms.fs
-        rows,y = tensor(xs.items),tensor(cat.vocab.map_objs(labels.labels))
-        for idxs in chunked(samps, self.bs, self.drop_last):
-            i = rows[idxs]
-            yield TensorImage(images[i]),TensorCategory(y[i])
+    @functools.cached_property
+    def _tensors(self):
+        xs,ys = self.dataset.tls
+        labels,cat = ys.tfms.fs
+        return xs.tfms.fs[0].images,tensor(xs.items),tensor(cat.vocab.map_objs(labels.labels))
 
 # %% ../nbs/05_data.ipynb #74daa8e1
 def tensor_dls(
@@ -173,8 +177,10 @@ def _unpack(archive):
     if dest.exists(): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest.parent) as tmp:
-        try: shutil.unpack_archive(archive, Path(tmp)/'data', filter='data')
-        except (shutil.ReadError, OSError, EOFError, ValueError) as e: raise ValueError(f"{archive} cannot be unpacked ({e}): pass a folder, a .tgz or a .tar.xz") from e
+        try:
+            with tarfile.open(archive) as f: f.extractall(Path(tmp)/'data', filter='data')
+        except (tarfile.TarError, OSError, EOFError, LZMAError, zlib.error) as e:
+            raise ValueError(f"{archive} cannot be unpacked ({e}): pass a folder, a .tgz or a .tar.xz") from e
         (Path(tmp)/'data').rename(dest)
     return dest
 

@@ -171,6 +171,8 @@ def _check_outputs(pred, target):
 @patch
 def setup(self:TeacherCallback):
     "Check that the learner can be taught, let each term choose its layers, and put adapters into the model; does nothing where nothing has changed"
+    if any(isinstance(cb, TeacherCallback) and cb is not self for cb in self.learn.cbs): raise ValueError(
+        "A learner has one TeacherCallback: remove the other with learn.remove_cb(TeacherCallback) first")
     student,terms = bare_model(self.learn.model),self.terms
     known = [student, self.network, *terms]
     if self.network is None or _same(self.known, known): return

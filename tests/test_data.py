@@ -1,0 +1,125 @@
+"Data from files, archives and a server; in memory the same, and faster"
+import functools, http.server, shutil, subprocess, sys, threading, pytest
+from time import perf_counter
+from fastai.vision.all import *
+from kdfast.all import *
+
+def fill(root, parts, n=12, size=32, classes='369'):
+    "A data set of digits as files"
+    dls = digits_dls()
+    x,y = dls.train_ds.tls[0].tfms.fs[0].images,dls.train_ds.tls[1].tfms.fs[0].labels
+    for part in parts:
+        for c in classes:
+            (root/part/c).mkdir(parents=True)
+            for i in [i for i,o in enumerate(y) if o==c][:n]:
+                Image.fromarray(x[i].permute(1,2,0).numpy()).resize((size,size)).save(root/part/c/f'{i}.png')
+    return root
+
+@pytest.fixture
+def cifar(tmp_path): return fill(tmp_path/'cifar10', ('train','test'))
+
+@pytest.fixture
+def imagenette(tmp_path): return fill(tmp_path/'imagenette2-160', ('train','val'), size=48)
+
+def test_download_from_a_server(cifar, tmp_path):
+    "`path=None` is fastai's untar_data, here from an archive server on this machine"
+    shutil.make_archive(str(tmp_path/'www/cifar10'), 'gztar', cifar.parent, 'cifar10')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path/'www')
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    (tmp_path/'www/cifar10.tar.gz').rename(tmp_path/'www/cifar10.tgz')
+    code = ("from fastai.vision.all import *; from kdfast.all import *; "
+        f"URLs.CIFAR = 'http://127.0.0.1:{server.server_port}/cifar10.tgz'; print(len(cifar10_dls(bs=4, num_workers=0).train_ds))")
+    try: res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, env={**os.environ, 'FASTAI_HOME':str(tmp_path/'home')})
+    finally: server.shutdown()
+    assert res.returncode==0, res.stderr
+    assert res.stdout.strip().endswith('36')
+    assert (tmp_path/'home/data/cifar10/train/3').is_dir()
+
+@pytest.mark.parametrize('kind,ext', [('gztar','tgz'), ('xztar','tar.xz')])
+def test_archives(kind, ext, imagenette, tmp_path, monkeypatch):
+    monkeypatch.setenv('FASTAI_HOME', str(tmp_path/'home'))
+    made = Path(shutil.make_archive(str(tmp_path/'a'), kind, imagenette.parent, imagenette.name))
+    made = made.rename(tmp_path/f'set.{ext}')
+    dls = imagenette_dls(made, size=32, bs=4, num_workers=0)
+    assert (len(dls.train_ds),len(dls.valid_ds))==(36,36) and dls.one_batch()[0].shape==(4,3,32,32)
+
+def test_a_broken_archive_leaves_nothing(tmp_path):
+    for name,content in (('a.tgz', b'\x1f\x8bnothing'), ('b.zip', b'no'), ('c.txt', b'no')):
+        (tmp_path/name).write_bytes(content)
+        with pytest.raises(ValueError, match='cannot be unpacked'): cifar10_dls(tmp_path/name)
+        assert not list(fastai_path('data').glob(f'{name[0]}-*'))
+
+def test_folders_that_are_no_data_set(cifar, tmp_path):
+    with pytest.raises(FileNotFoundError, match='does not exist'): imagenette_dls(tmp_path/'nowhere')
+    with pytest.raises(ValueError, match='must hold the folders train and val'): imagenette_dls(cifar)
+    shutil.rmtree(cifar/'test/9')
+    with pytest.raises(ValueError, match=r"differ: \['9'\]"): cifar10_dls(cifar)
+    (cifar/'test/9').mkdir()
+    with pytest.raises(ValueError, match='no images of 9'): cifar10_dls(cifar)
+    for c in '369': shutil.rmtree(cifar/'train'/c)
+    with pytest.raises(ValueError, match='is empty'): cifar10_dls(cifar)
+
+@pytest.mark.parametrize('in_memory', [False,True])
+def test_a_corrupt_image_is_named(in_memory, cifar):
+    bad = next((cifar/'train/6').iterdir())
+    bad.write_bytes(bad.read_bytes()[:40])
+    with pytest.raises(ValueError, match=f'{bad.name} is no readable image'):
+        for _ in cifar10_dls(cifar, bs=36, in_memory=in_memory, num_workers=2).train: pass
+
+@pytest.mark.parametrize('make,root', [(cifar10_dls,'cifar'), (partial(imagenette_dls, size=32),'imagenette')])
+def test_in_memory_is_the_same_data(make, root, request):
+    root = request.getfixturevalue(root)
+    files,memory = (make(root, bs=8, in_memory=o, num_workers=0) for o in (False,True))
+    assert list(files.vocab)==list(memory.vocab) and len(files.train_ds)==len(memory.train_ds)
+    for (xa,ya),(xb,yb) in zip(files.valid, memory.valid):
+        assert torch.equal(ya, yb) and torch.allclose(xa, xb, atol=2e-2)
+    (xa,_),(xb,_) = files.train.one_batch(),memory.train.one_batch()
+    assert xa.shape==xb.shape and xa.dtype==xb.dtype and abs(xa.std()-xb.std())<.2
+    image = next((root/'train/3').iterdir())
+    learns = [Learner(d, wrn(10, 1, n_out=3), path=root) for d in (files,memory)]
+    learns[1].model.load_state_dict(learns[0].model.state_dict())
+    with learns[0].no_bar(), learns[1].no_bar(): a,b = (l.predict(image)[2] for l in learns)
+    assert torch.allclose(a, b, atol=2e-2)
+    memory.show_batch()
+    learns[1].export()
+    assert (root/'export.pkl').stat().st_size < 500_000
+    with load_learner(root/'export.pkl').no_bar() as l: assert torch.allclose(l.predict(image)[2], b, atol=1e-4)
+
+def test_parts_are_the_same_everywhere(cifar):
+    "The same seed picks the same files, in another folder too"
+    names = lambda *args, **kwargs: {o.name for o in cifar10_dls(*args, bs=4, pct=.5, num_workers=0, **kwargs).train_ds.items}
+    one = names(cifar)
+    moved = cifar.rename(cifar.parent/'elsewhere')
+    assert one==names(moved) and len(one)==18
+    assert one!=names(moved, seed=1)
+
+def test_cutmix_does_not_write_into_the_data():
+    dls = digits_dls(20, per_class=8, pad=0)
+    images = dls.train_ds.tls[0].tfms.fs[0].images
+    before = images.clone()
+    learn = Learner(dls, wrn(10, 1), cbs=CutMix())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert torch.equal(images, before)
+
+def test_accuracy_in_memory_is_that_from_files(tmp_path):
+    "Both paths, one recipe: accuracies differ by less than the seeds do"
+    root = fill(tmp_path/'d', ('train','test'), n=100, classes='0123456789')
+    def acc(in_memory, seed):
+        set_seed(seed)
+        learn = Learner(cifar10_dls(root, bs=50, in_memory=in_memory, num_workers=0), wrn(10, 1), metrics=accuracy)
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
+        return learn.recorder.values[-1][-1]
+    files,memory = ([acc(o, s) for s in range(2)] for o in (False,True))
+    assert abs(np.mean(files)-np.mean(memory)) < .08 and min(files+memory)>.7
+
+def test_the_loader_in_memory_is_fast(tmp_path):
+    "At least 20 times the file path; 38 times was seen, and the machine may be busy"
+    root = fill(tmp_path/'d', ('train','test'), n=100, classes='0123456789')
+    def rate(dl):
+        start = perf_counter()
+        n = sum(len(x) for x,_ in dl)
+        return n/(perf_counter()-start)
+    files,memory = (cifar10_dls(root, bs=100, in_memory=o, num_workers=0).train for o in (False,True))
+    ratios = [rate(memory)/rate(files) for _ in range(5)]
+    assert np.median(ratios)>20, ratios

@@ -1,0 +1,58 @@
+"What is installed: names, extras, the distribution, the command"
+import os, subprocess, sys, tomllib
+from configparser import ConfigParser
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+kdfast_command = Path(sys.executable).parent/'kdfast'
+
+def run(*args, **kwargs): return subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=300, **kwargs)
+
+def test_no_name_shadows_fastai():
+    import fastai.vision.all as fastai, kdfast.all as kdfast, pkgutil, importlib
+    rooms = [importlib.import_module(f'kdfast.{m.name}') for m in pkgutil.iter_modules(kdfast.__path__ if hasattr(kdfast, '__path__') else [root/'kdfast'])]
+    public = {n for m in rooms if m.__name__ not in ('kdfast.all','kdfast._modidx','kdfast.cli') for n in m.__all__}
+    assert len(public)>30 and not public & set(dir(fastai))
+    assert public <= set(dir(kdfast))
+
+def test_imports_without_dev_tools():
+    "Nothing that only developers or extras install is imported"
+    blocked = [o.split('>')[0] for o in setting('extras', 'dev')]
+    code = f"import sys; sys.modules.update({{k: None for k in {blocked}}}); from kdfast.all import *; print(count_params(wrn(40,2), buffers=True))"
+    res = run(sys.executable, '-c', code)
+    assert res.returncode==0, res.stderr
+    assert res.stdout.strip()=='2248954'
+
+def setting(section, key):
+    cfg = ConfigParser()
+    cfg.read(root/'settings.ini')
+    return cfg[section][key].split()
+
+def test_the_sdist_builds_and_its_wheel_installs(tmp_path):
+    res = run(sys.executable, '-m', 'build', '--outdir', tmp_path, root)
+    assert res.returncode==0, res.stdout+res.stderr
+    wheel, = tmp_path.glob('*.whl')
+    assert len(list(tmp_path.glob('*.tar.gz')))==1
+    res = run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--quiet', '--target', tmp_path/'site', wheel)
+    assert res.returncode==0, res.stderr
+    res = run(sys.executable, '-c', 'import kdfast.all; print(kdfast.__file__)', cwd=tmp_path, env={**os.environ, 'PYTHONPATH':str(tmp_path/'site')})
+    assert res.stdout.strip()==str(tmp_path/'site/kdfast/__init__.py'), res.stderr
+    meta = next((tmp_path/'site').glob('kdfast-*.dist-info')).joinpath('METADATA').read_text()
+    assert all(f'Requires-Dist: {o}' in meta for o in setting('DEFAULT', 'requirements'))
+    assert 'License: Apache-2.0' in meta and 'Provides-Extra: dev' in meta
+
+def test_one_version():
+    import kdfast
+    assert 'version' in tomllib.loads((root/'pyproject.toml').read_text())['project']['dynamic']
+    assert run(kdfast_command, '--version').stdout.strip()==f'kdfast {kdfast.__version__}'
+
+def test_command_line():
+    "Each subcommand has its own help, an unknown option or command ends with code 2"
+    assert 'demo' in run(kdfast_command, '--help').stdout
+    assert '--teacher-epochs' in run(kdfast_command, 'demo', '--help').stdout
+    for args in (['demo','--nope'], ['dmeo'], []):
+        res = run(kdfast_command, *args)
+        assert res.returncode==2 and 'usage: kdfast' in res.stderr
+
+def test_notebooks_are_small():
+    assert all(f.stat().st_size<500_000 for f in (root/'nbs').rglob('*.ipynb'))
