@@ -1,5 +1,5 @@
 "What is installed: names, extras, the distribution, the command"
-import os, subprocess, sys, tomllib
+import os, subprocess, sys, pytest
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def test_the_sdist_builds_and_its_wheel_installs(tmp_path):
 
 def test_one_version():
     import kdfast
-    assert 'version' in tomllib.loads((root/'pyproject.toml').read_text())['project']['dynamic']
+    assert '\nversion =' not in (root/'pyproject.toml').read_text().split('[tool.')[0]
     assert run(kdfast_command, '--version').stdout.strip()==f'kdfast {kdfast.__version__}'
 
 def test_command_line():
@@ -53,6 +53,12 @@ def test_command_line():
     for args in (['demo','--nope'], ['dmeo'], []):
         res = run(kdfast_command, *args)
         assert res.returncode==2 and 'usage: kdfast' in res.stderr
+
+@pytest.mark.skipif(not (root/'.venv/developing').exists(), reason='only in the environment that make test makes')
+def test_the_readme_is_what_its_notebook_says(tmp_path):
+    res = run('make', 'readme', f'OUT={tmp_path}', cwd=root)
+    assert res.returncode==0, res.stderr
+    assert (tmp_path/'README.md').read_text()==(root/'README.md').read_text()
 
 def test_notebooks_are_small():
     assert all(f.stat().st_size<500_000 for f in (root/'nbs').rglob('*.ipynb'))

@@ -1,0 +1,53 @@
+# Every target does its own set-up in .venv
+PYTHON ?= python3
+BIN = .venv/bin
+NOTEBOOKS = $(sort $(wildcard nbs/*.ipynb))
+.PHONY: demo test sync readme outputs docs bench clean
+
+demo: .venv/installed
+	$(BIN)/kdfast demo
+
+test: .venv/developing sync
+	$(BIN)/chkstyle kdfast nbs
+	$(BIN)/nbdev-test --n-workers 2
+	$(BIN)/python -m pytest
+
+# The committed library is what the notebooks export
+sync: .venv/developing
+	rm -rf .venv/before && cp -r kdfast .venv/before
+	$(BIN)/nbdev-export
+	diff -r -x __pycache__ .venv/before kdfast
+
+# README.md and its pictures, from nbs/index.ipynb
+OUT = .
+readme: .venv/developing
+	$(BIN)/jupyter nbconvert --log-level=WARN --to markdown --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns='^#\| hide' \
+		--output-dir $(OUT) --output README nbs/index.ipynb
+	awk '/^```$$/ && !inside {print "```python"; inside=1; next} /^```/ {inside=!inside} 1' $(OUT)/README.md | cat -s > $(OUT)/README.tmp
+	mv $(OUT)/README.tmp $(OUT)/README.md
+
+# The outputs that the notebooks keep
+outputs: .venv/developing
+	PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
+	$(BIN)/nbdev-clean
+
+# The pages as Quarto gets them, in _proc
+docs: .venv/developing
+	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
+	$(BIN)/jupyter nbconvert --to html --output-dir _docs _proc/*.ipynb
+
+# CIFAR=path IMAGENETTE=path make bench
+bench: .venv/installed
+	$(BIN)/python benchmarks/loader.py --cifar $(CIFAR) --imagenette $(IMAGENETTE)
+
+.venv/installed: settings.ini pyproject.toml setup.py
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+.venv/developing: .venv/installed
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist _proc _docs demo *.egg-info
