@@ -33,12 +33,12 @@ def get_layer(
 # %% ../nbs/04_features.ipynb #17cf1d53
 def _trace(model, x):
     "Name to `(module, input, output)` of every layer that takes and gives tensors, in the order in which they finish"
-    calls = {}
+    calls,device = {},next(model.parameters(), torch.empty(0)).device
     def record(name, m, args, out):
         if args and all(isinstance(o, torch.Tensor) for o in (args[0],out)): calls[name] = (m, args[0].shape, out.shape)
     handles = [m.register_forward_hook(partial(record, n)) for n,m in model.named_modules() if n]
     try:
-        with probing(model): model(*tuplify(x))
+        with probing(model): model(*(o.to(device) for o in tuplify(x)))
     finally:
         for h in handles: h.remove()
     return calls

@@ -59,7 +59,7 @@ class TeacherCallback(Callback):
 
     def after_loss(self): self._forget()
     def after_train(self):
-        if not self.finite: raise ValueError(f"The teacher put out NaN or infinity in epoch {self.epoch}: {_remedy}")
+        if self.finite is not None and not self.finite: raise ValueError(f"The teacher put out NaN or infinity in epoch {self.epoch}: {_remedy}")
 
     def after_epoch(self): self._release()
 
@@ -79,6 +79,7 @@ def _release(self:TeacherCallback): self.learn.__dict__.pop('_do_epoch_train', N
 @patch
 def _epoch(self:TeacherCallback):
     self._release()
+    self.finite = None
     with ExitStack() as self.stack: self.learn._do_epoch_train()
 
 # %% ../nbs/06_teacher.ipynb #32ff1ea6
@@ -114,11 +115,12 @@ class DistillCallback(Callback):
     @property
     def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
 
-    def choose(self, student, network, see, xb): "Set `layers`, student's to teacher's, to those that the term reads"
+    def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's, to those that the term reads"
     def prepare(self, probe): return {}
     def term(self): raise NotImplementedError("A DistillCallback computes a `term`")
 
     def before_fit(self):
+        self.total,self.count = 0.,0
         if self.source: self.source.setup()
 
     def before_train(self):

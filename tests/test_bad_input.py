@@ -125,3 +125,17 @@ def test_however_a_fit_ends(event, exc, dls, quiet):
     assert learn.teacher.out is None and not learn.teacher.taps.outs and not learn.teacher.student_taps.outs
     quiet(learn, 1, 1e-3)
     assert all(v>0 for v in learn.recorder.values[0][2:])
+
+def test_a_cancelled_fit_leaves_no_column_behind(dls, quiet):
+    "lr_find ends with CancelFitException, in which after_epoch is skipped"
+    learn = distill_learner(dls, wrn(10, 2), wrn(10, 1), metrics=accuracy, path=tempfile.mkdtemp())
+    with learn.no_bar(): learn.lr_find(num_it=8, show_plot=False)
+    with learn.no_bar(): assert len(learn.validate())==2
+
+def test_training_cancelled_before_the_first_batch(dls, quiet):
+    class Skip(Callback):
+        def before_train(self): raise CancelTrainException
+    learn = distill_learner(dls, wrn(10, 2), wrn(10, 1))
+    quiet(learn, 1, cbs=Skip())
+    quiet(learn, 1)
+    assert learn.recorder.values[0][2]>0
