@@ -278,3 +278,12 @@ def test_segmentation_logits(quiet):
     dls = DataLoaders(*(DataLoader(list(zip(x, y)), bs=8) for _ in range(2)))
     learn = quiet(distill_learner(dls, n(16), n(4), loss_func=CrossEntropyLossFlat(axis=1)), 2, 1e-3)
     assert all(v[2]>0 for v in learn.recorder.values)
+
+def test_the_probe_draws_no_random_number(dls):
+    "Not even with a teacher that does so in its forward"
+    class Noisy(nn.Sequential):
+        def forward(self, x): return super().forward(x + .1*torch.rand_like(x))
+    teacher,student = Noisy(wrn(10, 2)),wrn(10, 1)
+    before = torch.get_rng_state(),random.getstate(),dls.train.rng.getstate()
+    Learner(dls, student, cbs=[TeacherCallback(teacher), KD(), FitNet({'group1':'0.group1'})])
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1:]==(random.getstate(),dls.train.rng.getstate())
