@@ -34,6 +34,7 @@ outputs: .venv/developing
 # The pages as Quarto gets them, in _proc
 docs: .venv/developing
 	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
+	for f in _proc/*.ipynb; do $(BIN)/nbdev-clean --fname $$f; done
 	$(BIN)/jupyter nbconvert --to html --output-dir _docs _proc/*.ipynb
 
 # CIFAR=path IMAGENETTE=path make bench

@@ -47,7 +47,9 @@ def _column(history, name):
 def _line(ax, name, values):
     epochs,mean = np.arange(1, values.shape[1]+1),values.mean(0)
     line, = ax.plot(epochs, mean, label=name, lw=1.8)
-    if len(values)>1: ax.fill_between(epochs, mean-values.std(0, ddof=1), mean+values.std(0, ddof=1), color=line.get_color(), alpha=.15, lw=0)
+    if len(values)<2: return
+    std = values.std(0, ddof=1)
+    ax.fill_between(epochs, np.maximum(mean-std, values.min(0)), mean+std, color=line.get_color(), alpha=.15, lw=0)
 
 # %% ../nbs/11_interpret.ipynb #ba576a1c
 def _attention(model, x, stage):
