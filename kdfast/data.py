@@ -6,7 +6,7 @@ Docs: https://kdfast.github.io/kdfast/data.html.md"""
 
 # %% auto #0
 __all__ = ['digits_stats', 'stratified', 'BatchShift', 'BatchFlip', 'BatchResizedCrop', 'open_image', 'FromMemory', 'LabelOf',
-           'TensorDL', 'tensor_dls', 'digits_dls', 'cifar10_dls', 'imagenette_dls']
+           'NormalizeInPlace', 'TensorDL', 'tensor_dls', 'digits_dls', 'cifar10_dls', 'imagenette_dls']
 
 # %% ../nbs/05_data.ipynb #8f4c7da6
 import functools, tarfile, tempfile, zlib
@@ -110,6 +110,11 @@ class LabelOf(Transform):
     def encodes(self, o): return self.labels[o] if isinstance(o, int) else o.parent.name
     def __getstate__(self): return {**self.__dict__, 'labels':None}
 
+# %% ../nbs/05_data.ipynb #25b6006c
+class NormalizeInPlace(Normalize):
+    "`Normalize` that overwrites its input"
+    def encodes(self, x:TensorImage): return x.sub_(self.mean).div_(self.std)
+
 # %% ../nbs/05_data.ipynb #77e4bfad
 class TensorDL(TfmdDL):
     "Makes a batch of a `FromMemory` dataset in one indexing, and anything else, like test files, item by item"
@@ -142,7 +147,7 @@ def tensor_dls(
 ) -> DataLoaders: # The classes are the sorted labels
     "`DataLoaders` over images in memory, augmented a batch at a time on the device"
     vocab = sorted({*train[1],*valid[1]})
-    after = [IntToFloatTensor, *L(tfms), Normalize.from_stats(*stats, cuda=False)]
+    after = [IntToFloatTensor, *L(tfms), NormalizeInPlace.from_stats(*stats, cuda=False)]
     def loader(i, x, y):
         if len(x)!=len(y) or not len(x): raise ValueError(f"{len(x)} images and {len(y)} labels: there must be at least one, and a label for each")
         rows = [*range(len(x))]*(1 if i else repeat)
