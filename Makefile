@@ -39,7 +39,7 @@ docs: .venv/developing
 
 # CIFAR=path IMAGENETTE=path make bench
 bench: .venv/installed
-	$(BIN)/python benchmarks/loader.py --cifar $(CIFAR) --imagenette $(IMAGENETTE)
+	$(BIN)/python benchmarks/loader.py --cifar $(CIFAR) --imagenette $(IMAGENETTE) | tee results/loader.md
 
 .venv/installed: settings.ini pyproject.toml setup.py
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -134,6 +134,13 @@ class TensorDL(TfmdDL):
         return xs.tfms.fs[0].images,tensor(xs.items),tensor(cat.vocab.map_objs(labels.labels))
 
 # %% ../nbs/05_data.ipynb #74daa8e1
+def _check_images(stats, *parts):
+    for x,y in parts:
+        if len(x)!=len(y) or not len(x): raise ValueError(f"{len(x)} images and {len(y)} labels: there must be at least one, and a label for each")
+        if x.dtype!=torch.uint8 or x.ndim!=4: raise ValueError(f"Images must be uint8 (n,c,h,w), got {x.dtype} {tuple(x.shape)}: for example (255*x).round().byte()")
+        if x.shape[1]!=len(stats[0]): raise ValueError(f"The images have {x.shape[1]} channels, stats {len(stats[0])}: pass stats=([mean, ...], [std, ...]), one each a channel")
+
+# %% ../nbs/05_data.ipynb #7dec458a
 def tensor_dls(
     train:tuple, # uint8 images `(n,c,h,w)` and their n labels
     valid:tuple, # The same for validation
@@ -146,10 +153,10 @@ def tensor_dls(
     device=None # fastai's default device
 ) -> DataLoaders: # The classes are the sorted labels
     "`DataLoaders` over images in memory, augmented a batch at a time on the device"
+    _check_images(stats, train, valid)
     vocab = sorted({*train[1],*valid[1]})
     after = [IntToFloatTensor, *L(tfms), NormalizeInPlace.from_stats(*stats, cuda=False)]
     def loader(i, x, y):
-        if len(x)!=len(y) or not len(x): raise ValueError(f"{len(x)} images and {len(y)} labels: there must be at least one, and a label for each")
         rows = [*range(len(x))]*(1 if i else repeat)
         tls = [TfmdLists(rows, tfms)._new(rows, split_idx=i) for tfms in ([FromMemory(x, resize)], [LabelOf(y), Categorize(vocab, sort=False)])]
         return TensorDL(Datasets(tls=tls), bs=bs, shuffle=not i, drop_last=not i and len(rows)>bs, num_workers=0, after_batch=after)

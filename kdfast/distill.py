@@ -63,7 +63,9 @@ class FeatureKD(DistillCallback):
 
     @property
     def column(self):
-        return super().column if type(self) is not FeatureKD else getattr(self.func, '__name__', 'feature').removesuffix('_loss')
+        if type(self) is not FeatureKD: return super().column
+        name = getattr(self.func, '__name__', '').removesuffix('_loss')
+        return name if name.isidentifier() else 'feature'
 
     def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or pair_layers(student, network, xb, self.per_stage, self.stem, tfm))
 

@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/learner.html.md"""
 __all__ = ['Renormalize', 'teacher_of', 'student_of', 'distill_learner', 'BF16']
 
 # %% ../nbs/09_learner.ipynb #e3c45e9c
-import inspect, os
+import importlib.util, inspect, os
 from fastai.vision.all import *
 from .distill import KD
 from .features import bare_model
@@ -69,7 +69,9 @@ def student_of(
     if not callable(student) and not isinstance(student, str): raise TypeError(
         f"The student is a module, a function of n_out or an architecture, got a {type(student).__name__}")
     n_out = get_c(dls)
-    if isinstance(student, str): return create_timm_model(student, n_out, pretrained=False)[0]
+    if isinstance(student, str):
+        if not importlib.util.find_spec('timm'): raise ImportError(f"{student!r} is the name of a timm architecture: pip install timm, or pass a function or a module")
+        return create_timm_model(student, n_out, pretrained=False)[0]
     if 'n_out' in inspect.signature(student).parameters: return student(n_out=n_out)
     return create_vision_model(student, n_out, pretrained=False)
 
@@ -123,7 +125,7 @@ class BF16(MixedPrecision):
     def before_fit(self):
         self._close()
         super().before_fit()
-        self.autocast = torch.autocast(self.dls.device.type, dtype=torch.bfloat16)
+        self.autocast = torch.autocast(next(self.learn.model.parameters()).device.type, dtype=torch.bfloat16)
         self.learn._do_one_batch = self._one_batch
 
     def before_batch(self):

@@ -33,11 +33,12 @@ def kd_loss(
 
 # %% ../nbs/00_losses.ipynb #2303a2ff
 def attention_map(
-    x:Tensor, # Activations, `(bs,c,h,w)`
+    x:Tensor, # Activations, `(bs,c,h,w)`; raises `ValueError` for another number of axes
     p:int=2, # Power: the larger it is, the more the strongest activations dominate
     size:tuple=None # Average-pool the map to this `(h,w)` first
 ) -> Tensor: # One unit-length map per image, `(bs,h*w)`
     "Where `x` looks: `|x|**p` averaged over channels, flattened and normalized (arXiv:1612.03928)"
+    if x.ndim!=4: raise ValueError(f"Attention is read off maps (bs,c,h,w), got shape {tuple(x.shape)}: choose a convolution or a stage")
     a = at_least_float(x).abs().pow(p).mean(1)
     if size is not None and a.shape[1:]!=size: a = F.adaptive_avg_pool2d(a, size)
     return F.normalize(a.flatten(1))

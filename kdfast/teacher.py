@@ -95,9 +95,11 @@ def _watch(self:TeacherCallback):
     if not self.terms: raise ValueError("A TeacherCallback alone teaches nothing: add a term, such as KD(), to the learner's callbacks")
     self.setup()
     self._own_adapters()
-    self.network.to(self.dls.device, memory_format=torch.channels_last if hasattr(self.learn, 'channels_last') else torch.preserve_format)
-    self.finite = torch.ones((), dtype=torch.bool, device=self.dls.device)
-    self.student_taps,self.taps = (Taps(m, *o) for m,o in zip((bare_model(self.learn.model),self.network), self.clones))
+    student = bare_model(self.learn.model)
+    device = next(student.parameters()).device
+    self.network.to(device, memory_format=torch.channels_last if hasattr(self.learn, 'channels_last') else torch.preserve_format)
+    self.finite = torch.ones((), dtype=torch.bool, device=device)
+    self.student_taps,self.taps = (Taps(m, *o) for m,o in zip((student,self.network), self.clones))
     for o in (eval_mode(self.network),self.student_taps,self.taps): self.stack.enter_context(o)
     self.stack.callback(self._forget)
 

@@ -1,5 +1,5 @@
 "Every mistake is answered at once, names its remedy, and leaves learner and networks as they were"
-import pytest
+import importlib.util, pytest
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
@@ -51,13 +51,17 @@ cases = {
     'wrn depth':             (lambda d: wrn(20, 1), "6n+4"),
     'resnet depth':          (lambda d: resnet(50), "one of [10, 14, 18, 20, 26, 34]"),
     'resnet stem':           (lambda d: resnet(18, stem='tiny'), "'imagenet' or 'small'"),
+    'timm is not installed':  (lambda d: distill_learner(d, wrn(10,2), 'no_such_architecture'), "pip install timm"),
+    'attention of vectors':  (lambda d: taught(d, wrn(10,2), wrn(10,1), AT({'flat':'flat'})), "maps (bs,c,h,w)"),
     'nothing to compare':    (lambda d: compare({}, 32), "pass a dictionary"),
 }
+
+if importlib.util.find_spec('timm'): del cases['timm is not installed']
 
 @pytest.mark.parametrize('name', cases)
 def test_case(name, dls):
     make,message = cases[name]
-    with pytest.raises((ValueError,TypeError,FileNotFoundError)) as e: make(dls)
+    with pytest.raises((ValueError,TypeError,FileNotFoundError,ImportError)) as e: make(dls)
     assert message in str(e.value)
 
 @pytest.mark.parametrize('term', [lambda: AT({'nowhere':'group1'}), lambda: FitNet({'group1':'nowhere'}), lambda: FeatureKD(hint_loss)])

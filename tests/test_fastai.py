@@ -287,3 +287,23 @@ def test_the_probe_draws_no_random_number(dls):
     before = torch.get_rng_state(),random.getstate(),dls.train.rng.getstate()
     Learner(dls, student, cbs=[TeacherCallback(teacher), KD(), FitNet({'group1':'0.group1'})])
     assert torch.equal(before[0], torch.get_rng_state()) and before[1:]==(random.getstate(),dls.train.rng.getstate())
+
+def test_plain_torch_loaders(teacher, quiet):
+    x,y = torch.randn(40,3,32,32),torch.randint(0, 10, (40,))
+    dls = DataLoaders(*(torch.utils.data.DataLoader(list(zip(x, y)), batch_size=8) for _ in range(2)))
+    learn = distill_learner(dls, teacher, wrn(10, 1), loss_func=CrossEntropyLossFlat(), cbs=[KD(),FitNet()]).to_bf16()
+    quiet(learn, 1, 1e-3)
+    assert all(v>0 for v in learn.recorder.values[0][2:])
+
+def test_a_text_classifier(quiet):
+    "KD and a function of embeddings need no image"
+    class Reader(nn.Module):
+        def __init__(self, h):
+            super().__init__()
+            self.emb,self.rnn,self.out = nn.Embedding(50, h),nn.LSTM(h, h, batch_first=True),nn.Linear(h, 3)
+        def forward(self, x): return self.out(self.rnn(self.emb(x))[0][:,-1])
+    x,y = torch.randint(0, 50, (40,12)),torch.randint(0, 3, (40,))
+    dls = DataLoaders(*(DataLoader(list(zip(x, y)), bs=8) for _ in range(2)))
+    cbs = [KD(), FeatureKD(lambda s,t: (s.std()-t.std())**2, {'emb':'emb'})]
+    learn = quiet(distill_learner(dls, Reader(16), Reader(8), loss_func=CrossEntropyLossFlat(), cbs=cbs), 1, 1e-3)
+    assert list(learn.recorder.metric_names[3:-1])==['kd','feature'] and all(v>0 for v in learn.recorder.values[0][2:])
