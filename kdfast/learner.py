@@ -117,6 +117,11 @@ def export_student(self:Learner,
     return dest
 
 # %% ../nbs/09_learner.ipynb #35116ca1
+def _closing(learn, cb):
+    "A batch after which autocast is closed, however it ends"
+    try: type(learn)._do_one_batch(learn)
+    finally: cb._close()
+
 class BF16(MixedPrecision):
     "bfloat16 autocast on the learner's own device"
     name = 'mixed_precision'
@@ -126,7 +131,7 @@ class BF16(MixedPrecision):
         self._close()
         super().before_fit()
         self.autocast = torch.autocast(next(self.learn.model.parameters()).device.type, dtype=torch.bfloat16)
-        self.learn._do_one_batch = self._one_batch
+        self.learn._do_one_batch = partial(_closing, self.learn, self)
 
     def before_batch(self):
         super().before_batch()
@@ -141,10 +146,6 @@ class BF16(MixedPrecision):
     def _close(self):
         if getattr(self, 'opened', False): self.autocast.__exit__(None, None, None)
         self.opened = False
-
-    def _one_batch(self):
-        try: type(self.learn)._do_one_batch(self.learn)
-        finally: self._close()
 
 # %% ../nbs/09_learner.ipynb #bb5c34c0
 @patch
