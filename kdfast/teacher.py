@@ -79,8 +79,12 @@ def _release(self:TeacherCallback): self.learn.__dict__.pop('_do_epoch_train', N
 @patch
 def _epoch(self:TeacherCallback):
     self._release()
-    self.finite = None
-    with ExitStack() as self.stack: self.learn._do_epoch_train()
+    self.finite,loss_func = None,self.learn.loss_func
+    try:
+        with ExitStack() as self.stack: self.learn._do_epoch_train()
+    except BaseException:
+        self.learn.loss_func = loss_func  # MixUp would leave its own behind and call it forever
+        raise
 
 # %% ../nbs/06_teacher.ipynb #32ff1ea6
 @patch

@@ -143,3 +143,14 @@ def test_training_cancelled_before_the_first_batch(dls, quiet):
     quiet(learn, 1, cbs=Skip())
     quiet(learn, 1)
     assert learn.recorder.values[0][2]>0
+
+@pytest.mark.parametrize('mix', [MixUp,CutMix])
+def test_an_interrupt_under_mixup(mix, dls, quiet):
+    class Stop(Callback):
+        def after_loss(self): raise KeyboardInterrupt
+    learn = distill_learner(dls, wrn(10, 2), wrn(10, 1), cbs=[mix(),KD()])
+    loss_func = learn.loss_func
+    with pytest.raises(KeyboardInterrupt): quiet(learn, 1, cbs=Stop())
+    assert learn.loss_func is loss_func
+    quiet(learn, 1)
+    assert learn.recorder.values[0][2]>0
