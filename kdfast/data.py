@@ -102,6 +102,7 @@ class FromMemory(Transform):
     def __init__(self, images, resize=None): self.images,self.resize = images,resize or Resize(tuple(images.shape[-2:]))
     def encodes(self, o): return TensorImage(self.images[o] if isinstance(o, int) else image2tensor(self.resize(open_image(o), split_idx=1)))
     def __getstate__(self): return {**self.__dict__, 'images':None}
+    def __deepcopy__(self, memo): return self
 
 class LabelOf(Transform):
     "The label of a row number; that of a file is the name of its folder"
@@ -109,6 +110,7 @@ class LabelOf(Transform):
     def __init__(self, labels): self.labels = list(labels)
     def encodes(self, o): return self.labels[o] if isinstance(o, int) else o.parent.name
     def __getstate__(self): return {**self.__dict__, 'labels':None}
+    def __deepcopy__(self, memo): return self
 
 # %% ../nbs/05_data.ipynb #25b6006c
 class NormalizeInPlace(Normalize):
@@ -153,6 +155,7 @@ def tensor_dls(
     device=None # fastai's default device
 ) -> DataLoaders: # The classes are the sorted labels
     "`DataLoaders` over images in memory, augmented a batch at a time on the device"
+    train,valid = ((x, y.tolist() if hasattr(y, 'tolist') else list(y)) for x,y in (train,valid))
     _check_images(stats, train, valid)
     vocab = sorted({*train[1],*valid[1]})
     after = [IntToFloatTensor, *L(tfms), NormalizeInPlace.from_stats(*stats, cuda=False)]

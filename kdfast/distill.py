@@ -18,10 +18,15 @@ def _is_multi_label(loss_func, yb):
     bce = (nn.BCEWithLogitsLoss, nn.BCELoss)
     return isinstance(getattr(loss_func, 'func', loss_func), bce) or isinstance(first(yb), TensorMultiCategory)
 
+def _is_float(yb): return isinstance(first(yb), Tensor) and first(yb).is_floating_point()
+
+def _is_cross_entropy(loss_func): return isinstance(getattr(loss_func, 'func', loss_func), nn.CrossEntropyLoss) or loss_func is F.cross_entropy
+
+# %% ../nbs/08_distill.ipynb #16607f58
 def _check_temperature(T):
     if T<=0: raise ValueError(f"The temperature must be positive, got T={T}: 4 is usual for 10 to 100 classes, 1 for ImageNet")
 
-# %% ../nbs/08_distill.ipynb #16607f58
+# %% ../nbs/08_distill.ipynb #69809d68
 class KD(DistillCallback):
     "Soft labels: `(1-alpha)*loss + alpha*kd_loss` (Hinton et al., arXiv:1503.02531)"
     def __init__(self,
@@ -29,14 +34,16 @@ class KD(DistillCallback):
         alpha:float=.9 # Part of the loss that comes from the teacher, in [0,1], or a fastai schedule of it
     ):
         _check_temperature(T)
-        ends = [alpha(0.),alpha(1.)] if callable(alpha) else [alpha]
-        if not all(0<=a<=1 for a in ends): raise ValueError(f"alpha is the part of the loss that comes from the teacher, in [0,1], got {ends}")
+        values = [float(alpha(i/20)) for i in range(21)] if callable(alpha) else [alpha]
+        if not all(0<=a<=1 for a in values): raise ValueError(f"alpha is the part of the loss that comes from the teacher, in [0,1], got {min(values)} to {max(values)}")
         super().__init__(alpha)
         self.T = T
 
     def prepare(self, probe):
         if _is_multi_label(self.learn.loss_func, probe.yb): raise ValueError(
             "KD compares softmax outputs, but these targets are multi-label: use AT or FitNet, which do not read the outputs")
+        if _is_float(probe.yb) and not _is_cross_entropy(self.learn.loss_func): raise ValueError(
+            "KD compares softmax outputs, but these targets are floating point, multi-label or of a regression: use AT or FitNet, which do not read the outputs")
         if probe.pred.shape[1]<2: raise ValueError("KD compares the probabilities of at least two classes, but the networks have one output: use AT or FitNet")
         return {}
 

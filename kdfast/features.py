@@ -146,8 +146,8 @@ class Taps:
         self.clear()
 
     def _keep(self, name, m, args, out):
-        self.outs[name] = out.clone() if name in self.clone else out
-        self.versions[name] = getattr(out, '_version', None)
+        if not isinstance(out, torch.Tensor): raise ValueError(f"The layer {name!r} puts out a {type(out).__name__}: tap one that puts out a tensor")
+        self.outs[name],self.versions[name] = out.clone() if name in self.clone else out,out._version
 
     def __getitem__(self, name):
         if name in self.outs: return self.outs[name]

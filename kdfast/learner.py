@@ -66,9 +66,10 @@ def student_of(
 ) -> nn.Module: # With random weights unless a module was given
     "The student's network"
     if isinstance(student, nn.Module): return student
-    if not callable(student) and not isinstance(student, str): raise TypeError(
-        f"The student is a module, a function of n_out or an architecture, got a {type(student).__name__}")
+    if isinstance(student, Learner) or not (callable(student) or isinstance(student, str)): raise TypeError(
+        f"The student is a module, such as learn.model, a function of n_out or an architecture, got a {type(student).__name__}")
     n_out = get_c(dls)
+    if not n_out: raise ValueError("These DataLoaders do not tell the number of classes: set dls.c, or pass a module as student")
     if isinstance(student, str):
         if not importlib.util.find_spec('timm'): raise ImportError(f"{student!r} is the name of a timm architecture: pip install timm, or pass a function or a module")
         return create_timm_model(student, n_out, pretrained=False)[0]

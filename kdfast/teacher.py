@@ -63,6 +63,11 @@ class TeacherCallback(Callback):
 
     def after_epoch(self): self._release()
 
+    def __deepcopy__(self, memo):
+        memo[id(self)] = new = type(self)(self.network, self.tfm)
+        new.learn = deepcopy(self.learn, memo)
+        return new
+
 _remedy = "check its weights, that it is given inputs normalized as in its training, and if it runs in half precision try float32"
 
 # %% ../nbs/06_teacher.ipynb #25851458
@@ -97,6 +102,7 @@ def _watch(self:TeacherCallback):
     if self.network is None: raise ValueError("A teacher is not exported with its learner, so attach a teacher before training on: "
         "learn.remove_cb(TeacherCallback); learn.add_cb(TeacherCallback(teacher))")
     if not self.terms: raise ValueError("A TeacherCallback alone teaches nothing: add a term, such as KD(), to the learner's callbacks")
+    if any(t.learn is not self.learn for t in self.terms): raise ValueError("A term belongs to one learner: make new ones, such as KD(), for each")
     self.setup()
     self._own_adapters()
     student = bare_model(self.learn.model)
@@ -141,7 +147,10 @@ class DistillCallback(Callback):
         self.learn.loss_grad = self.learn.loss_grad + added
 
     def after_epoch(self):
-        if self.count and hasattr(self.learn, 'recorder'): self.recorder.log.append((self.total/self.count).item())
+        if self.count and hasattr(self.learn, 'recorder'):
+            log = self.recorder.log
+            missing = self.recorder.metric_names.index(self.label)-len(log)  # columns of a validation that was skipped
+            self.recorder.log = log + [None]*missing + [(self.total/self.count).item()]
         self.total,self.count = 0.,0
 
 # %% ../nbs/06_teacher.ipynb #5d7eb38f
@@ -170,7 +179,8 @@ class Probe:
 def _same(a, b): return a is not None and len(a)==len(b) and all(x is y for x,y in zip(a, b))
 
 def _check_outputs(pred, target):
-    if not isinstance(target, Tensor): raise ValueError(f"The teacher must put out a tensor, got a {type(target).__name__}: wrap it in a module that returns its logits")
+    for name,o in {'teacher':target, 'student':pred}.items():
+        if not isinstance(o, Tensor): raise ValueError(f"The {name} must put out a tensor, got a {type(o).__name__}: wrap it in a module that returns its logits")
     if pred.shape!=target.shape: raise ValueError(f"Student and teacher must have the same outputs, got {tuple(pred.shape[1:])} and {tuple(target.shape[1:])}: "
         "give the student the teacher's n_out, or train the teacher on these classes")
     if not torch.isfinite(target).all(): raise ValueError(f"The teacher puts out NaN or infinity for a batch of zeros: {_remedy}")

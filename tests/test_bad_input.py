@@ -19,6 +19,17 @@ class Silent(nn.Sequential):
         super().__init__(OrderedDict(body=wrn(10, 1), unused=nn.Conv2d(3, 3, 1)))
     def forward(self, x): return self.body(x)
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+    def forward(self, x): return x*self.scale,x
+
+class First(nn.Module):
+    def forward(self, x): return x[0]
+
+def loaders(y): return DataLoaders(*(torch.utils.data.DataLoader(list(zip(torch.randn(16,3,32,32), y)), batch_size=8) for _ in range(2)))
+
 cases = {
     'unknown student layer': (lambda d: taught(d, wrn(10,2), wrn(10,1), AT({'grop1':'group1'})), "did you mean 'group1'"),
     'unknown teacher layer': (lambda d: taught(d, wrn(10,2), wrn(10,1), FitNet({'group1':'group1.0.conv'})), "'group1.0.conv1'"),
@@ -53,6 +64,13 @@ cases = {
     'resnet stem':           (lambda d: resnet(18, stem='tiny'), "'imagenet' or 'small'"),
     'timm is not installed':  (lambda d: distill_learner(d, wrn(10,2), 'no_such_architecture'), "pip install timm"),
     'attention of vectors':  (lambda d: taught(d, wrn(10,2), wrn(10,1), AT({'flat':'flat'})), "maps (bs,c,h,w)"),
+    'alpha between the ends': (lambda d: KD(alpha=combine_scheds([.5,.5], [SchedLin(0.,5.), SchedLin(5.,0.)])), "in [0,1]"),
+    'regression':            (lambda d: taught(loaders(torch.randn(16,3)), wrn(10,2,n_out=3), wrn(10,1,n_out=3), KD(), loss_func=MSELossFlat()), "floating point"),
+    'functional BCE':        (lambda d: taught(loaders(torch.ones(16,3)), wrn(10,2,n_out=3), wrn(10,1,n_out=3), KD(), loss_func=F.binary_cross_entropy_with_logits), "floating point"),
+    'student gives a tuple': (lambda d: distill_learner(d, wrn(10,2), Pair()), "The student must put out a tensor"),
+    'layer gives a tuple':   (lambda d: taught(d, wrn(10,2), nn.Sequential(OrderedDict(pair=Pair(), pick=First(), net=wrn(10,1))), FeatureKD(F.mse_loss, {'pair':'group1'})), "puts out a tuple"),
+    'student is a learner':  (lambda d: distill_learner(d, wrn(10,2), Learner(d, wrn(10,1))), "such as learn.model"),
+    'number of classes':     (lambda d: distill_learner(loaders(torch.zeros(16).long()), None, partial(wrn,10,1), loss_func=CrossEntropyLossFlat()), "set dls.c"),
     'nothing to compare':    (lambda d: compare({}, 32), "pass a dictionary"),
 }
 
@@ -154,3 +172,24 @@ def test_an_interrupt_under_mixup(mix, dls, quiet):
     assert learn.loss_func is loss_func
     quiet(learn, 1)
     assert learn.recorder.values[0][2]>0
+
+def test_a_shared_term(dls, quiet):
+    "A callback belongs to the learner it was given to last; the first would train without it"
+    terms = [KD(),AT()]
+    first,second = (distill_learner(dls, wrn(10, 2), wrn(10, 1), cbs=terms) for _ in range(2))
+    with pytest.raises(ValueError, match='belongs to one learner'): quiet(first, 1)
+    quiet(second, 1)
+
+def test_columns_when_validation_is_skipped(dls, quiet):
+    class Skip(Callback):
+        def before_validate(self): raise CancelValidException
+    learn = quiet(distill_learner(dls, wrn(10, 2), wrn(10, 1), cbs=[KD(),AT(),Skip()], metrics=accuracy), 1)
+    row = learn.recorder.history.iloc[0]
+    assert row['kd']>0 and row['at']>0 and pd.isna(row['valid_loss']) and pd.isna(row['accuracy'])
+
+def test_copies(dls, quiet):
+    "A copy of a learner goes on distilling, from the same data and teacher"
+    learn = quiet(distill_learner(dls, wrn(10, 2), wrn(10, 1), cbs=[KD(),FitNet()]), 1)
+    copy = quiet(deepcopy(learn), 1)
+    assert copy.teacher.network is learn.teacher.network and copy.model is not learn.model and copy.teacher.learn is copy
+    assert all(v>0 for v in copy.recorder.values[0][2:])
