@@ -155,7 +155,7 @@ class Taps:
 
     def clear(self): self.outs.clear()
 
-    def overwritten(self): return {n for n,o in self.outs.items() if o._version!=self.versions[n]}
+    def overwritten(self): return {n for n,o in self.outs.items() if n not in self.clone and o._version!=self.versions[n]}
 
 # %% ../nbs/04_features.ipynb #6d56b6f1
 class _Reached(Exception):

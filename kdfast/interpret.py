@@ -16,8 +16,9 @@ from .measure import probing
 # %% ../nbs/11_interpret.ipynb #5e8b292a
 @patch(as_prop=True)
 def history(self:Recorder) -> pd.DataFrame:
-    "The progress table of the last fit, one row an epoch, without the times"
+    "The progress table of the last fit, one row an epoch, without the times; raises `ValueError` once fastai has replaced it"
     names = [n for n in self.metric_names[1:] if n!='time']
+    if any(len(v)!=len(names) for v in self.values): raise ValueError("validate and get_preds have replaced what the fit recorded: keep learn.recorder.history right after fit")
     return pd.DataFrame([[*v] for v in self.values], columns=names).rename_axis('epoch')
 
 # %% ../nbs/11_interpret.ipynb #bd2063db

@@ -54,6 +54,8 @@ class TeacherCallback(Callback):
     def before_train(self): self._watch()
 
     def after_pred(self):
+        spoilt = self.student_taps.overwritten()
+        if spoilt: raise ValueError(f"Training overwrites what the student's {', '.join(spoilt)} put out, by a dropout in place: use inplace=False there, or tap another layer")
         with torch.no_grad(): self.out = self.see(*self.learn.xb)
         self.finite &= torch.isfinite(self.out).all()
 

@@ -193,3 +193,17 @@ def test_copies(dls, quiet):
     copy = quiet(deepcopy(learn), 1)
     assert copy.teacher.network is learn.teacher.network and copy.model is not learn.model and copy.teacher.learn is copy
     assert all(v>0 for v in copy.recorder.values[0][2:])
+
+def test_a_dropout_in_place_after_a_tap(dls, quiet):
+    "It writes in training only, so the probe in eval mode cannot see it"
+    def net(inplace): return nn.Sequential(OrderedDict(b=nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU()), drop=nn.Dropout(.5, inplace=inplace),
+        head=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))))
+    term = lambda: FeatureKD(lambda s,t: (s-t).pow(2).mean(), {'b':'b'})
+    with pytest.raises(ValueError, match="use inplace=False"): quiet(distill_learner(dls, net(False), net(True), cbs=term()), 1)
+    quiet(distill_learner(dls, net(False), net(False), cbs=term()), 1)
+
+def test_history_after_validate(dls, quiet):
+    learn = quiet(distill_learner(dls, wrn(10, 2), wrn(10, 1), metrics=accuracy), 1)
+    assert list(learn.recorder.history)==['train_loss','valid_loss','accuracy','kd']
+    with learn.no_bar(): learn.validate()
+    with pytest.raises(ValueError, match='right after fit'): learn.recorder.history
