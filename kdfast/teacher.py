@@ -152,7 +152,7 @@ class DistillCallback(Callback):
         if self.count and hasattr(self.learn, 'recorder'):
             log = self.recorder.log
             missing = self.recorder.metric_names.index(self.label)-len(log)  # columns of a validation that was skipped
-            self.recorder.log = log + [None]*missing + [(self.total/self.count).item()]
+            self.recorder.log = log + [None]*missing + [maybe_gather(self.total/self.count).item()]
         self.total,self.count = 0.,0
 
 # %% ../nbs/06_teacher.ipynb #5d7eb38f

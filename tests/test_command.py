@@ -1,0 +1,200 @@
+"`kdfast distill`, as a process and in this one"
+import json, os, signal, subprocess, sys, time, pytest, torchvision
+from test_processes import launch
+from fastai.vision.all import *
+from kdfast.all import *
+from kdfast.cli import main
+from kdfast.experiments import Folder, load_network, save_network
+
+kdfast_command = str(Path(sys.executable).parent/'kdfast')
+small = '--pct .2 --teacher wrn-10-2 --student wrn-10-1 --method kd,kd+at --epochs 2 --teacher-epochs 1 --seeds 2'.split()
+
+def run(*args, env=None, **kwargs):
+    return subprocess.run([kdfast_command, *map(str, args)], capture_output=True, text=True, timeout=200, env={**os.environ, **(env or {})}, **kwargs)
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+    "A finished run on digits: its output and its folder"
+    out,start = tmp_path_factory.mktemp('runs')/'out',time.perf_counter()
+    res = run('distill', *small, '--out', out)
+    assert res.returncode==0, res.stderr
+    assert time.perf_counter()-start<60
+    return res.stdout,out
+
+def record_of(out): return json.loads((out/'record.json').read_text())
+
+def test_distill_writes_what_it_says(done):
+    stdout,out = done
+    assert {o.name for o in out.iterdir()}=={'record.json','runs.csv','curves.png','teacher.pth',*(f'student-{o}.pkl' for o in ('control','kd','kd+at'))}
+    assert all(str(o) in stdout for o in out.iterdir())
+    record,runs = record_of(out),pd.read_csv(out/'runs.csv')
+    assert [(r['arm'],r['seed']) for r in record['runs']]==[(a,s) for s in range(2) for a in ('control','kd','kd+at')]
+    assert [*runs.accuracy]==[r['accuracy'] for r in record['runs']] and len(runs)==6
+    assert all(len(r['history']['accuracy'])==2 for r in record['runs'])
+    assert [list(r['history'])[3:] for r in record['runs'][:3]]==[[],['kd'],['kd','at']]
+    assert record['images']==240 and record['teacher']['images']==1198
+    assert record['costs']['student']['parameters']==count_params(wrn(10, 1)) and record['costs']['teacher']['MACs']==count_macs(wrn(10, 2), 32)
+    assert all(o in stdout for o in ('accuracy','parameters','MACs','ms per image','seconds a run'))
+    assert '\x1b' not in stdout and '\r' not in stdout
+    assert 'kd+at, seed 1, epoch 2 of 2: train_loss' in stdout
+    assert Image.open(out/'curves.png').size[0]>500
+
+def test_exported_student_predicts(done):
+    learn = load_learner(done[1]/'student-kd.pkl')
+    acc = record_of(done[1])['runs'][1]['accuracy']
+    dls = digits_dls()
+    assert Learner(dls, learn.model, metrics=accuracy).validate()[1]==pytest.approx(acc, abs=1e-6)
+    assert not any(isinstance(cb, (TeacherCallback,DistillCallback)) for cb in learn.cbs)
+
+def test_the_teacher_on_file_is_the_one_that_taught(done):
+    net,record = wrn(10, 2),record_of(done[1])
+    assert load_network(net, done[1]/'teacher.pth')['network']=='wrn-10-2'
+    assert Learner(digits_dls(), net, metrics=accuracy).validate()[1]==pytest.approx(record['teacher']['accuracy'], abs=1e-6)
+    dls = digits_dls(64, pct=.2)
+    set_seed(1)
+    dls.train.rng.seed(1)
+    learn = distill_learner(dls, net, partial(wrn, 10, 1), metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3)
+    run = first(r for r in record['runs'] if (r['arm'],r['seed'])==('kd',1))
+    assert learn.recorder.history.to_dict('list')['kd']==pytest.approx(run['history']['kd'], rel=1e-4)
+
+def test_the_same_command_goes_on(done, tmp_path, capsys):
+    out = shutil.copytree(done[1], tmp_path/'out')
+    before = record_of(out)
+    main(['distill', *small, '--out', str(out)])
+    assert 'epoch' not in capsys.readouterr().out and record_of(out)['runs']==before['runs']
+    main(['distill', *small[:-4], '--teacher-epochs', '1', '--seeds', '3', '--out', str(out)])
+    runs = record_of(out)['runs']
+    assert runs[:6]==before['runs'] and [(r['arm'],r['seed']) for r in runs[6:]]==[(a,2) for a in ('control','kd','kd+at')]
+
+def test_ctrl_c_saves_what_was_reached(tmp_path):
+    args = [kdfast_command, 'distill', *small[:-2], '--seeds', '1', '--out', str(tmp_path/'out')]
+    args[args.index('--epochs')+1] = '6'
+    p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONUNBUFFERED':'1'})
+    for line in p.stdout:
+        if line.startswith('kd, seed 0, epoch 1'): break
+    p.send_signal(signal.SIGINT)
+    out,err = p.communicate(timeout=60)
+    assert p.returncode==130 and 'Traceback' not in err
+    assert 'Interrupted in kd, seed 0, epoch' in err and '1 finished run' in err and 'The same command goes on' in err
+    record = record_of(tmp_path/'out')
+    assert [r['arm'] for r in record['runs']]==['control']
+    assert load_network(wrn(10, 1), tmp_path/'out/interrupted.pth')['network']=='wrn-10-1'
+    assert not [*(tmp_path/'out').glob('.*')]
+    res = subprocess.run(args, capture_output=True, text=True, timeout=120)
+    assert res.returncode==0 and 'control, seed 0' not in res.stdout
+    assert [r['arm'] for r in record_of(tmp_path/'out')['runs']]==['control','kd','kd+at'] and record_of(tmp_path/'out')['runs'][0]==record['runs'][0]
+
+def test_help_and_unknown_options():
+    for sub,options in dict(demo=['--seeds'], distill=['--teacher-file','--pretrained','--method']).items():
+        res = run(sub, '--help')
+        assert res.returncode==0 and all(o in res.stdout for o in options)
+    assert '--teacher-file' not in run('demo', '--help').stdout
+    res = run('distill', '--magic', '3')
+    assert res.returncode==2 and '--magic' in res.stderr
+    assert run('--help').stdout.count('demo')>0
+
+bad = {
+    'method': (['--method','magic'], 'choose from control, kd, at, fitnet'),
+    'second method': (['--method','kd,at+magic'], 'Unknown method magic'),
+    'student': (['--student','tiny'], "Unknown network 'tiny': choose from resnet10, resnet14"),
+    'teacher': (['--teacher','resnet11'], "Unknown network 'resnet11'"),
+    'depth': (['--teacher','wrn-17-1'], 'depth of a WRN is 6n+4'),
+    'data': (['--data','mnist'], 'choose from digits, cifar10, imagenette'),
+    'path of digits': (['--path','x'], 'digits has no path'),
+    'folder': (['--data','imagenette','--path','/nowhere'], '/nowhere does not exist'),
+    'teacher file': (['--teacher-file','/nowhere.pth'], '/nowhere.pth does not exist'),
+    'two teachers': (['--teacher-file','a.pth','--pretrained'], 'leave one out'),
+    'pretrained wrn': (['--pretrained'], "Unknown network 'wrn-16-2': choose from torchvision's"),
+    'pct': (['--pct','2'], 'in (0,1]'),
+    'epochs': (['--epochs','0'], 'at least 1'),
+    'out': (['--out','/proc/nothing/here'], '/proc/nothing'),
+    'out is a file': (['--out',__file__], 'File exists')}
+
+@pytest.mark.parametrize('case', bad)
+def test_bad_arguments(case, tmp_path, monkeypatch):
+    "Each is found before anything is trained"
+    args,message = bad[case]
+    monkeypatch.setattr(Learner, 'fit', lambda *args, **kwargs: pytest.fail('trained'))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e: main(['distill', *args])
+    assert str(e.value).startswith('kdfast: ') and message in str(e.value)
+    assert not [*tmp_path.rglob('*.pth')]
+
+def fails(message, *args):
+    with pytest.raises(SystemExit) as e: main(['distill', *map(str, args)])
+    assert str(e.value).startswith('kdfast: ') and message in str(e.value), e.value
+
+def test_data_folders(tmp_path):
+    (tmp_path/'data/train/cat').mkdir(parents=True)
+    fails('must hold the folders train and val', '--data', 'imagenette', '--path', tmp_path/'data', '--out', tmp_path/'out')
+    fails('must hold the folders train and test', '--data', 'cifar10', '--path', tmp_path/'data', '--out', tmp_path/'out')
+
+def test_teacher_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_network(wrn(10, 2), tmp_path/'other.pth', network='wrn-10-2', vocab=[*'0123456789'])
+    save_network(wrn(16, 2), tmp_path/'classes.pth', network='wrn-16-2', vocab=[*'abcdefghij'])
+    save_network(wrn(16, 2, n_out=5), tmp_path/'few.pth', network='wrn-16-2')
+    torch.save(wrn(10, 2).state_dict(), tmp_path/'state.pth')
+    torch.save([1,2], tmp_path/'list.pth')
+    (tmp_path/'garbage.pth').write_bytes(b'no weights')
+    learn = distill_learner(tensor_dls(*[(torch.zeros(4,3,32,32, dtype=torch.uint8), [*'abab'])]*2, bs=2), None, partial(wrn, 10, 1), path=tmp_path)
+    learn.export('learner.pkl')
+    for file,message in {'other.pth':'holds wrn-10-2, which differs in', 'classes.pth':"trained on the classes ['a', 'b'", 'few.pth':'differs in fc', 'state.pth':'holds another network',
+        'list.pth':'holds no weights but a list', 'garbage.pth':'cannot be read as weights', 'learner.pkl':"classes ['a', 'b'] are not"}.items():
+        fails(message, '--teacher-file', file)
+    assert not [*tmp_path.rglob('record.json')]
+
+def test_a_learner_or_weights_from_file_teach(done, tmp_path):
+    learn = distill_learner(digits_dls(), None, partial(wrn, 10, 2), path=tmp_path)
+    load_network(learn.model, done[1]/'teacher.pth')
+    learn.export('learner.pkl')
+    torch.save(learn.model.state_dict(), tmp_path/'state.pth')
+    runs = {}
+    for file in ('learner.pkl','state.pth'):
+        main(['distill', *'--pct .2 --teacher wrn-10-2 --student wrn-10-1 --method kd --epochs 2 --out'.split(), str(tmp_path/file[:5]), '--teacher-file', str(tmp_path/file)])
+        record = record_of(tmp_path/file[:5])
+        runs[file] = [r['accuracy'] for r in record['runs']]
+        assert record['teacher']['accuracy']==record_of(done[1])['teacher']['accuracy']
+        assert record['teacher']['file']==str(tmp_path/file) and not (tmp_path/file[:5]/'teacher.pth').exists()
+    assert runs['learner.pkl']==runs['state.pth']==[r['accuracy'] for r in record_of(done[1])['runs'][:2]]
+
+def test_results_of_other_settings_stay(done, tmp_path):
+    out = shutil.copytree(done[1], tmp_path/'out')
+    before = (out/'record.json').read_bytes()
+    fails('holds the results of other settings (epochs 2, not 3)', *small[:-4], '--epochs', '3', '--out', out)
+    fails('was trained otherwise (epochs 1, not 2)', *small, '--teacher-epochs', '2', '--out', out)
+    save_network(wrn(10, 2), tmp_path/'new.pth')
+    fails('results of another teacher', *small, '--teacher-file', tmp_path/'new.pth', '--out', out)
+    assert (out/'record.json').read_bytes()==before
+
+def test_pretrained_starts_from_the_weights_on_file(tmp_path, monkeypatch):
+    "A file where torch.hub keeps what it has downloaded"
+    set_seed(3)
+    weights = torchvision.models.resnet18()
+    file = torchvision.models.ResNet18_Weights.DEFAULT.url.split('/')[-1]
+    (tmp_path/'hub/checkpoints').mkdir(parents=True)
+    torch.save(weights.state_dict(), tmp_path/'hub/checkpoints'/file)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    args = '--pct .1 --teacher resnet18 --student wrn-10-1 --method kd --epochs 1 --pretrained --lr 1e-7'.split()
+    main(['distill', *args, '--out', str(tmp_path/'out')])
+    teacher = torch.load(tmp_path/'out/teacher.pth', weights_only=True)
+    assert teacher['network']=='torchvision.resnet18'
+    assert (teacher['weights']['0.0.weight'].float()-weights.conv1.weight).abs().max()<1e-3
+    assert record_of(tmp_path/'out')['costs']['teacher']['parameters']>11e6
+    main(['distill', *'--pct .1 --teacher torchvision.resnet18 --student wrn-10-1 --method kd --epochs 1'.split(), '--teacher-file', str(tmp_path/'out/teacher.pth'), '--out', str(tmp_path/'again')])
+    assert record_of(tmp_path/'again')['teacher']['weights']==record_of(tmp_path/'out')['teacher']['weights']
+
+def test_two_processes(tmp_path):
+    "One says what happens and writes; the result is that of both"
+    first,second = launch(2, kdfast_command, 'distill', *small[:-2], '--out', tmp_path/'two')
+    assert 'kd+at, seed 0, epoch 2 of 2' in first and 'epoch' not in second and 'accuracy' not in second
+    record = record_of(tmp_path/'two')
+    assert len(record['runs'])==3 and record['machine']['processes']==2
+    assert load_learner(tmp_path/'two/student-kd.pkl').model(torch.zeros(1,3,32,32)).shape==(1,10)
+
+def test_accelerate_launch(tmp_path):
+    args = ['launch','--cpu','--num_processes','1','--num_machines','1','--mixed_precision','no','--dynamo_backend','no', kdfast_command, 'distill', *small[:-2]]
+    res = subprocess.run([str(Path(sys.executable).parent/'accelerate'), *args, '--out', str(tmp_path/'out')], capture_output=True, text=True, timeout=200)
+    assert res.returncode==0, res.stderr
+    assert len(record_of(tmp_path/'out')['runs'])==3

@@ -1,0 +1,55 @@
+"Several processes on the CPU end with one student"
+import os, re, socket, subprocess, sys, json, pytest
+from pathlib import Path
+from fastai.vision.all import *
+from kdfast.all import *
+
+here,bin = Path(__file__).parent,Path(sys.executable).parent
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def launch(n, *args):
+    "Run `args` in `n` processes of one gloo group"
+    port = str(free_port())
+    env = lambda rank: {**os.environ, **(dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=port) if n>1 else {}),
+        'ACCELERATE_USE_CPU':'true', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
+    running = [subprocess.Popen([sys.executable, *map(str, args)], env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
+    try: outs = [p.communicate(timeout=240)[0] for p in running]
+    finally:
+        for p in running: p.kill()
+    assert all(p.returncode==0 for p in running), '\n'.join(outs)
+    return outs
+
+def trained(how, n, tmp_path):
+    launch(n, here/'worker.py', how, tmp_path/how)
+    return [torch.load(f'{tmp_path/how}.{r}', weights_only=True) for r in range(n)]
+
+def learnt(state): return {k:v for k,v in state.items() if 'running' not in k and 'num_batches' not in k}
+
+def far(a, b): return max(((a[k]-b[k]).norm()/b[k].norm().clamp(min=1e-3)).item() for k in a)
+
+def test_both_processes_end_with_the_same_student_and_adapters(tmp_path):
+    a,b = trained('synced', 2, tmp_path)
+    alone = trained('alone', 2, tmp_path)
+    adapters = [k for k in a['after'] if k.startswith('adapters.')]
+    assert len(learnt(a['after']))>len(adapters)>5
+    for k,v in learnt(a['after']).items(): assert torch.equal(v, b['after'][k]), k
+    for k,v in learnt(a['after']).items():
+        if not k.endswith('conv.bias'): assert not torch.equal(v, a['before'][k]), k
+    assert all(torch.equal(v, b['before'][k]) for k,v in a['before'].items())
+    assert far(*(learnt(o['after']) for o in alone))>1e-2
+    assert all(far(learnt(a['after']), learnt(o['after']))>1e-2 for o in alone)
+    assert a['kept']==b['kept']=='Adapted'
+    assert a['history']['kd']==b['history']['kd'] and a['history']['fitnet']==b['history']['fitnet']
+
+def test_two_halves_are_the_whole(tmp_path):
+    two,_ = trained('norms', 2, tmp_path)
+    (tmp_path/'one').mkdir()
+    one, = trained('norms', 1, tmp_path/'one')
+    assert all(torch.equal(v, two['before'][k]) for k,v in one['before'].items())
+    assert far(learnt(one['after']), learnt(one["before"]))>1e-3
+    assert far(learnt(two['after']), learnt(one['after']))<1e-4
+    for k in ('kd','at','fitnet'): assert two['history'][k]==pytest.approx(one['history'][k], rel=1e-4)

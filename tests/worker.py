@@ -1,0 +1,43 @@
+"One of two processes (or the only one): trains as `test_processes` asks and saves the weights it ends with. Arguments: what to do, file"
+import sys
+from contextlib import nullcontext
+from fastai.vision.all import *
+import fastai.distributed
+from kdfast.all import *
+
+class FreezeNorms(Callback):
+    "Batch norms in eval, so that two halves of a batch are what the whole is"
+    order = 0
+    def before_train(self):
+        for m in self.learn.model.modules():
+            if isinstance(m, nn.BatchNorm2d): m.eval()
+
+class Alone(Callback):
+    "Each process trains on its part of the data, and no gradient is synchronized"
+    order = 12
+    def before_fit(self): self.learn.model.require_backward_grad_sync = False
+
+def weights(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
+
+def main(how, file):
+    n,whole = max(1, num_distrib()),how=='norms'
+    set_seed(0)
+    dls = digits_dls(64//n, per_class=40, seed=1, pad=0 if whole else 4)
+    if whole: dls = tensor_dls(*((first64(dls)),)*2, bs=64//n, stats=digits_stats)
+    teacher = wrn(10, 2)
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(), AT(), FitNet()], opt_func=SGD, metrics=accuracy)
+    if whole: learn.add_cb(FreezeNorms())
+    if how=='alone': learn.add_cb(Alone())
+    dls.train.rng.seed(rank_distrib())
+    before = weights(learn.model)
+    with learn.no_bar(), learn.no_logging():
+        with learn.distrib_ctx(sync_bn=False) if n>1 else nullcontext(): learn.fit(2, 2e-4 if whole else 1e-3)
+    torch.save(dict(before=before, after=weights(learn.model), history=learn.recorder.history.to_dict('list'), kept=type(learn.model).__name__), f'{file}.{rank_distrib()}')
+
+def first64(dls):
+    xs,ys = dls.train_ds.tls
+    return xs.tfms.fs[0].images[:64],ys.tfms.fs[0].labels[:64]
+
+if __name__=='__main__':
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
