@@ -38,8 +38,9 @@ docs: .venv/developing
 	$(BIN)/jupyter nbconvert --to html --output-dir _docs _proc/*.ipynb
 
 # CIFAR=path IMAGENETTE=path make bench
-bench: .venv/installed
+bench: .venv/developing
 	$(BIN)/python benchmarks/loader.py --cifar $(CIFAR) --imagenette $(IMAGENETTE) | tee results/loader.md
+	$(BIN)/python benchmarks/step_cost.py | tee results/step_cost.md
 
 .venv/installed: settings.ini pyproject.toml setup.py
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -9,3 +9,4 @@ from .teacher import *
 from .distill import *
 from .learner import *
 from .interpret import *
+from .experiments import *

@@ -13,16 +13,15 @@ from argparse import ArgumentParser
 from importlib.metadata import version
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # fastai's import, nothing that a user could mend
 import torchvision
-from operator import itemgetter
 from fastai.vision.all import *
 from fastcore.script import anno_parser
 from . import data as data_room, models
 from .data import digits_dls
 from .distill import FeatureKD
-from .experiments import Folder, accuracy_of, by_arm, load_network, machine, result_table, run_arm, save_network, versus
-from .interpret import plot_history, show_attention
+from .experiments import RunFolder, accuracy_of, by_arm, load_network, machine_facts, result_table, run_arm, save_network, versus
+from .interpret import show_attention
 from .learner import distill_learner, student_of, teacher_of
-from .measure import compare, count_params
+from .measure import compare
 from .models import wrn
 from .teacher import DistillCallback, probe_batch
 
@@ -73,6 +72,12 @@ def data_of(
     return partial(funcs[name], **kwargs)
 
 # %% ../nbs/17_cli.ipynb #e593c49c
+def _fitter(epochs, lr, bf16=False, how='fit_one_cycle'):
+    def fit(learn):
+        if bf16: learn.to_bf16().to_channelslast()
+        getattr(learn, how)(epochs, lr)
+    return fit
+
 def _say(*args):
     if not rank_distrib(): print(*args, flush=True)
 
@@ -87,11 +92,11 @@ def _students(folder, dls, teacher, student, arms, seeds, fit, about, quiet=Fals
         folder.add(run)
         yield arm,seed,learn
 
+# %% ../nbs/17_cli.ipynb #000ea907
 def _costs(teacher, student, size):
     table = compare(dict(teacher=teacher, student=student), size)[['parameters','MACs','ms per image']]
     return json.loads(table.to_json(orient='index'))
 
-# %% ../nbs/17_cli.ipynb #000ea907
 def _command(f, settings):
     given = {k:v for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
     return ' '.join(['kdfast', f.__name__, *(f"--{k.replace('_', '-')}{'' if v is True else f' {v}'}" for k,v in given.items())])
@@ -101,7 +106,7 @@ def _report(folder):
     flat = [k for k in accs if k!='control' and versus(accs[k], accs['control'])[2] in ('worse','no different')]
     _say(f"\n{result_table(folder.record).to_string()}\n")
     if n>1: _say(f"Accuracy ± standard deviation over {n} seeds, differences ± standard error. Not better than the control: {', '.join(flat) or 'none of them'}.\n")
-    for o in sorted(folder.path.iterdir()): _say(o)
+    for o in sorted(o for o in folder.path.iterdir() if o.suffix in ('.json','.csv','.png','.pth','.pkl')): _say(o)
 
 # %% ../nbs/17_cli.ipynb #547f26ed
 demo_arms = 'control','kd','at','kd+at','fitnet'
@@ -115,26 +120,21 @@ def demo(
     "Distil a student on scikit-learn's digits: five arms, a table, two pictures, exported students"
     settings = dict(out=out, epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds)
     (out/'record.json').unlink(missing_ok=True)
-    folder = Folder(out, dict(epochs=epochs, teacher_epochs=teacher_epochs))
+    folder = RunFolder(out, dict(epochs=epochs, teacher_epochs=teacher_epochs))
     _say("A WRN-16-2 learns from 1,198 digits; then WRN-10-1 students learn from 5 labelled digits a class, with its help and without.\n")
     full,few = digits_dls(64),digits_dls(25, per_class=5, repeat=10)
-    teacher,run = run_arm(lambda: distill_learner(full, None, partial(wrn, 16, 2), metrics=accuracy), lambda o: o.fit_one_cycle(teacher_epochs, 1e-2), full, 'teacher', quiet=True)
+    make = lambda: distill_learner(full, None, partial(wrn, 16, 2), metrics=accuracy)
+    teacher,run = run_arm(make, _fitter(teacher_epochs, 1e-2), full, 'teacher', quiet=True)
     _say(f"teacher: {run['accuracy']:.1%} in {run['seconds']:.0f} s")
-    runs = _students(folder, few, teacher.model, partial(wrn, 10, 1), demo_arms, seeds, lambda o: o.fit_one_cycle(epochs, 1e-2), {}, quiet=True)
+    runs = _students(folder, few, teacher.model, partial(wrn, 10, 1), demo_arms, seeds, _fitter(epochs, 1e-2), {}, quiet=True)
     learners = {arm:learn for arm,seed,learn in runs if not seed}
     costs = _costs(teacher.model, learners['control'].student, 32)
-    folder.add(command=_command(demo, settings), machine=machine(), costs=costs, teacher=dict(network='wrn-16-2', accuracy=run['accuracy'], seconds=run['seconds']))
+    folder.add(command=_command(demo, settings), machine=machine_facts(), costs=costs, teacher=dict(network='wrn-16-2', accuracy=run['accuracy'], seconds=run['seconds']))
     folder.draw()
     show_attention(few, dict(teacher=teacher, control=learners['control'], AT=learners['at']), stage=1).savefig(folder.path/'attention.png', dpi=120)
     _report(folder)
 
 # %% ../nbs/17_cli.ipynb #8d5db81d
-def _fitter(epochs, lr, bf16, how='fit_one_cycle'):
-    def fit(learn):
-        if bf16: learn.to_bf16().to_channelslast()
-        getattr(learn, how)(epochs, lr)
-    return fit
-
 def _same_training(file, theirs, ours):
     odd = [k for k in ours if theirs.get(k)!=ours[k]]
     if odd: raise ValueError(f"{file} was trained otherwise ({', '.join(f'{k} {theirs.get(k)}, not {ours[k]}' for k in odd)}): choose another --out, or pass it as --teacher-file")
@@ -152,19 +152,38 @@ def _train_teacher(folder, arch, dls, about):
 # %% ../nbs/17_cli.ipynb #a8ba29a8
 def _digest(model): return hashlib.sha256(b''.join(v.float().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()[:12]
 
-def _teacher(folder, file, arch, make_dls, dls, about):
+def _load_teacher(folder, file, arch, make_dls, dls, about):
     "What `distill_learner` takes as teacher, its network, and what is known of it"
     if file and Path(file).suffix=='.pkl':
         network,tfm = teacher_of(file, dls)
-        return file,network,dict(file=str(file), accuracy=accuracy_of(network, dls, tfm))
+        return file,network,dict(accuracy=accuracy_of(network, dls, tfm))
     own = folder.path/'teacher.pth'
     if not (file or own.exists()): _train_teacher(folder, arch, make_dls(pct=1.), about)
     network = student_of(arch, dls)
     known = load_network(network, file or own, dls.vocab)
     if not file: _same_training(own, known['training'], about['training'])
-    return network,network,dict({k:v for k,v in known.items() if k!='vocab'}, accuracy=accuracy_of(network, dls), **dict(file=str(file)) if file else {})
+    return network,network,dict({k:v for k,v in known.items() if k!='vocab'}, accuracy=accuracy_of(network, dls))
+
+def _teacher(folder, file, *args):
+    source,network,known = _load_teacher(folder, file, *args)
+    known = dict(known, weights=_digest(network), **dict(file=str(file)) if file else {})
+    if folder.record.get('teacher', known)['weights']!=known['weights']: raise ValueError(
+        f"{folder.path} holds the results of another teacher: choose another --out, or remove it")
+    return source,network,known
 
 # %% ../nbs/17_cli.ipynb #a2d78020
+def _arms(method):
+    arms = ['control', *(o for o in method.split(',') if o!='control')]
+    for o in arms: terms_of(o)
+    return arms
+
+def _check(teacher, student, teacher_file, pretrained, **numbers):
+    if pretrained and teacher_file: raise ValueError("--pretrained starts a teacher from ImageNet weights, --teacher-file has one that is trained: leave one out")
+    for o in (teacher,student): network_of(o)()
+    low = [k for k,v in numbers.items() if v is not None and v<1]
+    if low: raise ValueError(f"--{low[0].replace('_', '-')} is at least 1, got {numbers[low[0]]}")
+
+# %% ../nbs/17_cli.ipynb #fe468519
 def distill(
     data:str='digits', # digits, cifar10 or imagenette
     path:Path=None, # Folder or archive of the data, downloaded if left out
@@ -185,25 +204,20 @@ def distill(
     out:Path=Path('distill') # Folder for the results; a record with the same settings is gone on with
 ):
     "Train a teacher, or load it; then students with its help and without; write table, curves and students"
-    command,arms = _command(distill, locals()),['control', *(o for o in method.split(',') if o!='control')]
-    for o in arms: terms_of(o)
-    if pretrained and not teacher.startswith('torchvision.'): teacher = f'torchvision.{teacher}'
-    if pretrained and teacher_file: raise ValueError("--pretrained starts a teacher from ImageNet weights, --teacher-file has one that is trained: leave one out")
-    if min(epochs, seeds, bs, teacher_epochs or 1)<1: raise ValueError("--epochs, --teacher-epochs, --seeds and --bs are at least 1")
-    for o in (teacher,student): network_of(o)()
+    command,arms = _command(distill, locals()),_arms(method)
+    if pretrained: teacher = f"torchvision.{teacher.removeprefix('torchvision.')}"
+    _check(teacher, student, teacher_file, pretrained, epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs)
     make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=False if from_files else None if data=='digits' else True)
-    folder = Folder(out, dict(data=data, size=size, pct=pct, student=student, epochs=epochs, bs=bs, lr=lr, bf16=bf16))
+    shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16)
+    folder = RunFolder(out, dict(shared, pct=pct, student=student, epochs=epochs))
     dls = make_dls(pct=pct)
-    sides = tuple(probe_batch(dls)[0][0].shape[2:])
-    archs = [network_of(o, min(sides)) for o in (teacher,student)]
-    training = dict(data=data, size=size, epochs=teacher_epochs or epochs, bs=bs, lr=lr, bf16=bf16, pretrained=pretrained)
-    about = dict(vocab=[str(o) for o in dls.vocab], training=training)
-    source,network,known = _teacher(folder, teacher_file, archs[0], make_dls, dls, dict(about, network=teacher))
-    known = dict(known, weights=_digest(network))
-    if folder.record.get('teacher', known)['weights']!=known['weights']: raise ValueError(f"{folder.path} holds the results of another teacher: choose another --out, or remove it")
-    folder.add(command=command, machine=machine(), teacher=known, costs=_costs(network, student_of(archs[1], dls), sides), images=len(dls.train_ds))
+    size = tuple(probe_batch(dls)[0][0].shape[2:])
+    teacher_arch,student_arch = (network_of(o, min(size)) for o in (teacher,student))
+    about = dict(vocab=[str(o) for o in dls.vocab], training=dict(shared, epochs=teacher_epochs or epochs, pretrained=pretrained))
+    source,network,known = _teacher(folder, teacher_file, teacher_arch, make_dls, dls, dict(about, network=teacher))
+    folder.add(command=command, machine=machine_facts(), teacher=known, costs=_costs(network, student_of(student_arch, dls), size), images=len(dls.train_ds))
     _say(f"teacher {known.get('network', teacher)}: {known['accuracy']:.1%}; {len(dls.train_ds)} images for the students")
-    for _ in _students(folder, dls, source, archs[1], arms, seeds, _fitter(epochs, lr, bf16), dict(about, network=student)): pass
+    for _ in _students(folder, dls, source, student_arch, arms, seeds, _fitter(epochs, lr, bf16), dict(about, network=student)): pass
     folder.draw()
     _report(folder)
 

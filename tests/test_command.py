@@ -4,7 +4,7 @@ from test_processes import launch
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.cli import main
-from kdfast.experiments import Folder, load_network, save_network
+from kdfast.experiments import load_network, save_network
 
 kdfast_command = str(Path(sys.executable).parent/'kdfast')
 small = '--pct .2 --teacher wrn-10-2 --student wrn-10-1 --method kd,kd+at --epochs 2 --teacher-epochs 1 --seeds 2'.split()
