@@ -1,7 +1,7 @@
 # Every target does its own set-up in .venv
 PYTHON ?= python3
 BIN = .venv/bin
-NOTEBOOKS = $(sort $(wildcard nbs/*.ipynb))
+NOTEBOOKS = $(sort $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb))
 .PHONY: demo test sync readme outputs docs bench clean
 
 demo: .venv/installed
@@ -34,8 +34,8 @@ outputs: .venv/developing
 # The pages as Quarto gets them, in _proc
 docs: .venv/developing
 	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
-	for f in _proc/*.ipynb; do $(BIN)/nbdev-clean --fname $$f; done
-	$(BIN)/jupyter nbconvert --to html --output-dir _docs _proc/*.ipynb
+	for f in _proc/*.ipynb _proc/tutorials/*.ipynb; do $(BIN)/nbdev-clean --fname $$f; done
+	$(BIN)/jupyter nbconvert --to html --output-dir _docs _proc/*.ipynb _proc/tutorials/*.ipynb
 
 # CIFAR=path IMAGENETTE=path make bench
 bench: .venv/developing

@@ -18,7 +18,7 @@ from fastcore.script import anno_parser
 from . import data as data_room, models
 from .data import digits_dls
 from .distill import FeatureKD
-from .experiments import RunFolder, accuracy_of, by_arm, load_network, machine_facts, result_table, run_arm, save_network, versus
+from .experiments import RunFolder, accuracy_of, by_arm, described, load_network, machine_facts, result_table, run_arm, save_network, versus
 from .interpret import show_attention
 from .learner import distill_learner, student_of, teacher_of
 from .measure import compare
@@ -38,7 +38,9 @@ def terms_of(
     if method=='control': return []
     unknown = [m for m in method.split('+') if m not in methods()]
     if unknown: raise ValueError(f"Unknown method {' and '.join(unknown)}: choose from control, {', '.join(methods())}, or join several with +")
-    return [methods()[m]() for m in method.split('+')]
+    names = method.split('+')
+    if len({*names})<len(names): raise ValueError(f"{method} names a method twice: name it once")
+    return [methods()[m]() for m in names]
 
 # %% ../nbs/17_cli.ipynb #ee1ad64a
 def _known_networks(): return [*(f'resnet{d}' for d in models._blocks), 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
@@ -216,7 +218,7 @@ def distill(
     about = dict(vocab=[str(o) for o in dls.vocab], training=dict(shared, epochs=teacher_epochs or epochs, pretrained=pretrained))
     source,network,known = _teacher(folder, teacher_file, teacher_arch, make_dls, dls, dict(about, network=teacher))
     folder.add(command=command, machine=machine_facts(), teacher=known, costs=_costs(network, student_of(student_arch, dls), size), images=len(dls.train_ds))
-    _say(f"teacher {known.get('network', teacher)}: {known['accuracy']:.1%}; {len(dls.train_ds)} images for the students")
+    _say(described(folder.record))
     for _ in _students(folder, dls, source, student_arch, arms, seeds, _fitter(epochs, lr, bf16), dict(about, network=student)): pass
     folder.draw()
     _report(folder)

@@ -27,6 +27,10 @@ def _check_temperature(T):
     if T<=0: raise ValueError(f"The temperature must be positive, got T={T}: 4 is usual for 10 to 100 classes, 1 for ImageNet")
 
 # %% ../nbs/08_distill.ipynb #69809d68
+def _along(weight):
+    "A weight at 21 moments of a fit"
+    return [float(weight(i/20)) if callable(weight) else weight for i in range(21)]
+
 class KD(DistillCallback):
     "Soft labels: `(1-alpha)*loss + alpha*kd_loss` (Hinton et al., arXiv:1503.02531)"
     def __init__(self,
@@ -34,7 +38,7 @@ class KD(DistillCallback):
         alpha:float=.9 # Part of the loss that comes from the teacher, in [0,1], or a fastai schedule of it
     ):
         _check_temperature(T)
-        values = [float(alpha(i/20)) for i in range(21)] if callable(alpha) else [alpha]
+        values = _along(alpha)
         if not all(0<=a<=1 for a in values): raise ValueError(f"alpha is the part of the loss that comes from the teacher, in [0,1], got {min(values)} to {max(values)}")
         super().__init__(alpha)
         self.T = T
@@ -44,6 +48,8 @@ class KD(DistillCallback):
             "KD compares softmax outputs, but these targets are multi-label: use AT or FitNet, which do not read the outputs")
         if _is_float(probe.yb) and not _is_cross_entropy(self.learn.loss_func): raise ValueError(
             "KD compares softmax outputs, but these targets are floating point, multi-label or of a regression: use AT or FitNet, which do not read the outputs")
+        part = max(map(sum, zip(*(_along(t.weight) for t in self.source.terms if isinstance(t, KD)))))
+        if part>1+1e-6: raise ValueError(f"The KD terms of a learner take {part:g} of its loss together, which leaves less than nothing to the labels: choose alphas that add up to 1 or less")
         if probe.pred.shape[1]<2: raise ValueError("KD compares the probabilities of at least two classes, but the networks have one output: use AT or FitNet")
         return {}
 

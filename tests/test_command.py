@@ -83,7 +83,10 @@ def test_ctrl_c_saves_what_was_reached(tmp_path):
     assert not [*(tmp_path/'out').glob('.*')]
     res = subprocess.run(args, capture_output=True, text=True, timeout=120)
     assert res.returncode==0 and 'control, seed 0' not in res.stdout
-    assert [r['arm'] for r in record_of(tmp_path/'out')['runs']]==['control','kd','kd+at'] and record_of(tmp_path/'out')['runs'][0]==record['runs'][0]
+    runs = record_of(tmp_path/'out')['runs']
+    assert [r['arm'] for r in runs]==['control','kd','kd+at'] and runs[0]==record['runs'][0]
+    main([*args[1:-1], str(tmp_path/'straight')])
+    assert [r['history'] for r in record_of(tmp_path/'straight')['runs']]==[r['history'] for r in runs]
 
 def test_help_and_unknown_options():
     for sub,options in dict(demo=['--seeds'], distill=['--teacher-file','--pretrained','--method']).items():
@@ -96,6 +99,7 @@ def test_help_and_unknown_options():
 
 bad = {
     'method': (['--method','magic'], 'choose from control, kd, at, fitnet'),
+    'method twice': (['--method','kd+kd'], 'names a method twice'),
     'second method': (['--method','kd,at+magic'], 'Unknown method magic'),
     'student': (['--student','tiny'], "Unknown network 'tiny': choose from resnet10, resnet14"),
     'teacher': (['--teacher','resnet11'], "Unknown network 'resnet11'"),
@@ -167,6 +171,12 @@ def test_results_of_other_settings_stay(done, tmp_path):
     save_network(wrn(10, 2), tmp_path/'new.pth')
     fails('results of another teacher', *small, '--teacher-file', tmp_path/'new.pth', '--out', out)
     assert (out/'record.json').read_bytes()==before
+
+def test_a_foreign_record_stays(tmp_path):
+    for text in ('{', '[]', '{"runs": 3}'):
+        (tmp_path/'record.json').write_text(text)
+        fails('is no record of runs', '--out', tmp_path)
+        assert (tmp_path/'record.json').read_text()==text
 
 def test_pretrained_starts_from_the_weights_on_file(tmp_path, monkeypatch):
     "A file where torch.hub keeps what it has downloaded"

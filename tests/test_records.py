@@ -1,0 +1,62 @@
+"The demo runs, and the records that the commands have left are what the issue of their runs asked for"
+import json, math, shlex, subprocess, sys, pytest
+from pathlib import Path
+from statistics import mean, stdev
+
+root = Path(__file__).parent.parent
+arms = 'control','kd','at','kd+at','fitnet'
+records = [f for f in (root/'demo/record.json', root/'results/demo/record.json', root/'results/imagenette/record.json') if f.exists()]
+
+def test_the_demo_writes_what_it_says(tmp_path):
+    args = [Path(sys.executable).parent/'kdfast', 'demo', '--out', tmp_path/'out', '--epochs', '1', '--teacher-epochs', '1', '--seeds', '2']
+    res = subprocess.run(args, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert res.returncode==0, res.stderr
+    assert {o.name for o in (tmp_path/'out').iterdir()}=={'record.json','runs.csv','curves.png','attention.png',*(f'student-{o}.pkl' for o in arms)}
+    assert all(str(o) in res.stdout for o in (tmp_path/'out').iterdir())
+    record = json.loads((tmp_path/'out/record.json').read_text())
+    assert record['settings']==dict(epochs=1, teacher_epochs=1) and len(record['runs'])==2*5 and '--seeds 2' in record['command']
+    assert all(len(r['history']['accuracy'])==1 for r in record['runs'])
+    from fastai.vision.all import load_learner, torch
+    assert load_learner(tmp_path/'out/student-kd+at.pkl').model(torch.zeros(2,3,32,32)).shape==(2,10)
+
+@pytest.mark.parametrize('file', records, ids=lambda f: str(f.relative_to(root)))
+def test_kd_is_better_than_the_control(file):
+    runs = json.loads(file.read_text())['runs']
+    kd,control = ([r['accuracy'] for r in runs if r['arm']==arm] for arm in ('kd','control'))
+    assert len(kd)==len(control)>=3
+    joint = math.sqrt(sum(stdev(o)**2/len(o) for o in (kd,control)))
+    assert mean(kd)-mean(control)>joint
+
+asked = dict(imagenette=({'control':3, 'kd':3, 'at':3, 'kd+at':3, 'fitnet':3}, 9469, 1894, 20), cifar10=({'control':1, 'kd':1, 'at':1, 'kd+at':1}, 50000, 10000, 10))
+asked['imagenette-all'] = ({'control':1, 'kd':1}, 9469, 9469, 20)
+
+@pytest.mark.parametrize('name', asked)
+def test_records_on_real_images(name):
+    record,(arms,seen,images,epochs) = json.loads((root/f'results/{name}/record.json').read_text()),asked[name]
+    runs = [r['arm'] for r in record['runs']]
+    assert all(runs.count(arm)>=n for arm,n in arms.items())
+    assert record['teacher']['images']==seen and record['images']==images
+    assert all(len(r['history']['accuracy'])>=epochs and r['history']['accuracy'][-1]==r['accuracy'] for r in record['runs'])
+    assert record['settings']['bf16'] and record['teacher']['training']['epochs']>=15
+
+def test_the_teacher_of_imagenette_is_five_points_ahead():
+    record = json.loads((root/'results/imagenette/record.json').read_text())
+    assert record['teacher']['accuracy'] - mean(r['accuracy'] for r in record['runs'] if r['arm']=='control') > .05
+
+def test_a_teacher_is_kept():
+    "The weights that the record names, in half precision"
+    from kdfast.cli import _digest
+    from kdfast.all import load_network, wrn
+    net,record = wrn(16, 2),json.loads((root/'results/cifar10/record.json').read_text())
+    load_network(net, root/'results/teachers/cifar10-wrn-16-2.pth')
+    assert _digest(net)==record['teacher']['weights']
+
+@pytest.mark.parametrize('file', sorted(root.glob('results/*/record.json')), ids=lambda f: f.parent.name)
+def test_commands_on_record_are_commands(file):
+    from kdfast.cli import _parser, demo, distill
+    record = json.loads(file.read_text())
+    name,*args = shlex.split(record['command'])
+    parsed = vars(_parser(dict(demo=demo, distill=distill)).parse_args(args))
+    assert name=='kdfast' and all(parsed.get(k, v)==v for k,v in record['settings'].items())
+
+def test_there_is_a_record(): assert len(records)>=2
