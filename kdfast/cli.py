@@ -8,8 +8,9 @@ Docs: https://kdfast.github.io/kdfast/cli.html.md"""
 __all__ = ['demo_arms', 'methods', 'terms_of', 'network_of', 'data_of', 'demo', 'distill', 'main']
 
 # %% ../nbs/17_cli.ipynb #248317bb
-import hashlib, inspect, itertools, json, os, sys, warnings
+import hashlib, inspect, itertools, json, os, shlex, sys, warnings
 from argparse import ArgumentParser
+from contextlib import nullcontext
 from importlib.metadata import version
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # fastai's import, nothing that a user could mend
 import torchvision
@@ -18,7 +19,8 @@ from fastcore.script import anno_parser
 from . import data as data_room, models
 from .data import digits_dls
 from .distill import FeatureKD
-from .experiments import RunFolder, accuracy_of, by_arm, described, load_network, machine_facts, result_table, run_arm, save_network, versus
+from .experiments import (RunFolder, accuracy_of, beside_control, by_arm, described, load_network, machine_facts, result_table, run_arm,
+    save_network, versus)
 from .interpret import show_attention
 from .learner import distill_learner, student_of, teacher_of
 from .measure import compare
@@ -51,10 +53,9 @@ def network_of(
 ): # As `distill_learner` takes a student: called with `n_out`, or an architecture
     "The network that `name` stands for, with random weights"
     name,ours = name.removeprefix('torchvision.'),not name.startswith('torchvision.')
-    found = ours and re.fullmatch(r'(wrn|resnet)-?([\d.]+(?:-[\d.]+)*)', name)
-    if found and (found[1]=='wrn' or int(found[2]) in models._blocks):
-        f,args = getattr(models, found[1]),[float(o) if '.' in o else int(o) for o in found[2].split('-')]
-        return partial(f, *args, **dict(stem='small' if size<=32 else 'imagenet') if found[1]=='resnet' else {})
+    wide,plain = (ours and re.fullmatch(o, name) for o in (r'wrn-(\d+)-(\d+\.?\d*)', r'resnet-?(\d+)'))
+    if wide: return partial(models.wrn, int(wide[1]), float(wide[2]))
+    if plain and int(plain[1]) in models._blocks: return partial(models.resnet, int(plain[1]), stem='small' if size<=32 else 'imagenet')
     others = torchvision.models.list_models(module=torchvision.models)
     mine = f"{', '.join(_known_networks())}, or from " if ours else ''
     if name not in others: raise ValueError(f"Unknown network {name!r}: choose from {mine}torchvision's {', '.join(others)}")
@@ -88,27 +89,36 @@ def _students(folder, dls, teacher, student, arms, seeds, fit, about, quiet=Fals
     for seed,arm in itertools.product(range(seeds), arms):
         if folder.has(arm, seed): continue
         make = lambda: distill_learner(dls, None if arm=='control' else teacher, student, terms_of(arm), metrics=accuracy, path=folder.path)
-        with folder.interruptible(about): learn,run = run_arm(make, fit, dls, arm, seed, quiet)
+        with folder.interruptible(about) if about else nullcontext(): learn,run = run_arm(make, fit, dls, arm, seed, quiet)
         _say(f"{arm:8} seed {seed}: {run['accuracy']:6.1%} in {run['seconds']:.0f} s")
-        if not (seed or rank_distrib()): learn.export_student(f'student-{arm}.pkl')
+        if not seed: learn.export_student(f'student-{arm}.pkl')
         folder.add(run)
         yield arm,seed,learn
 
 # %% ../nbs/17_cli.ipynb #000ea907
-def _costs(teacher, student, size):
-    table = compare(dict(teacher=teacher, student=student), size)[['parameters','MACs','ms per image']]
+def _costs(teacher, student, size, device):
+    table = compare({k:m.to(device) for k,m in dict(teacher=teacher, student=student).items()}, size)[['parameters','MACs','ms per image']]
     return json.loads(table.to_json(orient='index'))
 
 def _command(f, settings):
     given = {k:v for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
-    return ' '.join(['kdfast', f.__name__, *(f"--{k.replace('_', '-')}{'' if v is True else f' {v}'}" for k,v in given.items())])
+    return shlex.join(['kdfast', f.__name__, *(o for k,v in given.items() for o in (f"--{k.replace('_', '-')}", *([] if v is True else [str(v)])))])
+
+# %% ../nbs/17_cli.ipynb #3a6c2de0
+def _whole_command(given, runs, arms):
+    "The command that makes all of this again, what was on record before included"
+    names = [o for o in dict.fromkeys([*(r['arm'] for r in runs), *arms]) if o!='control']
+    return _command(distill, dict(given, method=','.join(names) or 'control', seeds=max(given['seeds'], *(r['seed']+1 for r in runs), 1)))
 
 def _report(folder):
-    accs,n = by_arm(folder.record, 'accuracy'),max(r['seed'] for r in folder.record['runs'])+1
-    flat = [k for k in accs if k!='control' and versus(accs[k], accs['control'])[2] in ('worse','no different')]
-    _say(f"\n{result_table(folder.record).to_string()}\n")
-    if n>1: _say(f"Accuracy ± standard deviation over {n} seeds, differences ± standard error. Not better than the control: {', '.join(flat) or 'none of them'}.\n")
-    for o in sorted(o for o in folder.path.iterdir() if o.suffix in ('.json','.csv','.png','.pth','.pkl')): _say(o)
+    found = {k: versus(*beside_control(folder.record, k))[2] for k in by_arm(folder.record, 'accuracy') if k!='control'}
+    _say(f"\n{result_table(folder.record).to_string()}\n\nAccuracy ± standard deviation over the seeds, differences ± standard error.")
+    for word,verdicts in {'Not better than the control':('worse','no different'), 'Undecided by one seed':('(one seed)',)}.items():
+        names = [k for k,v in found.items() if v in verdicts]
+        if names: _say(f"{word}: {', '.join(names)}")
+    _say()
+    for o in ('record.json','runs.csv','curves.png','attention.png','teacher.pth',*(f'student-{k}.pkl' for k in ('control',*found))):
+        if (folder.path/o).exists(): _say(folder.path/o)
 
 # %% ../nbs/17_cli.ipynb #547f26ed
 demo_arms = 'control','kd','at','kd+at','fitnet'
@@ -121,8 +131,9 @@ def demo(
 ):
     "Distil a student on scikit-learn's digits: five arms, a table, two pictures, exported students"
     settings = dict(out=out, epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds)
-    (out/'record.json').unlink(missing_ok=True)
-    folder = RunFolder(out, dict(epochs=epochs, teacher_epochs=teacher_epochs))
+    _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds)
+    folder = RunFolder(out, dict(demo=True, epochs=epochs, teacher_epochs=teacher_epochs))
+    folder.record = dict(runs=[])
     _say("A WRN-16-2 learns from 1,198 digits; then WRN-10-1 students learn from 5 labelled digits a class, with its help and without.\n")
     full,few = digits_dls(64),digits_dls(25, per_class=5, repeat=10)
     make = lambda: distill_learner(full, None, partial(wrn, 16, 2), metrics=accuracy)
@@ -130,14 +141,16 @@ def demo(
     _say(f"teacher: {run['accuracy']:.1%} in {run['seconds']:.0f} s")
     runs = _students(folder, few, teacher.model, partial(wrn, 10, 1), demo_arms, seeds, _fitter(epochs, 1e-2), {}, quiet=True)
     learners = {arm:learn for arm,seed,learn in runs if not seed}
-    costs = _costs(teacher.model, learners['control'].student, 32)
+    costs = _costs(teacher.model, learners['control'].student, 32, few.device)
     folder.add(command=_command(demo, settings), machine=machine_facts(), costs=costs, teacher=dict(network='wrn-16-2', accuracy=run['accuracy'], seconds=run['seconds']))
-    folder.draw()
-    show_attention(few, dict(teacher=teacher, control=learners['control'], AT=learners['at']), stage=1).savefig(folder.path/'attention.png', dpi=120)
+    folder.finish()
+    figure = show_attention(few, dict(teacher=teacher, control=learners['control'], AT=learners['at']), stage=1)
+    folder.save(figure, 'attention.png')
     _report(folder)
 
 # %% ../nbs/17_cli.ipynb #8d5db81d
 def _same_training(file, theirs, ours):
+    if theirs is None: raise ValueError(f"{file} was not written by this command: choose another --out, or pass it as --teacher-file")
     odd = [k for k in ours if theirs.get(k)!=ours[k]]
     if odd: raise ValueError(f"{file} was trained otherwise ({', '.join(f'{k} {theirs.get(k)}, not {ours[k]}' for k in odd)}): choose another --out, or pass it as --teacher-file")
 
@@ -154,36 +167,62 @@ def _train_teacher(folder, arch, dls, about):
 # %% ../nbs/17_cli.ipynb #a8ba29a8
 def _digest(model): return hashlib.sha256(b''.join(v.float().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()[:12]
 
-def _load_teacher(folder, file, arch, make_dls, dls, about):
+def _load_teacher(file, own, arch, dls, about):
     "What `distill_learner` takes as teacher, its network, and what is known of it"
     if file and Path(file).suffix=='.pkl':
         network,tfm = teacher_of(file, dls)
-        return file,network,dict(accuracy=accuracy_of(network, dls, tfm))
-    own = folder.path/'teacher.pth'
-    if not (file or own.exists()): _train_teacher(folder, arch, make_dls(pct=1.), about)
-    network = student_of(arch, dls)
-    known = load_network(network, file or own, dls.vocab)
-    if not file: _same_training(own, known['training'], about['training'])
+        return file,network,dict(network=Path(file).name, accuracy=accuracy_of(network.to(dls.device), dls, tfm))
+    network = student_of(arch, dls).to(dls.device)
+    known = dict(network=about['network']) | load_network(network, file or own, dls.vocab)
+    if not file: _same_training(own, known.get('training'), about['training'])
     return network,network,dict({k:v for k,v in known.items() if k!='vocab'}, accuracy=accuracy_of(network, dls))
 
-def _teacher(folder, file, *args):
-    source,network,known = _load_teacher(folder, file, *args)
+def _teacher(folder, file, train, *args):
+    before,own = folder.record.get('teacher', {}),folder.path/'teacher.pth'
+    other = f"{folder.path} holds the results of {'the teacher ' + before['file'] if 'file' in before else 'another teacher'}: pass that as --teacher-file, choose another --out, or remove it"
+    if 'file' in before and not file: raise ValueError(other)
+    if not (file or own.exists()): train()
+    source,network,known = _load_teacher(file, own, *args)
     known = dict(known, weights=_digest(network), **dict(file=str(file)) if file else {})
-    if folder.record.get('teacher', known)['weights']!=known['weights']: raise ValueError(
-        f"{folder.path} holds the results of another teacher: choose another --out, or remove it")
+    if before and before['weights']!=known['weights']: raise ValueError(other)
     return source,network,known
 
 # %% ../nbs/17_cli.ipynb #a2d78020
+def _check_numbers(**numbers):
+    low = [k for k,v in numbers.items() if v is not None and v<1]
+    if low: raise ValueError(f"--{low[0].replace('_', '-')} is at least 1, got {numbers[low[0]]}")
+
 def _arms(method):
     arms = ['control', *(o for o in method.split(',') if o!='control')]
     for o in arms: terms_of(o)
     return arms
 
-def _check(teacher, student, teacher_file, pretrained, **numbers):
+def _check(data, teacher, student, teacher_file, pretrained, from_files, lr):
     if pretrained and teacher_file: raise ValueError("--pretrained starts a teacher from ImageNet weights, --teacher-file has one that is trained: leave one out")
-    for o in (teacher,student): network_of(o)()
-    low = [k for k,v in numbers.items() if v is not None and v<1]
-    if low: raise ValueError(f"--{low[0].replace('_', '-')} is at least 1, got {numbers[low[0]]}")
+    if data=='digits' and from_files: raise ValueError("The digits are no files: leave --from-files out")
+    if not 0<lr<math.inf: raise ValueError(f"--lr must be positive, got {lr}")
+    for o in (teacher,student): network_of(o)
+
+# %% ../nbs/17_cli.ipynb #9a5a00df
+def _try_out(dls, teacher, student, arms, size):
+    "What both networks cost; raises `ValueError` where an arm cannot be made"
+    try:
+        teacher = student_of(teacher, dls)
+        costs = _costs(teacher, student_of(student, dls), size, dls.device)
+        for arm in arms: distill_learner(dls, None if arm=='control' else teacher, student, terms_of(arm))
+    except Exception as e: raise ValueError(f"This teacher and this student cannot be trained so, on images of {'x'.join(map(str, size))}: {(str(e).strip() or repr(e)).splitlines()[-1].strip()}") from e
+    return costs
+
+# %% ../nbs/17_cli.ipynb #ba08baa0
+def _images(dls):
+    first8 = b''.join(np.asarray(dls.valid_ds[i][0]).tobytes() for i in range(min(8, len(dls.valid_ds))))
+    return dict(training=len(dls.train_ds), validation=len(dls.valid_ds), first=hashlib.sha256(first8).hexdigest()[:12])
+
+def _in_turn():
+    "A block that the first process runs before the others, so that it alone downloads and unpacks"
+    if num_distrib()<2: return nullcontext()
+    from accelerate import PartialState
+    return PartialState(cpu=default_device().type=='cpu').main_process_first()
 
 # %% ../nbs/17_cli.ipynb #fe468519
 def distill(
@@ -206,21 +245,26 @@ def distill(
     out:Path=Path('distill') # Folder for the results; a record with the same settings is gone on with
 ):
     "Train a teacher, or load it; then students with its help and without; write table, curves and students"
-    command,arms = _command(distill, locals()),_arms(method)
+    given,arms = dict(locals()),_arms(method)
     if pretrained: teacher = f"torchvision.{teacher.removeprefix('torchvision.')}"
-    _check(teacher, student, teacher_file, pretrained, epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs)
-    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=False if from_files else None if data=='digits' else True)
-    shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16)
-    folder = RunFolder(out, dict(shared, pct=pct, student=student, epochs=epochs))
-    dls = make_dls(pct=pct)
+    _check(data, teacher, student, teacher_file, pretrained, from_files, lr)
+    _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size)
+    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=None if data=='digits' else not from_files)
+    with _in_turn(): dls = make_dls(pct=pct)
+    shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files, processes=max(1, num_distrib()))
+    folder = RunFolder(out, dict(shared, pct=pct, student=student, epochs=epochs, images=_images(dls)))
     size = tuple(probe_batch(dls)[0][0].shape[2:])
     teacher_arch,student_arch = (network_of(o, min(size)) for o in (teacher,student))
     about = dict(vocab=[str(o) for o in dls.vocab], training=dict(shared, epochs=teacher_epochs or epochs, pretrained=pretrained))
-    source,network,known = _teacher(folder, teacher_file, teacher_arch, make_dls, dls, dict(about, network=teacher))
-    folder.add(command=command, machine=machine_facts(), teacher=known, costs=_costs(network, student_of(student_arch, dls), size), images=len(dls.train_ds))
+    about_teacher,fits = dict(about, network=teacher),partial(_try_out, dls, student=student_arch, arms=arms, size=size)
+    def train():
+        fits(teacher_arch)
+        _train_teacher(folder, teacher_arch, make_dls(pct=1.), about_teacher)
+    source,network,known = _teacher(folder, teacher_file, train, teacher_arch, dls, about_teacher)
+    folder.add(command=_whole_command(given, folder.record['runs'], arms), machine=machine_facts(), teacher=known, costs=fits(network))
     _say(described(folder.record))
     for _ in _students(folder, dls, source, student_arch, arms, seeds, _fitter(epochs, lr, bf16), dict(about, network=student)): pass
-    folder.draw()
+    folder.finish()
     _report(folder)
 
 # %% ../nbs/17_cli.ipynb #bf4f4179
@@ -231,7 +275,7 @@ def _parser(commands):
     subs = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name,f in commands.items():
         p = anno_parser(f, prog=f'kdfast {name}')
-        subs.add_parser(name, parents=[p], add_help=False, help=f.__doc__, description=f.__doc__, formatter_class=p.formatter_class)
+        subs.add_parser(name, parents=[p], add_help=False, allow_abbrev=False, help=f.__doc__, description=f.__doc__, formatter_class=p.formatter_class)
     return parser
 
 def _choose_device():

@@ -162,7 +162,7 @@ def tensor_dls(
     def loader(i, x, y):
         rows = [*range(len(x))]*(1 if i else repeat)
         tls = [TfmdLists(rows, tfms)._new(rows, split_idx=i) for tfms in ([FromMemory(x, resize)], [LabelOf(y), Categorize(vocab, sort=False)])]
-        return TensorDL(Datasets(tls=tls), bs=bs, shuffle=not i, drop_last=not i and len(rows)>bs, num_workers=0, after_batch=after)
+        return TensorDL(Datasets(tls=tls), bs=bs, shuffle=not i, drop_last=not i and len(rows)>=bs*max(1, num_distrib()), num_workers=0, after_batch=after)
     return DataLoaders(*(loader(i, *o) for i,o in enumerate((train,valid))), path=path).to(device or default_device())
 
 # %% ../nbs/05_data.ipynb #58b6060e
@@ -196,7 +196,9 @@ def _unpack(archive):
             with tarfile.open(archive) as f: f.extractall(Path(tmp)/'data', filter='data')
         except (tarfile.TarError, OSError, EOFError, LZMAError, zlib.error) as e:
             raise ValueError(f"{archive} cannot be unpacked ({e}): pass a folder, a .tgz or a .tar.xz") from e
-        (Path(tmp)/'data').rename(dest)
+        try: (Path(tmp)/'data').rename(dest)
+        except OSError:
+            if not dest.exists(): raise  # else another process was first
     return dest
 
 def _dataset(path, url, parts):

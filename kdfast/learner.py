@@ -94,7 +94,8 @@ def all_processes(
     "A block in which all processes that were launched train `learn` together; it changes nothing where there is one"
     if num_distrib()<2: return nullcontext()
     _any_device()
-    return learn.distrib_ctx(sync_bn=learn.dls.device.type=='cuda')
+    device = learn.dls.device.type
+    return learn.distrib_ctx(sync_bn=device=='cuda', cpu=device=='cpu', mixed_precision='no')  # precision is the learner's own affair
 
 # %% ../nbs/09_learner.ipynb #cc2940c2
 def _is_term(cb): return issubclass(cb, DistillCallback) if isinstance(cb, type) else isinstance(cb, DistillCallback)
@@ -139,7 +140,8 @@ def whole_file(
 def export_student(self:Learner,
     fname='student.pkl' # File, relative to `learn.path`
 ) -> Path: # The file, to be opened with `load_learner`
-    "Write the bare student as a learner for inference; an existing file stays until the new one is complete"
+    "Write the bare student as a learner for inference; an existing file stays until the new one is complete, and of several processes the first writes"
+    if rank_distrib(): return self.path/fname
     splitter = self.splitter.splitter if isinstance(self.splitter, AdaptedSplitter) else self.splitter
     bare = Learner(self.dls, self.student, self.loss_func, splitter=splitter, metrics=[*self.metrics], path=self.path)
     with whole_file(self.path/fname) as part: bare.export(part.absolute())

@@ -1,5 +1,5 @@
 "`kdfast distill`, as a process and in this one"
-import json, os, signal, subprocess, sys, time, pytest, torchvision
+import itertools, json, os, signal, subprocess, sys, tarfile, time, pytest, torchvision
 from test_processes import launch
 from fastai.vision.all import *
 from kdfast.all import *
@@ -32,7 +32,7 @@ def test_distill_writes_what_it_says(done):
     assert [*runs.accuracy]==[r['accuracy'] for r in record['runs']] and len(runs)==6
     assert all(len(r['history']['accuracy'])==2 for r in record['runs'])
     assert [list(r['history'])[3:] for r in record['runs'][:3]]==[[],['kd'],['kd','at']]
-    assert record['images']==240 and record['teacher']['images']==1198
+    assert record['settings']['images']['training']==240 and record['teacher']['images']==1198
     assert record['costs']['student']['parameters']==count_params(wrn(10, 1)) and record['costs']['teacher']['MACs']==count_macs(wrn(10, 2), 32)
     assert all(o in stdout for o in ('accuracy','parameters','MACs','ms per image','seconds a run'))
     assert '\x1b' not in stdout and '\r' not in stdout
@@ -62,7 +62,7 @@ def test_the_same_command_goes_on(done, tmp_path, capsys):
     out = shutil.copytree(done[1], tmp_path/'out')
     before = record_of(out)
     main(['distill', *small, '--out', str(out)])
-    assert 'epoch' not in capsys.readouterr().out and record_of(out)['runs']==before['runs']
+    assert 'train_loss' not in capsys.readouterr().out and record_of(out)['runs']==before['runs']
     main(['distill', *small[:-4], '--teacher-epochs', '1', '--seeds', '3', '--out', str(out)])
     runs = record_of(out)['runs']
     assert runs[:6]==before['runs'] and [(r['arm'],r['seed']) for r in runs[6:]]==[(a,2) for a in ('control','kd','kd+at')]
@@ -76,7 +76,7 @@ def test_ctrl_c_saves_what_was_reached(tmp_path):
     p.send_signal(signal.SIGINT)
     out,err = p.communicate(timeout=60)
     assert p.returncode==130 and 'Traceback' not in err
-    assert 'Interrupted in kd, seed 0, epoch' in err and '1 finished run' in err and 'The same command goes on' in err
+    assert 'Interrupted in kd, seed 0, epoch' in err and 'Finished runs: 1.' in err and 'The same command goes on' in err
     record = record_of(tmp_path/'out')
     assert [r['arm'] for r in record['runs']]==['control']
     assert load_network(wrn(10, 1), tmp_path/'out/interrupted.pth')['network']=='wrn-10-1'
@@ -93,8 +93,9 @@ def test_help_and_unknown_options():
         res = run(sub, '--help')
         assert res.returncode==0 and all(o in res.stdout for o in options)
     assert '--teacher-file' not in run('demo', '--help').stdout
-    res = run('distill', '--magic', '3')
-    assert res.returncode==2 and '--magic' in res.stderr
+    for args in (['--magic','3'], ['--seed','2']):
+        res = run('distill', *args)
+        assert res.returncode==2 and args[0] in res.stderr
     assert run('--help').stdout.count('demo')>0
 
 bad = {
@@ -108,6 +109,15 @@ bad = {
     'path of digits': (['--path','x'], 'digits has no path'),
     'folder': (['--data','imagenette','--path','/nowhere'], '/nowhere does not exist'),
     'teacher file': (['--teacher-file','/nowhere.pth'], '/nowhere.pth does not exist'),
+    'size': (['--data','imagenette','--size','0'], '--size is at least 1'),
+    'lr': (['--lr','nan'], '--lr must be positive'),
+    'no width': (['--student','wrn-16'], "Unknown network 'wrn-16'"),
+    'too much': (['--student','wrn-10-1-5'], "Unknown network 'wrn-10-1-5'"),
+    'no resnet': (['--student','resnet10.5'], "Unknown network 'resnet10.5'"),
+    'files of digits': (['--from-files'], 'leave --from-files out'),
+    'too small images': (['--student','alexnet'], 'on images of 32x32: '),
+    'no body': (['--student','vit_b_16'], 'cannot be trained so'),
+    'no pairs': (['--student','torchvision.squeezenet1_0','--method','at'], 'No layers to pair'),
     'two teachers': (['--teacher-file','a.pth','--pretrained'], 'leave one out'),
     'pretrained wrn': (['--pretrained'], "Unknown network 'wrn-16-2': choose from torchvision's"),
     'pct': (['--pct','2'], 'in (0,1]'),
@@ -141,11 +151,12 @@ def test_teacher_files(tmp_path, monkeypatch):
     save_network(wrn(16, 2, n_out=5), tmp_path/'few.pth', network='wrn-16-2')
     torch.save(wrn(10, 2).state_dict(), tmp_path/'state.pth')
     torch.save([1,2], tmp_path/'list.pth')
+    torch.save(dict(weights=3), tmp_path/'odd.pth')
     (tmp_path/'garbage.pth').write_bytes(b'no weights')
     learn = distill_learner(tensor_dls(*[(torch.zeros(4,3,32,32, dtype=torch.uint8), [*'abab'])]*2, bs=2), None, partial(wrn, 10, 1), path=tmp_path)
     learn.export('learner.pkl')
     for file,message in {'other.pth':'holds wrn-10-2, which differs in', 'classes.pth':"trained on the classes ['a', 'b'", 'few.pth':'differs in fc', 'state.pth':'holds another network',
-        'list.pth':'holds no weights but a list', 'garbage.pth':'cannot be read as weights', 'learner.pkl':"classes ['a', 'b'] are not"}.items():
+        'list.pth':'holds no weights but a list', 'odd.pth':'holds no weights but a dict', 'garbage.pth':'cannot be read as weights', 'learner.pkl':"classes ['a', 'b'] are not"}.items():
         fails(message, '--teacher-file', file)
     assert not [*tmp_path.rglob('record.json')]
 
@@ -153,27 +164,36 @@ def test_a_learner_or_weights_from_file_teach(done, tmp_path):
     learn = distill_learner(digits_dls(), None, partial(wrn, 10, 2), path=tmp_path)
     load_network(learn.model, done[1]/'teacher.pth')
     learn.export('learner.pkl')
-    torch.save(learn.model.state_dict(), tmp_path/'state.pth')
+    learn.create_opt()
+    learn.save(tmp_path/'saved', with_opt=False)
+    learn.save(tmp_path/'both')
+    fails('with_opt=False', '--teacher-file', tmp_path/'both.pth', '--out', tmp_path/'out')
+    torch.save({'state_dict': {f'module.{k}':v for k,v in learn.model.state_dict().items()}}, tmp_path/'state.pth')
     runs = {}
-    for file in ('learner.pkl','state.pth'):
+    for file in ('learner.pkl','state.pth','saved.pth'):
         main(['distill', *'--pct .2 --teacher wrn-10-2 --student wrn-10-1 --method kd --epochs 2 --out'.split(), str(tmp_path/file[:5]), '--teacher-file', str(tmp_path/file)])
         record = record_of(tmp_path/file[:5])
         runs[file] = [r['accuracy'] for r in record['runs']]
         assert record['teacher']['accuracy']==record_of(done[1])['teacher']['accuracy']
         assert record['teacher']['file']==str(tmp_path/file) and not (tmp_path/file[:5]/'teacher.pth').exists()
-    assert runs['learner.pkl']==runs['state.pth']==[r['accuracy'] for r in record_of(done[1])['runs'][:2]]
+    assert runs['learner.pkl']==runs['state.pth']==runs['saved.pth']==[r['accuracy'] for r in record_of(done[1])['runs'][:2]]
 
-def test_results_of_other_settings_stay(done, tmp_path):
+def test_results_of_other_settings_stay(done, tmp_path, monkeypatch):
     out = shutil.copytree(done[1], tmp_path/'out')
     before = (out/'record.json').read_bytes()
     fails('holds the results of other settings (epochs 2, not 3)', *small[:-4], '--epochs', '3', '--out', out)
     fails('was trained otherwise (epochs 1, not 2)', *small, '--teacher-epochs', '2', '--out', out)
     save_network(wrn(10, 2), tmp_path/'new.pth')
     fails('results of another teacher', *small, '--teacher-file', tmp_path/'new.pth', '--out', out)
+    main(['distill', *small, '--teacher-file', str(out/'teacher.pth'), '--out', str(tmp_path/'taught')])
+    monkeypatch.setattr(Learner, 'fit', lambda *args, **kwargs: pytest.fail('trained'))
+    fails(f"results of the teacher {out/'teacher.pth'}", *small, '--out', tmp_path/'taught')
+    monkeypatch.setattr('kdfast.cli._images', lambda dls: dict(training=240, validation=599, first='other'))
+    fails('holds the results of other settings (images', *small, '--out', out)
     assert (out/'record.json').read_bytes()==before
 
 def test_a_foreign_record_stays(tmp_path):
-    for text in ('{', '[]', '{"runs": 3}'):
+    for text in ('{', '[]', '{"runs": 3}', '{"settings": {}, "runs": [{"loss": 1}]}', '{"settings": null, "runs": []}'):
         (tmp_path/'record.json').write_text(text)
         fails('is no record of runs', '--out', tmp_path)
         assert (tmp_path/'record.json').read_text()==text
@@ -200,8 +220,40 @@ def test_two_processes(tmp_path):
     first,second = launch(2, kdfast_command, 'distill', *small[:-2], '--out', tmp_path/'two')
     assert 'kd+at, seed 0, epoch 2 of 2' in first and 'epoch' not in second and 'accuracy' not in second
     record = record_of(tmp_path/'two')
-    assert len(record['runs'])==3 and record['machine']['processes']==2
-    assert load_learner(tmp_path/'two/student-kd.pkl').model(torch.zeros(1,3,32,32)).shape==(1,10)
+    assert len(record['runs'])==3 and record['settings']['processes']==2
+    for r in record['runs']: assert accuracy_of(load_learner(tmp_path/f"two/student-{r['arm']}.pkl").model, digits_dls())==r['accuracy']
+    fails('processes 2, not 1', *small[:-2], '--out', tmp_path/'two')
+
+def tiny_cifar(path):
+    for part,c,i in itertools.product(('train','test'), ('cat','dog'), range(40)):
+        (path/part/c).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.randint(0, 255, (32,32,3), dtype=np.uint8)).save(path/part/c/f'{i}.png')
+    return path
+
+def test_an_archive_for_two_processes(tmp_path, monkeypatch):
+    "It is unpacked once, and a part smaller than a batch is trained on"
+    tiny_cifar(tmp_path)
+    with tarfile.open(tmp_path/'data.tgz', 'w:gz') as f:
+        for part in ('train','test'): f.add(tmp_path/part, part)
+    args = f"--data cifar10 --path {tmp_path/'data.tgz'} --teacher wrn-10-2 --student wrn-10-1 --method kd --epochs 2 --out {tmp_path/'out'}".split()
+    launch(2, kdfast_command, 'distill', *args, FASTAI_HOME=str(tmp_path/'home'))
+    record = record_of(tmp_path/'out')
+    assert all(np.isfinite(r['history']['train_loss']).all() for r in record['runs'])
+
+def test_nothing_trained_is_no_result(tmp_path):
+    fails('images make no batch of 512', '--data', 'cifar10', '--path', tiny_cifar(tmp_path), '--from-files', '--bs', '512', '--epochs', '1', '--teacher', 'wrn-10-1', '--out', tmp_path/'out')
+    assert not [*(tmp_path/'out').glob('student*')] and not (tmp_path/'out/record.json').exists()
+
+def test_arms_with_unequal_seeds(done, tmp_path, capsys):
+    "A new arm is compared with the control of its own seeds, and the command on record makes everything again"
+    out = shutil.copytree(done[1], tmp_path/'out')
+    args = [*small[:-4], '--teacher-epochs', '1', '--seeds', '1', '--out', str(out)]
+    args[args.index('--method')+1] = 'at'
+    main(['distill', *args])
+    record,printed = record_of(out),capsys.readouterr().out
+    assert '--method kd,kd+at,at' in record['command'] and '--seeds 2' in record['command'] and 'Undecided by one seed: at' in printed
+    assert result_table(record).loc['at','against control (points)'].startswith(f"{100*(record['runs'][-1]['accuracy']-record['runs'][0]['accuracy']):+.1f} (one seed)")
+    assert [*result_table(record)['seeds']]==[1,2,2,2,1]
 
 def test_accelerate_launch(tmp_path):
     args = ['launch','--cpu','--num_processes','1','--num_machines','1','--mixed_precision','no','--dynamo_backend','no', kdfast_command, 'distill', *small[:-2]]

@@ -11,11 +11,11 @@ def free_port():
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
 
-def launch(n, *args):
+def launch(n, *args, **extra):
     "Run `args` in `n` processes of one gloo group"
     port = str(free_port())
     env = lambda rank: {**os.environ, **(dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=port) if n>1 else {}),
-        'ACCELERATE_USE_CPU':'true', 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore'}
+        'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', **extra}
     running = [subprocess.Popen([sys.executable, *map(str, args)], env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
     try: outs = [p.communicate(timeout=240)[0] for p in running]
     finally:

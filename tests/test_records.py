@@ -14,7 +14,7 @@ def test_the_demo_writes_what_it_says(tmp_path):
     assert {o.name for o in (tmp_path/'out').iterdir()}=={'record.json','runs.csv','curves.png','attention.png',*(f'student-{o}.pkl' for o in arms)}
     assert all(str(o) in res.stdout for o in (tmp_path/'out').iterdir())
     record = json.loads((tmp_path/'out/record.json').read_text())
-    assert record['settings']==dict(epochs=1, teacher_epochs=1) and len(record['runs'])==2*5 and '--seeds 2' in record['command']
+    assert record['settings']==dict(demo=True, epochs=1, teacher_epochs=1) and len(record['runs'])==2*5 and '--seeds 2' in record['command']
     assert all(len(r['history']['accuracy'])==1 for r in record['runs'])
     from fastai.vision.all import load_learner, torch
     assert load_learner(tmp_path/'out/student-kd+at.pkl').model(torch.zeros(2,3,32,32)).shape==(2,10)
@@ -35,7 +35,7 @@ def test_records_on_real_images(name):
     record,(arms,seen,images,epochs) = json.loads((root/f'results/{name}/record.json').read_text()),asked[name]
     runs = [r['arm'] for r in record['runs']]
     assert all(runs.count(arm)>=n for arm,n in arms.items())
-    assert record['teacher']['images']==seen and record['images']==images
+    assert record['teacher']['images']==seen and record['settings']['images']['training']==images
     assert all(len(r['history']['accuracy'])>=epochs and r['history']['accuracy'][-1]==r['accuracy'] for r in record['runs'])
     assert record['settings']['bf16'] and record['teacher']['training']['epochs']>=15
 

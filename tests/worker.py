@@ -1,8 +1,6 @@
 "One of two processes (or the only one): trains as `test_processes` asks and saves the weights it ends with. Arguments: what to do, file"
 import sys
-from contextlib import nullcontext
 from fastai.vision.all import *
-import fastai.distributed
 from kdfast.all import *
 
 class FreezeNorms(Callback):
@@ -31,7 +29,7 @@ def main(how, file):
     dls.train.rng.seed(rank_distrib())
     before = weights(learn.model)
     with learn.no_bar(), learn.no_logging():
-        with learn.distrib_ctx(sync_bn=False) if n>1 else nullcontext(): learn.fit(2, 2e-4 if whole else 1e-3)
+        with all_processes(learn): learn.fit(2, 2e-4 if whole else 1e-3)
     torch.save(dict(before=before, after=weights(learn.model), history=learn.recorder.history.to_dict('list'), kept=type(learn.model).__name__), f'{file}.{rank_distrib()}')
 
 def first64(dls):
