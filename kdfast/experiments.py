@@ -222,6 +222,7 @@ def add(self:RunFolder,
     table = pd.DataFrame([{k:v for k,v in r.items() if k!='history'} for r in self.record['runs']])
     with whole_file(self.path/'runs.csv') as f: table.to_csv(f, index=False)
 
+# %% ../nbs/16_experiments.ipynb #1622c247
 @patch
 def save(self:RunFolder, figure, name):
     "Write a picture"
