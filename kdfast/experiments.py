@@ -13,7 +13,7 @@ import json, platform, sys
 from contextlib import ExitStack
 from importlib.metadata import version
 from operator import itemgetter
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from time import perf_counter
 from fastai.vision.all import *
 from .interpret import plot_history
@@ -63,13 +63,13 @@ def _row(seeds, accuracy, against, costs, seconds):
 
 def result_table(
     record:dict # What a command writes to `record.json`
-) -> pd.DataFrame: # Accuracy ± standard deviation over the seeds, difference from the control ± its standard error, cost, median time
+) -> pd.DataFrame: # Accuracy ± standard deviation over the seeds, difference from the control ± its standard error, cost, time of the fastest run
     "The results of a set of runs, one row an arm"
     accs,seconds,teacher,costs = by_arm(record, 'accuracy'),by_arm(record, 'seconds'),record['teacher'],record['costs']
     rows = {'teacher': _row(1, f"{teacher['accuracy']:.1%}", '', costs['teacher'], teacher.get('seconds'))}
     for arm,xs in accs.items():
         against = '' if arm=='control' else _against(*beside_control(record, arm))
-        rows[arm] = _row(len(xs), _spread(xs), against, costs['student'], median(seconds[arm]))
+        rows[arm] = _row(len(xs), _spread(xs), against, costs['student'], min(seconds[arm]))
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../nbs/16_experiments.ipynb #02f54e44
