@@ -53,3 +53,8 @@ def test_two_halves_are_the_whole(tmp_path):
     assert far(learnt(one['after']), learnt(one["before"]))>1e-3
     assert far(learnt(two['after']), learnt(one['after']))<1e-4
     for k in ('kd','at','fitnet'): assert two['history'][k]==pytest.approx(one['history'][k], rel=1e-4)
+
+def test_a_plain_learner_in_two_processes(tmp_path):
+    "Such as a teacher that is fine-tuned by `vision_learner`"
+    a,b = trained('plain', 2, tmp_path)
+    for k,v in learnt(a['after']).items(): assert torch.equal(v, b['after'][k]) and not torch.equal(v, a['before'][k]), k

@@ -23,13 +23,14 @@ def main(how, file):
     dls = digits_dls(64//n, per_class=40, seed=1, pad=0 if whole else 4)
     if whole: dls = tensor_dls(*((first64(dls)),)*2, bs=64//n, stats=digits_stats)
     teacher = wrn(10, 2)
-    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(), AT(), FitNet()], opt_func=SGD, metrics=accuracy)
+    terms = [KD(), AT(), FitNet()]
+    learn = Learner(dls, wrn(10, 1)) if how=='plain' else distill_learner(dls, teacher, wrn(10, 1), cbs=terms, opt_func=SGD, metrics=accuracy)
     if whole: learn.add_cb(FreezeNorms())
     if how=='alone': learn.add_cb(Alone())
     dls.train.rng.seed(rank_distrib())
     before = weights(learn.model)
     with learn.no_bar(), learn.no_logging():
-        with all_processes(learn): learn.fit(2, 2e-4 if whole else 1e-3)
+        with learn.distrib_ctx(sync_bn=False, cpu=True) if how=='alone' else all_processes(learn): learn.fit(2, 2e-4 if whole else 1e-3)
     torch.save(dict(before=before, after=weights(learn.model), history=learn.recorder.history.to_dict('list'), kept=type(learn.model).__name__), f'{file}.{rank_distrib()}')
 
 def first64(dls):
