@@ -1,5 +1,6 @@
 "`kdfast distill`, as a process and in this one"
 import itertools, json, os, signal, subprocess, sys, tarfile, time, pytest, torchvision
+from contextlib import suppress
 from test_processes import launch
 from fastai.vision.all import *
 from kdfast.all import *
@@ -38,6 +39,18 @@ def test_distill_writes_what_it_says(done):
     assert '\x1b' not in stdout and '\r' not in stdout
     assert 'kd+at, seed 1, epoch 2 of 2: train_loss' in stdout
     assert Image.open(out/'curves.png').size[0]>500
+
+def test_a_terminal_shows_bars(tmp_path):
+    pty = pytest.importorskip('pty')
+    ours,theirs = pty.openpty()
+    p = subprocess.Popen([kdfast_command, 'distill', *small[:-2], '--out', str(tmp_path/'out')], stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    chunks = []
+    with suppress(OSError):  # the other end is closed
+        while chunk := os.read(ours, 4096): chunks.append(chunk)
+    shown = b''.join(chunks).decode()
+    assert p.wait(timeout=60)==0
+    assert 'kd+at, seed 0' in shown and '█' in shown and '\r' in shown and 'epoch 1 of' not in shown
 
 def test_exported_student_predicts(done):
     learn = load_learner(done[1]/'student-kd.pkl')
