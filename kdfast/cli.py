@@ -155,14 +155,13 @@ def _same_training(file, theirs, ours):
     if odd: raise ValueError(f"{file} was trained otherwise ({', '.join(f'{k} {theirs.get(k)}, not {ours[k]}' for k in odd)}): choose another --out, or pass it as --teacher-file")
 
 def _train_teacher(folder, arch, dls, about):
-    "The file of a teacher that is trained unless it is there"
+    "Train a teacher and keep it beside the results"
     file,how = folder.path/'teacher.pth',about['training']
     fit = _fitter(how['epochs'], how['lr'], how['bf16'], 'fine_tune' if how['pretrained'] else 'fit_one_cycle')
     make = lambda: (vision_learner(dls, arch, normalize=False, metrics=accuracy) if how['pretrained'] else distill_learner(dls, None, arch, metrics=accuracy))
     with folder.interruptible(about): learn,run = run_arm(make, fit, dls, 'teacher')
     if not rank_distrib(): save_network(learn.student, file, **about, seconds=run['seconds'], images=len(dls.train_ds), history=run['history'])
     distrib_barrier()
-    return file
 
 # %% ../nbs/17_cli.ipynb #a8ba29a8
 def _digest(model): return hashlib.sha256(b''.join(v.float().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()[:12]
