@@ -1,5 +1,5 @@
 "`kdfast distill`, as a process and in this one"
-import itertools, json, os, signal, subprocess, sys, tarfile, time, pytest, torchvision
+import itertools, json, os, signal, subprocess, sys, tarfile, pytest, torchvision
 from contextlib import suppress
 from test_processes import launch
 from fastai.vision.all import *
@@ -13,13 +13,18 @@ small = '--pct .2 --teacher wrn-10-2 --student wrn-10-1 --method kd,kd+at --epoc
 def run(*args, env=None, **kwargs):
     return subprocess.run([kdfast_command, *map(str, args)], capture_output=True, text=True, timeout=200, env={**os.environ, **(env or {})}, **kwargs)
 
+def cpu_seconds():
+    "Of processes that have ended: unlike time on the wall, the same when the machine has other work"
+    t = os.times()
+    return t.children_user+t.children_system
+
 @pytest.fixture(scope='module')
 def done(tmp_path_factory):
     "A finished run on digits: its output and its folder"
-    out,start = tmp_path_factory.mktemp('runs')/'out',time.perf_counter()
-    res = run('distill', *small, '--out', out)
+    out,start = tmp_path_factory.mktemp('runs')/'out',cpu_seconds()
+    res = run('distill', *small, '--out', out, env=dict(OMP_WAIT_POLICY='PASSIVE'))
     assert res.returncode==0, res.stderr
-    assert time.perf_counter()-start<60
+    assert cpu_seconds()-start<60
     return res.stdout,out
 
 def record_of(out): return json.loads((out/'record.json').read_text())
