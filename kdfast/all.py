@@ -4,9 +4,11 @@ from .measure import *
 from .convs import *
 from .models import *
 from .features import *
+from .cut import *
 from .data import *
 from .teacher import *
 from .distill import *
 from .learner import *
+from .blocks import *
 from .interpret import *
 from .experiments import *

@@ -99,6 +99,7 @@ def accuracy_of(
 
 # %% ../nbs/16_experiments.ipynb #cb84cba4
 def _line(name, learn, log):
+    if isinstance(log, str): return print(f"{name}, {log}", flush=True)
     values = [f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n,v in zip(learn.recorder.metric_names[1:], log[1:]) if v is not None]
     print(f"{name}, epoch {log[0]+1} of {learn.n_epoch}: {', '.join(values)}", flush=True)
 
@@ -114,7 +115,7 @@ def _shown(learn, name, quiet):
 # %% ../nbs/16_experiments.ipynb #9f7bd75f
 def run_arm(
     make, # Called without arguments, gives the learner
-    fit, # Called with the learner
+    fit, # Called with the learner; a dictionary that it gives becomes part of the run
     dls:DataLoaders, # The learner's
     name:str, # Name of the arm
     seed:int=0, # Decides weights, order and augmentation
@@ -125,14 +126,15 @@ def run_arm(
     dls.train.rng.seed(seed)
     learn,start = make(),perf_counter()
     try:
-        with _shown(learn, f'{name}, seed {seed}', quiet), all_processes(learn): fit(learn)
+        with _shown(learn, f'{name}, seed {seed}', quiet), all_processes(learn): more = fit(learn) or {}
     except KeyboardInterrupt as e:
         e.learn,e.run = learn,f'{name}, seed {seed}'
         raise
     seconds,history = round(perf_counter()-start, 1),learn.recorder.history
     if not len(learn.recorder.losses): raise ValueError(f"Nothing was trained: {len(dls.train_ds)} images make no batch of {dls.bs} for each process, so take smaller batches")
     acc = accuracy_of(learn.student, dls) if num_distrib()>1 else history['accuracy'].iloc[-1]  # fastai averages over processes whose last batches differ in size
-    return learn,dict(arm=name, seed=seed, accuracy=acc, seconds=seconds, history=history.to_dict('list'))
+    history = history.astype(object).where(history.notna(), None).to_dict('list')
+    return learn,dict(arm=name, seed=seed, accuracy=acc, seconds=seconds, history=history, **more)
 
 # %% ../nbs/16_experiments.ipynb #fea33433
 def _halved(o): return o.half() if o.is_floating_point() and o.half().isfinite().all() else o

@@ -10,16 +10,9 @@ __all__ = ['plot_history', 'show_attention']
 # %% ../nbs/11_interpret.ipynb #25d4df67
 from fastai.vision.all import *
 from .features import Taps, bare_model, stage_taps
+from .learner import Learner  # its recorder with `history`
 from .losses import attention_map
 from .measure import probing
-
-# %% ../nbs/11_interpret.ipynb #5e8b292a
-@patch(as_prop=True)
-def history(self:Recorder) -> pd.DataFrame:
-    "The progress table of the last fit, one row an epoch, without the times; raises `ValueError` once fastai has replaced it"
-    names = [n for n in self.metric_names[1:] if n!='time']
-    if any(len(v)!=len(names) for v in self.values): raise ValueError("validate and get_preds have replaced what the fit recorded: keep learn.recorder.history right after fit")
-    return pd.DataFrame([[*v] for v in self.values], columns=names).rename_axis('epoch')
 
 # %% ../nbs/11_interpret.ipynb #bd2063db
 def plot_history(

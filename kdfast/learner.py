@@ -116,6 +116,14 @@ def distill_learner(
     if teacher is not None: cbs = TeacherCallback(*teacher_of(teacher, dls)) + cbs + ([] if has_term else [KD()])
     return Learner(dls, student, cbs=cbs, **kwargs)
 
+# %% ../nbs/09_learner.ipynb #de5f482c
+@patch(as_prop=True)
+def history(self:Recorder) -> pd.DataFrame:
+    "The progress table of the last fit, one row an epoch, without the times; raises `ValueError` once fastai has replaced it"
+    names = [n for n in self.metric_names[1:] if n!='time']
+    if any(len(v)!=len(names) for v in self.values): raise ValueError("validate and get_preds have replaced what the fit recorded: keep learn.recorder.history right after fit")
+    return pd.DataFrame([[*v] for v in self.values], columns=names).rename_axis('epoch')
+
 # %% ../nbs/09_learner.ipynb #f2998605
 @patch(as_prop=True)
 def student(self:Learner) -> nn.Module:

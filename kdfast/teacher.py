@@ -100,6 +100,9 @@ def _forget(self:TeacherCallback):
     for taps in (self.taps,self.student_taps): taps.clear()
 
 @patch
+def place(self:TeacherCallback, device): self.network.to(device, memory_format=torch.channels_last if hasattr(self.learn, 'channels_last') else torch.preserve_format)
+
+@patch
 def _watch(self:TeacherCallback):
     if self.network is None: raise ValueError("A teacher is not exported with its learner, so attach a teacher before training on: "
         "learn.remove_cb(TeacherCallback); learn.add_cb(TeacherCallback(teacher))")
@@ -109,7 +112,7 @@ def _watch(self:TeacherCallback):
     self._own_adapters()
     student = bare_model(self.learn.model)
     device = next(student.parameters()).device
-    self.network.to(device, memory_format=torch.channels_last if hasattr(self.learn, 'channels_last') else torch.preserve_format)
+    self.place(device)
     self.finite = torch.ones((), dtype=torch.bool, device=device)
     self.student_taps,self.taps = (Taps(m, *o) for m,o in zip((student,self.network), self.clones))
     for o in (eval_mode(self.network),self.student_taps,self.taps): self.stack.enter_context(o)
