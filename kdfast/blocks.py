@@ -11,7 +11,7 @@ __all__ = ['find_blocks', 'Staged', 'BlockFit']
 import itertools
 from contextlib import nullcontext
 from fastai.vision.all import *
-from .cut import Maps, PartOf, Projection, cut_blocks, only_learns
+from .cut import Maps, PartOf, Projection, cut_blocks, laid_out, only_learns
 from .features import Taps, Truncated, adapters_of, bare_model, hint_adapter, pair_layers
 from .learner import Learner  # its recorder with `history`
 from .losses import hint_loss
@@ -90,7 +90,9 @@ class Staged(PartOf):
         maps = self.maps(*xb, feed=hints if feed else None)
         return [o for b in self.blocks for o in (self._adapt(b.tap, maps[b.tap], not self.fixed), hints[b.tap])]
 
-    def forward(self, *xb): return self.beside(self.taught(*xb), *xb, feed=self.fixed)
+    def forward(self, *xb):
+        xb = laid_out(xb)
+        return self.beside(self.taught(*xb), *xb, feed=self.fixed)
 
 def _key(tap): return tap.replace('.', '_')
 
@@ -242,7 +244,7 @@ def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwarg
         with _columns(learn, validate): _fit_stage(learn, run, name, epochs, lr, cbs, columns, **kwargs)
         if mode!='parallel': return
         _feed_itself(learn, stage)
-        run.fed = _fed_by(learn, stage)
+        run.fed = _fed_by(learn, stage, run.stages[-1]['frame'] if run.stages else {})
 
 # %% ../nbs/10_blocks.ipynb #b52c2ce3
 def _label_stage(learn, cb, run, head, unfreeze, epochs, lr, cbs, **kwargs):
@@ -261,16 +263,17 @@ def _feed_itself(learn, stage):
     with keep_rng(dl), _precision(learn): update_bn((_inputs(learn.dls, b)[0] for b in dl), alone)
 
 # %% ../nbs/10_blocks.ipynb #51c6b27c
-def _fed_by(learn, stage):
-    "Every block's hint loss on the validation data, by who feeds it"
+def _fed_by(learn, stage, frame):
+    "Every block's hint loss on the validation data, by who feeds it; `frame` has what was validated"
+    taps,totals,n = [b.tap for b in stage.blocks],0,0
     if len(learn.dls.loaders)<2 or not len(learn.dls.valid): return None
-    totals,n = 0,0
     with probing(stage), _precision(learn):
         for b in learn.dls.valid:
             xb = _inputs(learn.dls, b)
-            hints,bs = stage.taught(*xb),len(xb[0])
-            totals,n = totals + bs*tensor([[float(o) for o in _hint_losses(stage.beside(hints, *xb, feed=f))] for f in (True,False)]),n+bs
-    return pd.DataFrame((totals/n).T, [b.tap for b in stage.blocks], ['fed by the teacher','fed by itself'])
+            bs = len(xb[0])
+            totals,n = totals + bs*tensor([float(o) for o in _hint_losses(stage.beside(stage.taught(*xb), *xb))]),n+bs
+    by_teacher = {'fed by the teacher': frame[taps].iloc[-1].values} if len(frame) and {*taps} <= {*frame} else {}
+    return pd.DataFrame({**by_teacher, 'fed by itself': totals/n}, taps)
 
 # %% ../nbs/10_blocks.ipynb #cd29a393
 _modes = 'stagewise','simultaneous','parallel'

@@ -1,12 +1,16 @@
-"The benchmark compares equal work, and says nothing where it is not"
+"The benchmarks compare equal work, and say nothing where it is not"
 import importlib.util, pytest
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
 
-spec = importlib.util.spec_from_file_location('step_cost', Path(__file__).parent.parent/'benchmarks/step_cost.py')
-step_cost = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(step_cost)
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent/f'benchmarks/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+step_cost,block_cost = map(script, ('step_cost','block_cost'))
 
 @pytest.fixture
 def work():
@@ -35,3 +39,30 @@ def test_each_way_trains_and_kdfast_takes_no_memory_of_its_own(work):
 def test_the_committed_table_keeps_the_promise():
     rows = {r.split('|')[1].strip(): r.split('|') for r in (Path(__file__).parent.parent/'results/step_cost.md').read_text().splitlines() if r.startswith('|')}
     assert float(rows['kdfast'][3])<=1.05<float(rows['fasterai, two terms'][3])
+
+@pytest.fixture
+def stages():
+    teacher,student,batch = wrn(16, 1),wrn(10, 1),(torch.randn(4, 3, 32, 32),torch.randint(0, 10, (4,)))
+    return student,teacher,find_blocks(distill_learner(block_cost.loaders(batch, 1), teacher, student, loss_func=CrossEntropyLossFlat())),batch
+
+def test_block_gradients_are_those_of_whole_networks(stages): assert block_cost.gradient_error(*stages)<1e-5
+
+def test_it_sees_block_gradients_that_are_not(stages, monkeypatch, capsys):
+    "A student of which the blocks before are left in training"
+    train = PartOf.train
+    def all_of_it(self, mode=True): return nn.Module.train(self, mode)
+    monkeypatch.setattr(PartOf, 'train', all_of_it)
+    assert block_cost.gradient_error(*stages)>1e-5
+    monkeypatch.setattr(block_cost, 'gradient_error', lambda *_: 1e-3)
+    with pytest.raises(SystemExit, match='nothing to compare'): block_cost.main(['--size','32','--bs','2'])
+    assert '|' not in capsys.readouterr().out
+
+def test_every_stage_is_timed(stages):
+    names = ['group1','group2','group3','classifier']
+    lines = block_cost.table(block_cost.measure(block_cost.ways(*stages), 2, 1), names).splitlines()
+    assert [o.split('|')[1].strip() for o in lines[2:6]]==names and len(lines)==9 and all(o.count('|')==7 for o in lines)
+
+def test_the_committed_table_of_blocks_keeps_the_promise():
+    text = (Path(__file__).parent.parent/'results/block_cost.md').read_text()
+    totals = [r.split('|') for r in text.splitlines() if r.startswith('| all stages')]
+    assert len(totals)==2 and all(float(r[4])<=.6 for r in totals)

@@ -278,3 +278,28 @@ def test_accelerate_launch(tmp_path):
     res = subprocess.run([str(Path(sys.executable).parent/'accelerate'), *args, '--out', str(tmp_path/'out')], capture_output=True, text=True, timeout=200)
     assert res.returncode==0, res.stderr
     assert len(record_of(tmp_path/'out')['runs'])==3
+
+def test_blocks_on_digits(tmp_path, capsys):
+    "Every schedule by name, with a control and beside a term, and what a run of each leaves"
+    names = ['blocks','blocks-nostem','blocks-parallel','simultaneous','blocks-pretrained','blocks-random','kd+blocks']
+    main(f"distill --pct .2 --teacher wrn-10-2 --student wrn-10-1 --method {','.join(names)} --epochs 6 --teacher-epochs 1 --out {tmp_path}/out".split())
+    runs = {r['arm']:r for r in record_of(tmp_path/'out')['runs']}
+    assert [*runs]==['control',*names]
+    epochs = {k: [(s, r['history']['stage'].count(s)) for s in dict.fromkeys(r['history'].get('stage', ()))] for k,r in runs.items()}
+    staged = [('group1',1),('group2',2),('group3',2),('classifier',1)]
+    assert epochs['blocks']==epochs['blocks-nostem']==epochs['kd+blocks']==staged
+    assert epochs['blocks-parallel']==[('parallel',5),('classifier',1)] and epochs['simultaneous']==[('simultaneous',5),('classifier',1)]
+    assert epochs['blocks-pretrained']==[('labels',1),('group1',1),('group2',1),('group3',2),('classifier',1)] and epochs['blocks-random']==[('classifier',6)]
+    assert all(len(r['history']['accuracy'])==6 and r['history']['accuracy'][-1]==r['accuracy'] for r in runs.values())
+    assert 'kd' in runs['kd+blocks']['history'] and 'kd' not in runs['blocks']['history']
+    assert [*runs['blocks-parallel']['fed']]==['group1','group2','group3']
+    assert 'NaN' not in (tmp_path/'out/record.json').read_text()
+    out = capsys.readouterr().out
+    assert 'blocks, seed 0, group2: 2 epochs on hints' in out and 'blocks, seed 0, classifier: 1 epoch on labels' in out
+    assert load_learner(tmp_path/'out/student-blocks.pkl').model(torch.zeros(2,3,32,32)).shape==(2,10)
+
+@pytest.mark.parametrize('options,message', [('--method blocks --epochs 3', 'too few for 3 stages'), ('--method blocks+simultaneous', 'choose one of blocks and simultaneous'),
+    ('--method blocks-parallel --student wrn-10-4', 'at least as wide'), ('--method block', 'blocks-parallel')])
+def test_blocks_that_cannot_be_are_refused_before_training(options, message, tmp_path):
+    with pytest.raises(SystemExit, match=message): main(f'distill --pct .2 --teacher wrn-10-2 --out {tmp_path}/out {options}'.split())
+    assert not (tmp_path/'out/teacher.pth').exists()

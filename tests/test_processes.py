@@ -58,3 +58,13 @@ def test_a_plain_learner_in_two_processes(tmp_path):
     "Such as a teacher that is fine-tuned by `vision_learner`"
     a,b = trained('plain', 2, tmp_path)
     for k,v in learnt(a['after']).items(): assert torch.equal(v, b['after'][k]) and not torch.equal(v, a['before'][k]), k
+
+@pytest.mark.parametrize('mode', ['stagewise','parallel'])
+def test_blocks_in_two_processes(mode, tmp_path):
+    a,b = trained(mode, 2, tmp_path)
+    for k,v in learnt(a['after']).items(): assert torch.equal(v, b['after'][k]), k
+    own = {k:v for k,v in learnt(a['after']).items() if not k.startswith('adapters.')}
+    assert all(not torch.equal(v, a['before'][k]) for k,v in own.items())
+    stages = ['group1','group2','group3'] if mode=='stagewise' else ['parallel']
+    assert a['history']['stage']==[*stages,'classifier'] and a['history']['valid_hint'][:-1]==b['history']['valid_hint'][:-1]
+    assert a['kept']==b['kept']=='Adapted'

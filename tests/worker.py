@@ -30,7 +30,9 @@ def main(how, file):
     dls.train.rng.seed(rank_distrib())
     before = weights(learn.model)
     with learn.no_bar(), learn.no_logging():
-        with learn.distrib_ctx(sync_bn=False, cpu=True) if how=='alone' else all_processes(learn): learn.fit(2, 2e-4 if whole else 1e-3)
+        with learn.distrib_ctx(sync_bn=False, cpu=True) if how=='alone' else all_processes(learn):
+            if how in ('stagewise','parallel'): learn.fit_blocks(1, head=1, mode=how)
+            else: learn.fit(2, 2e-4 if whole else 1e-3)
     torch.save(dict(before=before, after=weights(learn.model), history=learn.recorder.history.to_dict('list'), kept=type(learn.model).__name__), f'{file}.{rank_distrib()}')
 
 def first64(dls):
