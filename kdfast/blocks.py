@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/blocks.html.md"""
 __all__ = ['find_blocks', 'Staged', 'BlockFit']
 
 # %% ../nbs/10_blocks.ipynb #7e1be8c5
-import itertools
+import itertools, numbers
 from contextlib import nullcontext
 from fastai.vision.all import *
 from .cut import Maps, PartOf, Projection, cut_blocks, laid_out, only_learns
@@ -16,9 +16,8 @@ from .features import Taps, Truncated, adapters_of, bare_model, hint_adapter, pa
 from .learner import Learner  # its recorder with `history`
 from .losses import hint_loss
 from .measure import eval_mode, probing
-from .teacher import TeacherCallback, keep_rng, probe_batch
+from .teacher import DistillCallback, TeacherCallback, keep_rng, probe_batch
 from operator import itemgetter
-from torch.optim.swa_utils import update_bn
 
 # %% ../nbs/10_blocks.ipynb #5a8bebd5
 def _teacher_cb(learn):
@@ -31,13 +30,19 @@ def _check_order(blocks, order):
     if at!=sorted(at): raise ValueError(f"The teacher runs {', '.join(sorted({b.hint for b in blocks}, key=order.index))}, but the pairs name them in another order: "
         "list pairs so that both networks run them in order")
 
-def _check_block(b, trainable, mode):
-    if not b.params & trainable: raise ValueError(f"The block that ends at {b.tap!r} has nothing to train: "
-        f"{'its parameters are frozen, so learn.unfreeze() first' if b.params else 'leave that pair out'}")
+class _Once(Taps):
+    "Taps that are met once in a forward"
+    def _keep(self, name, m, args, out):
+        if name in self.outs: raise ValueError(f"The teacher comes to {name!r} more than once, so what it puts out is no one map: choose the layer after it")
+        super()._keep(name, m, args, out)
+
+# %% ../nbs/10_blocks.ipynb #0063a823
+def _check_fit(b, mode):
+    "The student's map can be compared with the teacher's, or fed with it"
     if mode!='parallel':
         with torch.random.fork_rng(): return hint_adapter(b.shape, b.hint_shape)
     fits = len(b.shape)==4 and b.shape[2:]==b.hint_shape[2:] and b.shape[1]<=b.hint_shape[1]
-    if not fits: raise ValueError(f"The student cannot be fed at {b.tap!r}, {b.shape[1:]}, with the teacher's {b.hint!r}, {b.hint_shape[1:]}: "
+    if not fits and b.shape!=b.hint_shape: raise ValueError(f"The student cannot be fed at {b.tap!r}, {b.shape[1:]}, with the teacher's {b.hint!r}, {b.hint_shape[1:]}: "
         "mode='parallel' takes maps of one size and a teacher that is at least as wide, so choose other pairs, or mode='stagewise'")
 
 # %% ../nbs/10_blocks.ipynb #49db6333
@@ -53,15 +58,14 @@ def find_blocks(
     xb = probe_batch(learn.dls)[0]
     xs,xt = (to_device(xb, next(m.parameters(), xb[0]).device) for m in (student,cb.network))
     with keep_rng():
-        pairs = dict(pairs or pair_layers(student, cb.network, xs, per_stage, stem, cb.tfm))
-        if len(pairs)<2: raise ValueError(f"Training block by block takes at least two pairs, got {pairs}: choose more, or use FitNet() with fit_one_cycle")
+        pairs = pair_layers(student, cb.network, xs, per_stage, stem, cb.tfm) if pairs is None else pairs
+        if not isinstance(pairs, dict) or len(pairs)<2: raise ValueError(f"Training block by block takes at least two pairs, {{'student.layer': 'teacher.layer', ...}}, got {pairs}: choose more, or use FitNet() with fit_one_cycle")
         *blocks,last = cut_blocks(student, pairs, *xs)
-        with probing(cb.network), Taps(cb.network, pairs.values()) as t:
+        with probing(cb.network), _Once(cb.network, pairs.values()) as t:
             cb.see(*xt)
             for b in blocks: b.hint,b.hint_shape = pairs[b.tap],tuple(t[pairs[b.tap]].shape)
             _check_order(blocks, [*t.outs])
-    trainable = {n for n,p in student.named_parameters() if p.requires_grad}
-    for b in blocks: _check_block(b, trainable, mode)
+    for b in blocks: _check_fit(b, mode)
     return [*blocks,last]
 
 # %% ../nbs/10_blocks.ipynb #db06e899
@@ -69,7 +73,7 @@ class Staged(PartOf):
     "A student up to the last of `blocks`, which alone learn; puts out `[student's map, teacher's map]` for each, one after the other"
     def __init__(self,
         model:nn.Module, # The student
-        adapters:dict, # Tap, its dots replaced by '_', to module
+        adapters:dict, # `_key(tap)` to module; not part of the state dict, since they end with the stage
         blocks:list, # `Block`s, in order
         maps:Maps, # The student's
         hints:Maps, # The teacher's
@@ -77,6 +81,11 @@ class Staged(PartOf):
     ):
         super().__init__(model, adapters, [n for b in blocks for n in b.layers])
         self.blocks,self.maps,self.hints,self.fixed = blocks,maps,hints,feed
+        self.register_state_dict_post_hook(self._no_adapters)
+
+    @staticmethod
+    def _no_adapters(self, state, prefix, meta):
+        for k in [k for k in state if k.startswith(prefix+'adapters.')]: del state[k]
 
     def _adapt(self, tap, x, here): return self.adapters[_key(tap)](x) if here and _key(tap) in self.adapters else x
 
@@ -94,7 +103,7 @@ class Staged(PartOf):
         xb = laid_out(xb)
         return self.beside(self.taught(*xb), *xb, feed=self.fixed)
 
-def _key(tap): return tap.replace('.', '_')
+def _key(tap): return f"of_{tap.replace('_', '__').replace('.', '_')}"
 
 # %% ../nbs/10_blocks.ipynb #70d8896b
 class _HintsLoss:
@@ -122,11 +131,13 @@ def _inputs(dls, b): return to_device(tuplify(b)[:getattr(dls, 'n_inp', 1 if len
 # %% ../nbs/10_blocks.ipynb #263dd356
 def _projections(dls, blocks, maps, hints, n=4):
     "A `Projection` of the teacher's map for every block of another width, from `n` batches"
-    odd = [b for b in blocks if b.shape[1]!=b.hint_shape[1]]
+    odd,seen = [b for b in blocks if b.shape[1]!=b.hint_shape[1]],{b.tap:[] for b in blocks}
     if not odd: return {}
-    with keep_rng(dls.train), probing(*maps.model): seen = [(maps(*xb), hints(*xb)) for xb in (_inputs(dls, b) for b in itertools.islice(dls.train, n))]
-    join = lambda i,name: torch.cat([o[i][name] for o in seen])
-    return {_key(b.tap): Projection(join(1, b.hint), b.shape[1], rectified=bool((join(0, b.tap)>=0).all())) for b in odd}
+    with keep_rng(dls.train), probing(*maps.model):
+        for batch in itertools.islice(dls.train, n):
+            ours,theirs = (o(*_inputs(dls, batch)) for o in (maps,hints))
+            for b in odd: seen[b.tap].append((theirs[b.hint], bool((ours[b.tap]>=0).all())))
+    return {_key(b.tap): Projection(torch.cat([t for t,_ in seen[b.tap]]), b.shape[1], rectified=all(r for _,r in seen[b.tap])) for b in odd}
 
 def _staged(learn, cb, blocks, feed):
     "The model that a stage of `blocks` trains"
@@ -153,6 +164,7 @@ class BlockFit:
     @property
     def history(self):
         "All epochs, one row each, losses on hints in columns of their own"
+        if not self.stages: raise ValueError("Nothing was recorded: the learner has no Recorder, or no stage came to its end")
         columns = dict.fromkeys(c for o in sorted(self.stages, key=itemgetter('hints')) for c in o['frame'])
         return pd.concat([o['frame'].assign(stage=o['name']) for o in self.stages], ignore_index=True)[['stage',*columns]]
 
@@ -215,6 +227,14 @@ def _one_file(cbs):
 
 def _unwatched(cbs, columns): return [o for o in cbs if isinstance(o, TrackerCallback) and o.monitor not in columns]
 
+# %% ../nbs/10_blocks.ipynb #97c49df0
+def _label_columns(learn, cb): return ['train_loss', 'valid_loss', *learn.metrics.attrgot('name'), *(t.label for t in cb.terms)]
+
+def _check_watched(learn, cb, cbs, taps):
+    if not hasattr(learn, 'recorder') or learn.recorder.train_metrics: return
+    known = [*_label_columns(learn, cb), *taps]
+    for o in _unwatched([*learn.cbs,*cbs], known): raise ValueError(f"No stage has the column {o.monitor!r} that a {type(o).__name__} monitors: choose from {', '.join(known)}")
+
 # %% ../nbs/10_blocks.ipynb #6f5bcf68
 class _NoValidation(Callback):
     "Leaves the validation data alone"
@@ -223,12 +243,12 @@ class _NoValidation(Callback):
 
 def _columns(learn, validate): return contextmanager(replacing_yield)(learn.recorder, 'valid_metrics', validate) if hasattr(learn, 'recorder') else nullcontext()
 
-def _fit_stage(learn, run, name, epochs, lr, cbs, columns=None, **kwargs):
-    "One cycle; `columns` are those of a stage on hints"
-    off = [_unwatched(o, columns) if columns else [] for o in (learn.cbs,cbs)]
-    if not rank_distrib(): learn.logger(f"{name}: {epochs} epoch{'s'*(epochs>1)} on {'hints' if columns else 'labels'}")
+def _fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=False, **kwargs):
+    "One cycle in which `columns` are recorded"
+    off = [_unwatched(o, columns) for o in (learn.cbs,cbs)]
+    if not rank_distrib(): learn.logger(f"{name}: {epochs} epoch{'s'*(epochs>1)} on {'hints' if hints else 'labels'}")
     with learn.removed_cbs(off[0]): learn.fit_one_cycle(epochs, lr, cbs=[o for o in cbs if o not in off[1]], **kwargs)
-    if hasattr(learn, 'recorder'): run.add(name, learn.recorder, hints=bool(columns))
+    if hasattr(learn, 'recorder'): run.add(name, learn.recorder, hints)
     for o in [*learn.cbs,*cbs]:
         if isinstance(o, CSVLogger): o.append = True
 
@@ -241,39 +261,54 @@ def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwarg
         learn.metrics = [_hint_of(i, b.tap) for i,b in enumerate(blocks)] if validate and len(blocks)>1 else []
         columns = ['train_loss', *['valid_loss', *learn.metrics.attrgot('name')]*validate]
         name,cbs = blocks[0].tap if mode=='stagewise' else mode,[*cbs, *([] if validate else [_NoValidation()])]
-        with _columns(learn, validate): _fit_stage(learn, run, name, epochs, lr, cbs, columns, **kwargs)
-        if mode!='parallel': return
-        _feed_itself(learn, stage)
-        run.fed = _fed_by(learn, stage, run.stages[-1]['frame'] if run.stages else {})
+        with _columns(learn, validate): _fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=True, **kwargs)
+        if mode=='parallel': run.fed = _fed(learn, stage, validate)
 
 # %% ../nbs/10_blocks.ipynb #b52c2ce3
 def _label_stage(learn, cb, run, head, unfreeze, epochs, lr, cbs, **kwargs):
     "Train the classifier, or everything, on the labels"
-    student = bare_model(learn.model)
+    student,columns = bare_model(learn.model),_label_columns(learn, cb)
     with _borrowed(learn, cb, {n for n,_ in student.named_parameters()} if unfreeze else head.params, [] if cb.terms else [cb]):
         if not unfreeze: learn.model,learn.splitter = PartOf(student, adapters_of(learn.model), head.layers),trainable_params
-        _fit_stage(learn, run, 'student' if unfreeze else 'classifier', epochs, lr, cbs, **kwargs)
+        _fit_stage(learn, run, 'student' if unfreeze else 'classifier', epochs, lr, cbs, columns, **kwargs)
 
 # %% ../nbs/10_blocks.ipynb #06d6b96a
 def _precision(learn): return torch.autocast(_device(learn.dls).type, torch.bfloat16, enabled=hasattr(learn, 'mixed_precision'))
 
 def _feed_itself(learn, stage):
     "Give the blocks' batch norms the statistics of what the student feeds itself"
-    dl,alone = learn.dls.train,PartOf(Truncated(*stage.maps.model, stage.blocks[-1].tap), {}, [f'model.{n}' for n in stage.layers])
-    with keep_rng(dl), _precision(learn): update_bn((_inputs(learn.dls, b)[0] for b in dl), alone)
+    own = {'', *(f'model.{n}'.rstrip('.') for n in stage.layers)}
+    alone = PartOf(Truncated(*stage.maps.model, stage.blocks[-1].tap), {}, own).train()
+    before = {k:v.clone() for k,v in alone.state_dict().items()}
+    norms = [(m, m.momentum) for n,m in alone.model.named_modules() if n in own and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for m,_ in norms: m.momentum = m.reset_running_stats()  # None: the mean over all batches
+    try:
+        with torch.no_grad(), keep_rng(learn.dls.train), _precision(learn):
+            for b in learn.dls.train: alone(*_inputs(learn.dls, b))
+    except BaseException:
+        alone.load_state_dict(before)
+        raise
+    finally:
+        for m,momentum in norms: m.momentum = momentum
+    alone.eval()
 
 # %% ../nbs/10_blocks.ipynb #51c6b27c
-def _fed_by(learn, stage, frame):
-    "Every block's hint loss on the validation data, by who feeds it; `frame` has what was validated"
-    taps,totals,n = [b.tap for b in stage.blocks],0,0
-    if len(learn.dls.loaders)<2 or not len(learn.dls.valid): return None
+def _valid_hints(learn, stage, feed):
+    "Every block's hint loss on the validation data"
+    totals,n = 0,0
     with probing(stage), _precision(learn):
         for b in learn.dls.valid:
             xb = _inputs(learn.dls, b)
             bs = len(xb[0])
-            totals,n = totals + bs*tensor([float(o) for o in _hint_losses(stage.beside(stage.taught(*xb), *xb))]),n+bs
-    by_teacher = {'fed by the teacher': frame[taps].iloc[-1].values} if len(frame) and {*taps} <= {*frame} else {}
-    return pd.DataFrame({**by_teacher, 'fed by itself': totals/n}, taps)
+            totals,n = totals + bs*tensor([float(o) for o in _hint_losses(stage.beside(stage.taught(*xb), *xb, feed=feed))]),n+bs
+    return totals/n
+
+def _fed(learn, stage, validate):
+    "Let the student feed itself, and tell what each block's hint loss is then"
+    known = len(learn.dls.loaders)>1 and len(learn.dls.valid)>0
+    losses = {'fed by the teacher': _valid_hints(learn, stage, True)} if known and validate else {}
+    _feed_itself(learn, stage)
+    if known: return pd.DataFrame({**losses, 'fed by itself': _valid_hints(learn, stage, False)}, [b.tap for b in stage.blocks])
 
 # %% ../nbs/10_blocks.ipynb #cd29a393
 _modes = 'stagewise','simultaneous','parallel'
@@ -288,12 +323,20 @@ def _schedule(n_epoch, head, lr_max, n):
     "Epochs and learning rates of `n` stages on hints and of the classifier"
     epochs = _each(n_epoch, n, 'n_epoch')
     epochs.append(epochs[-1] if head is None else head)
-    if not all(isinstance(o, int) and o>=0 for o in epochs) or not any(epochs): raise ValueError(f"Epochs are whole numbers, at least one of them above 0, got {epochs[:-1]} for the blocks and {epochs[-1]} for the classifier")
+    if not all(isinstance(o, numbers.Integral) and o>=0 for o in epochs) or not any(epochs): raise ValueError(f"Epochs are whole numbers, at least one of them above 0, got {epochs[:-1]} for the blocks and {epochs[-1]} for the classifier")
     return epochs,_each(lr_max, n+1, 'lr_max, the classifier\'s included,')
 
-def _check_head(learn, head):
-    if any(p.requires_grad for n,p in bare_model(learn.model).named_parameters() if n in head.params): return
-    raise ValueError(f"The classifier has nothing to train: {'its parameters are frozen, so learn.unfreeze() first' if head.params else 'pass head=0'}")
+# %% ../nbs/10_blocks.ipynb #79ed009a
+def _check_trainable(learn, blocks):
+    trainable = {n for n,p in bare_model(learn.model).named_parameters() if p.requires_grad}
+    for b in blocks:
+        if not b.params & trainable: raise ValueError(f"{f'The block that ends at {b.tap!r}' if b.tap else 'The classifier'} has nothing to train: "
+            f"{'its parameters are frozen, so learn.unfreeze() first' if b.params else 'leave that pair out' if b.tap else 'pass head=0'}")
+
+def _check_learner(learn, cbs):
+    if getattr(learn.opt, 'frozen_idx', 0): raise ValueError("The learner is frozen, so that its blocks would train batch norms alone: learn.unfreeze() first")
+    if isinstance(learn.opt_func, OptimWrapper): raise ValueError("A stage needs an optimizer of its own parameters: pass opt_func=partial(OptimWrapper, opt=...) rather than an OptimWrapper")
+    if any(isinstance(o, (DistillCallback,TeacherCallback)) for o in cbs): raise ValueError("Terms belong to the learner: pass them to distill_learner, or learn.add_cb first")
 
 # %% ../nbs/10_blocks.ipynb #e7dd01c2
 @patch
@@ -306,22 +349,23 @@ def fit_blocks(self:Learner,
     mode:str='stagewise', # 'stagewise': one block after another; 'simultaneous': all hints at once, end to end; 'parallel': all blocks at once, each fed with the teacher's map
     per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
     stem:bool=True, # Pair the stems as well, where `pairs` is None
-    unfreeze:bool=False, # Train the whole student on the labels, not the classifier alone
+    unfreeze:bool=False, # Train the blocks with the classifier on the labels
     validate:bool=True, # Validate after every epoch on hints, which takes a forward of both networks
     cbs=None, # `Callback`s for all stages
     **kwargs
 ) -> BlockFit: # The curves of every stage
     "Train the student block by block on what the teacher's layers put out, then its classifier (arXiv:1412.6550, arXiv:1911.06786); raises `ValueError`, with nothing changed, where it cannot be done"
     if mode not in _modes: raise ValueError(f"mode is one of {', '.join(_modes)}, got {mode!r}")
-    cb = _teacher_cb(self)
+    cb,cbs,run = _teacher_cb(self),L(cbs).map(instantiate),BlockFit()
+    _check_learner(self, cbs)
     *blocks,last = find_blocks(self, pairs, per_stage, stem, mode)
     parts = [[b] for b in blocks] if mode=='stagewise' else [blocks]
     epochs,lrs = _schedule(n_epoch, head, lr_max, len(parts))
-    if epochs[-1] and not unfreeze: _check_head(self, last)
+    _check_trainable(self, [b for part,n in zip([*parts, [] if unfreeze else [last]], epochs) for b in part if n])
     if cb.terms: cb.setup()
+    _check_watched(self, cb, cbs, [b.tap for b in blocks])
     bare_model(self.model).to(_device(self.dls))
     cb.place(_device(self.dls))
-    cbs,run = L(cbs).map(instantiate),BlockFit()
     with _one_file([*self.cbs,*cbs]):
         for part,n,lr in zip(parts, epochs, lrs):
             if n: _hint_stage(self, cb, run, part, mode, validate, n, lr, cbs, **kwargs)

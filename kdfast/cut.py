@@ -10,6 +10,7 @@ __all__ = ['Block', 'only_learns', 'cut_blocks', 'laid_out', 'PartOf', 'Maps', '
 # %% ../nbs/04b_cut.ipynb #25b078fa
 import itertools, torch, torch.nn.functional as F
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from fastcore.basics import store_attr, tuplify
 from functools import partial
 from torch import nn
@@ -22,7 +23,7 @@ class Block:
     def __init__(self,
         tap:str, # Name of the layer at which it ends, None for the classifier
         params:set, # Names of its parameters
-        layers:list, # Names of the layers that are called in it and nowhere else
+        layers:list, # Names of the layers that are called in it, those that have a share in other blocks included unless they keep statistics
         shape:tuple=None, # Of what it puts out, `(bs,c,h,w)`
         hint:str=None, # Name of the teacher's layer that it learns from
         hint_shape:tuple=None # Of what that puts out
@@ -41,7 +42,7 @@ class _Cut:
 
     def _leave(self, name, m, args, out):
         start,end = self.open.pop(),len(self.ends)
-        self.spans.setdefault(name, set()).add(end if start==end else None)
+        self.spans.setdefault(name, []).append(range(start, end+1))
 
     def _cut(self, name, m, args, out):
         if len(self.ends)==len(self.taps) or self.taps[len(self.ends)]!=name: raise ValueError(
@@ -58,7 +59,7 @@ class _Cut:
                 stack.callback(m.register_forward_hook(partial(self._leave, n)).remove)
             for n in self.taps: stack.callback(get_layer(model, n).register_forward_hook(partial(self._cut, n)).remove)
             self.starts.append(x.detach().requires_grad_(x.is_floating_point()))
-            self.ends.append(model(self.starts[0], *xs))
+            self.ends.append(model(self.starts[0].clone(), *xs))
         missed = self.taps[len(self.ends)-1:]
         if missed: raise ValueError(f"The student does not come to {missed[0]!r}: choose a layer that it calls")
 
@@ -95,7 +96,15 @@ def _check_apart(model, names, params, spans):
     for (i,a),(j,b) in itertools.combinations(enumerate(params), 2):
         if a & b: raise ValueError(f"The blocks that end at {names[i]!r} and {names[j]!r} share the parameter {min(a & b)!r}, {_remedy}")
     for n,at in spans.items():
-        if len(at - {None})>1 and [*get_layer(model, n).buffers(recurse=False)]: raise ValueError(f"The layer {n!r} keeps statistics and is called in several blocks, {_remedy}")
+        if len({o for o in at if len(o)==1})>1 and _keeps(model, n): raise ValueError(f"The layer {n!r} keeps statistics and is called in several blocks, {_remedy}")
+
+# %% ../nbs/04b_cut.ipynb #6818fa70
+def _keeps(model, name): return len([*model.get_submodule(name).buffers(recurse=False)])>0
+
+def _layers_of(model, i, n, spans):
+    "Names of the layers that have a share in block `i` of `n`, the model itself, '', among them"
+    shares = {'':{*range(n)}, **{name: {*itertools.chain(*at)} for name,at in spans.items()}}
+    return [name for name,at in shares.items() if i in at and (len(at)<2 or not _keeps(model, name))]
 
 # %% ../nbs/04b_cut.ipynb #9b95b355
 def cut_blocks(
@@ -112,7 +121,7 @@ def cut_blocks(
     params = [p for _,p in found]
     _check_cut(taps, found)
     _check_apart(model, [*taps,'the classifier'], params, cut.spans)
-    layers = [[n for n,at in cut.spans.items() if at=={i}] for i in range(len(taps)+1)]
+    layers = [_layers_of(model, i, len(taps)+1, cut.spans) for i in range(len(taps)+1)]
     return [*map(Block, taps, params, layers, (tuple(o.shape) for o in cut.ends)), Block(None, {*every}.difference(*params[:-1]), layers[-1])]
 
 # %% ../nbs/04b_cut.ipynb #ad8037ea
@@ -130,14 +139,14 @@ class PartOf(Adapted):
         layers # Names of the layers that train
     ):
         super().__init__(model, adapters)
-        self.layers = [*layers]
+        self.layers = {*layers}
 
     def forward(self, *xb): return super().forward(*laid_out(xb))
 
     def train(self, mode:bool=True):
-        super().train(False)
-        layers = dict(self.model.named_modules())
-        for m in (self,*(layers[n] for n in self.layers),*self.adapters.modules()): m.training = mode
+        super().train(mode)
+        for n,m in self.model.named_modules():
+            if n not in self.layers: m.training = False
         return self
 
 # %% ../nbs/04b_cut.ipynb #2fab8b38
@@ -145,11 +154,15 @@ class _Fed(Taps):
     "Taps that hand on `feed` in place of what they read"
     def __init__(self, *args, feed):
         super().__init__(*args)
-        self.feed = feed
+        self.feed,self.fed = feed,{}
 
     def _keep(self, name, m, args, out):
         super()._keep(name, m, args, out)
-        return self.feed[name].clone() if name in self.clone else self.feed[name]
+        fed = self.feed[name].clone() if name in self.clone else self.feed[name]
+        self.fed[name] = fed,fed._version
+        return fed
+
+    def overwritten(self): return super().overwritten() | {n for n,(o,version) in self.fed.items() if n not in self.clone and o._version!=version}
 
 class Maps:
     "What some layers of a network put out, by name; nothing after the last of them is computed"
@@ -163,6 +176,12 @@ class Maps:
         with probing(model), Taps(model, layers) as t:
             self.short[0](*self._seen(xb))
             self.clone = t.overwritten()
+
+    def __deepcopy__(self, memo):
+        new = copy(self)
+        new.model = tuple(memo.get(id(o), o) for o in self.model)  # the copied student, but the teacher itself
+        new.short = (Truncated(*new.model, self.layers[-1]),)
+        return new
 
     def _seen(self, xb): return xb if self.tfm is None else tuplify(self.tfm(*xb))
 
@@ -178,14 +197,16 @@ class Maps:
 class Projection(nn.Module):
     "The first principal components of a map's channels, to unit variance; fixed"
     def __init__(self,
-        maps:torch.Tensor, # What is projected, for some images, `(n,c,h,w)`
+        maps:torch.Tensor, # What is projected, for some images, `(n,c,h,w)`; raises `ValueError` where it is constant
         nf:int, # Components, at most `c`
         rectified:bool=False # Raise by 2 and rectify
     ):
         super().__init__()
-        x = maps.movedim(1, -1).flatten(0, -2).double()
+        x = maps.movedim(1, -1).flatten(0, -2)
+        x = x[::len(x)//100_000+1].double()
         values,vectors = torch.linalg.eigh(x.T.cov())
         values,vectors = values.flip(0)[:nf],vectors.flip(1)[:,:nf]
+        if not values[0]>0: raise ValueError(f"There is nothing to project: the {maps.shape[1]} channels of the teacher's map are constant or not finite, so choose another layer")
         weight = (vectors/values.clamp(min=1e-6*values[0]).sqrt()).T
         self.register_buffer('weight', weight[...,None,None].float())
         self.register_buffer('bias', (2*rectified - weight@x.mean(0)).float())

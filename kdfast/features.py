@@ -211,7 +211,10 @@ class Adapted(nn.Module):
 
     def __reduce_ex__(self, protocol): return _itself,(self.model,)
 
-    def __deepcopy__(self, memo): return type(self)(deepcopy(self.model, memo), dict(deepcopy(self.adapters, memo).items()))
+    def __deepcopy__(self, memo):
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__.update(deepcopy(self.__dict__, memo))
+        return new
 
     @staticmethod
     def _bare_keys(self, state, prefix, meta):
