@@ -29,6 +29,14 @@ def test_kd_is_better_than_the_control(file):
 
 asked = dict(imagenette=({'control':3, 'kd':3, 'at':3, 'kd+at':3, 'fitnet':3}, 9469, 1894, 20), cifar10=({'control':1, 'kd':1, 'at':1, 'kd+at':1}, 50000, 10000, 10))
 asked['imagenette-all'] = ({'control':1, 'kd':1}, 9469, 9469, 20)
+by_blocks = 'blocks','simultaneous','blocks-parallel'
+asked['imagenette'][0].update(dict.fromkeys(by_blocks, 3))
+asked['residual_cnn-20'] = ({**dict.fromkeys(['control','blocks','blocks-nostem'], 5), **dict.fromkeys(['kd','fitnet','simultaneous','blocks-parallel','blocks-pretrained','blocks-random'], 3)}, 9469, 1894, 20)
+asked['plain_cnn-20'] = (dict.fromkeys(['control','kd','blocks'], 2), 9469, 1894, 20)
+asked['resnet10-10'] = (dict.fromkeys(['control','kd','fitnet',*by_blocks], 3), 9469, 947, 20)
+asked['resnet10-40'] = (dict.fromkeys(['control','kd','fitnet',*by_blocks], 1), 9469, 3787, 20)
+for o in (14,18): asked[f'resnet{o}-20'] = ({'control':1, 'kd':1, 'fitnet':1}, 9469, 1894, 20)
+for o in (20,26,34): asked[f'resnet{o}-20'] = ({'control':1}, 9469, 1894, 20)
 
 @pytest.mark.parametrize('name', asked)
 def test_records_on_real_images(name):
@@ -36,12 +44,17 @@ def test_records_on_real_images(name):
     runs = [r['arm'] for r in record['runs']]
     assert all(runs.count(arm)>=n for arm,n in arms.items())
     assert record['teacher']['images']==seen and record['settings']['images']['training']==images
-    assert all(len(r['history']['accuracy'])>=epochs and r['history']['accuracy'][-1]==r['accuracy'] for r in record['runs'])
+    assert all(len(r['history']['accuracy'])==record['settings']['epochs']>=epochs and r['history']['accuracy'][-1]==r['accuracy'] for r in record['runs'])
     assert record['settings']['bf16'] and record['teacher']['training']['epochs']>=15
 
-def test_the_teacher_of_imagenette_is_five_points_ahead():
-    record = json.loads((root/'results/imagenette/record.json').read_text())
+@pytest.mark.parametrize('name', ['imagenette','residual_cnn-20','plain_cnn-20','resnet10-10'])
+def test_the_teacher_of_imagenette_is_five_points_ahead(name):
+    record = json.loads((root/f'results/{name}/record.json').read_text())
     assert record['teacher']['accuracy'] - mean(r['accuracy'] for r in record['runs'] if r['arm']=='control') > .05
+
+def test_one_teacher_taught_all_of_imagenette():
+    digests = {json.loads(f.read_text())['teacher']['weights'] for f in root.glob('results/*/record.json') if f.parent.name not in ('demo','cifar10')}
+    assert len(digests)==1
 
 def test_a_teacher_is_kept():
     "The weights that the record names, in half precision"
