@@ -57,10 +57,15 @@ def test_the_adapter_learns_and_goes(learn, fit):
     assert all(not torch.equal(seen[0][n], seen[-1][n]) for n in seen[0])
     assert learn.model is learn.student and type(learn.model) is nn.Sequential and not adapters_of(learn.model)
 
-def test_only_what_learns_is_in_the_optimizer(learn, fit):
+def test_only_what_learns_is_in_the_optimizer(dls, teacher, fit, quiet):
+    "Also where the learner has an optimizer already, and groups of its own"
+    learn = distill_learner(dls, teacher, partial(wrn, 10, 1), splitter=lambda m: L(m.stem, nn.ModuleList([*m.children()][1:])).map(params))
+    quiet(learn, 1, 1e-3)
+    opt = learn.opt
     look = Look(lambda cb: ({id(p) for g in cb.opt.param_lists for p in g}, {id(p) for p in cb.model.parameters() if p.requires_grad}))
     fit(learn, 1, head=1, cbs=look)
     assert all(a==b for a,b in look.kept) and len({frozenset(a) for a,_ in look.kept})==4
+    assert learn.opt is opt and len(opt.param_lists)==2
 
 def test_the_classifier_alone_learns_at_last(learn, fit):
     before = states(learn.student)
@@ -202,9 +207,10 @@ def test_norms_have_the_statistics_of_what_they_are_fed(dls, fit):
 
 def test_rectified_students_get_rectified_targets(dls, fit):
     teacher,student = resnet(10, stem='small'),resnet(10, width=.25, stem='small')
-    look = Look(lambda cb: [o.min().item() for o in cb.pred])
+    look = Look(lambda cb: [(o.min().item(), o.mean().item()) for o in cb.pred])
     fit(distill_learner(dls, teacher, student), [1], head=0, mode='parallel', cbs=look, stem=False)
-    assert all(min(o)>=0 for o in look.kept)
+    assert all(low>=0 for o in look.kept for low,_ in o)
+    assert all(1.5<mean<2.5 for o in look.kept for _,mean in o[1::2])
 
 # What fastai does
 
