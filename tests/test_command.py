@@ -88,7 +88,8 @@ def test_the_same_command_goes_on(done, tmp_path, capsys):
 def test_ctrl_c_saves_what_was_reached(tmp_path):
     args = [kdfast_command, 'distill', *small[:-2], '--seeds', '1', '--out', str(tmp_path/'out')]
     args[args.index('--epochs')+1] = '6'
-    p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONUNBUFFERED':'1'})
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a parent in the background may have it ignored
+    p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONUNBUFFERED':'1'}, preexec_fn=heed)
     for line in p.stdout:
         if line.startswith('kd, seed 0, epoch 1'): break
     p.send_signal(signal.SIGINT)

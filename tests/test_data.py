@@ -96,10 +96,10 @@ def test_parts_are_the_same_everywhere(cifar):
 
 def test_parts_of_imagenette(tmp_path):
     "Stratified, in memory the same as from files, and the larger part has the smaller in it"
-    root = fill(tmp_path/'imagenette2', ('train','val'), n=10, classes=('a','b'), size=40)
+    root = fill(tmp_path/'imagenette2', ('train','val'), n=10, classes='36', size=40)
     def part(pct, **kwargs): return imagenette_dls(root, size=32, bs=2, pct=pct, num_workers=0, **kwargs).train_ds
     parts = [{o for o in part(pct).items} for pct in (.1,.2,.3,.4)]
-    for pct,o in zip((.1,.2,.3,.4), parts): assert [sum(f.parent.name==c for f in o) for c in ('a','b')]==[10*pct]*2
+    for pct,o in zip((.1,.2,.3,.4), parts): assert [sum(f.parent.name==c for f in o) for c in '36']==[10*pct]*2
     assert all(a<b for a,b in zip(parts, parts[1:]))
     assert parts[1]=={o for o in part(.2).items}!={o for o in part(.2, seed=1).items}
     assert len(part(.2, in_memory=True))==4
