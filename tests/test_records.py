@@ -34,7 +34,7 @@ asked['imagenette'][0].update(dict.fromkeys(by_blocks, 3))
 asked['residual_cnn-20'] = ({**dict.fromkeys(['control','blocks','blocks-nostem'], 5), **dict.fromkeys(['kd','fitnet','simultaneous','blocks-parallel','blocks-pretrained','blocks-random'], 3)}, 9469, 1894, 20)
 asked['plain_cnn-20'] = (dict.fromkeys(['control','kd','blocks'], 1), 9469, 1894, 20)
 asked['resnet10-10'] = (dict.fromkeys(['control','kd','fitnet',*by_blocks], 3), 9469, 947, 20)
-asked['resnet10-40'] = (dict.fromkeys(['control','kd','fitnet','blocks','blocks-parallel'], 1), 9469, 3785, 20)
+asked['resnet10-40'] = (dict.fromkeys(['control','fitnet','blocks','blocks-parallel'], 1), 9469, 3785, 20)
 for o in (14,18): asked[f'resnet{o}-20'] = ({'control':1, 'kd':1, 'fitnet':1}, 9469, 1894, 20)
 for o in (20,26,34): asked[f'resnet{o}-20'] = ({'control':1}, 9469, 1894, 20)
 
