@@ -2,6 +2,8 @@
 from .losses import *
 from .measure import *
 from .convs import *
+from .structured import *
+from .swap import *
 from .models import *
 from .features import *
 from .cut import *
@@ -9,6 +11,7 @@ from .data import *
 from .teacher import *
 from .distill import *
 from .learner import *
+from .decay import *
 from .blocks import *
 from .interpret import *
 from .experiments import *

@@ -12,6 +12,7 @@ import itertools, numbers
 from contextlib import nullcontext
 from fastai.vision.all import *
 from .cut import Maps, PartOf, Projection, cut_blocks, laid_out, only_learns
+from .decay import CompressedDecay, CompressionSplitter
 from .features import Taps, Truncated, adapters_of, bare_model, hint_adapter, pair_layers
 from .learner import Learner  # its recorder with `history`
 from .losses import hint_loss
@@ -253,11 +254,15 @@ def _fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=False, **kwargs
         if isinstance(o, CSVLogger): o.append = True
 
 # %% ../nbs/10_blocks.ipynb #3a4c86a5
+def _one_group(learn):
+    "A splitter that makes no difference but that of `wd_groups`"
+    return CompressionSplitter() if any(isinstance(o, CompressedDecay) for o in learn.cbs) else trainable_params
+
 def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwargs):
     "Train `blocks` on the teacher's maps"
     with _borrowed(learn, cb, {n for b in blocks for n in b.params}, [cb,*cb.terms]):
         stage = _staged(learn, cb, blocks, mode=='parallel')
-        learn.model,learn.loss_func,learn.splitter = stage,_HintsLoss(),trainable_params
+        learn.model,learn.loss_func,learn.splitter = stage,_HintsLoss(),_one_group(learn)
         learn.metrics = [_hint_of(i, b.tap) for i,b in enumerate(blocks)] if validate and len(blocks)>1 else []
         columns = ['train_loss', *['valid_loss', *learn.metrics.attrgot('name')]*validate]
         name,cbs = blocks[0].tap if mode=='stagewise' else mode,[*cbs, *([] if validate else [_NoValidation()])]
@@ -269,7 +274,7 @@ def _label_stage(learn, cb, run, head, unfreeze, epochs, lr, cbs, **kwargs):
     "Train the classifier, or everything, on the labels"
     student,columns = bare_model(learn.model),_label_columns(learn, cb)
     with _borrowed(learn, cb, {n for n,_ in student.named_parameters()} if unfreeze else head.params, [] if cb.terms else [cb]):
-        if not unfreeze: learn.model,learn.splitter = PartOf(student, adapters_of(learn.model), head.layers),trainable_params
+        if not unfreeze: learn.model,learn.splitter = PartOf(student, adapters_of(learn.model), head.layers),_one_group(learn)
         _fit_stage(learn, run, 'student' if unfreeze else 'classifier', epochs, lr, cbs, columns, **kwargs)
 
 # %% ../nbs/10_blocks.ipynb #06d6b96a

@@ -45,12 +45,13 @@ def wrn(
     k:float, # Width: the groups have 16k, 32k and 64k channels, rounded
     n_out:int=10, # Number of classes
     conv=Full, # What the 3x3 convolutions of the blocks are made of, called as `conv(ni, nf, ks, stride)`
-    n_in:int=3 # Channels of the image
+    n_in:int=3, # Channels of the image
+    divisor:int=1 # The groups' channels are rounded to multiples of it, for convolutions with groups
 ) -> nn.Sequential: # Stages `stem group1 group2 group3 bn act pool flat fc`; the groups' outputs have strides 1, 2, 4
     "WRN-`depth`-`k` (Zagoruyko and Komodakis, arXiv:1605.07146)"
     n,rest = divmod(depth-4, 6)
     if rest or n<1: raise ValueError(f"The depth of a WRN is 6n+4 (10, 16, 22, 28, 34, 40, ...), got {depth}")
-    nfs = [16, *(max(1, round(w*k)) for w in (16,32,64))]
+    nfs = [16, *(divisor*max(1, round(w*k/divisor)) for w in (16,32,64))]
     groups = {f'group{i+1}': _stage(PreActBlock, nfs[i], nfs[i+1], n, 2 if i else 1, conv) for i in range(3)}
     return init_he(nn.Sequential(OrderedDict(stem=nn.Conv2d(n_in, 16, 3, padding=1, bias=False), **groups,
         bn=nn.BatchNorm2d(nfs[3]), act=nn.ReLU(inplace=True), **_head(nfs[3], n_out))))
