@@ -126,6 +126,7 @@ def _milliseconds(model, size, reps=10):
 
 def _settings(over):
     "How many settings there are beyond the first, and a function that gives each"
+    if not over or isinstance(over, tuple) and len(over)!=2: raise ValueError(f"over is the first and last setting as a tuple, or a list of all, got {over}")
     if isinstance(over, list): return len(over)-1,over.__getitem__
     lo,hi = over
     if isinstance(lo, int) and isinstance(hi, int): return hi-lo,lambda i: lo+i

@@ -176,7 +176,8 @@ class _ACDCPart(Structured):
         for p in self.numbers(): nn.init.normal_(p, 1, .06)  # near the identity, as in the paper
 
     def weights(self):
-        x = torch.eye(self.ni, len(self.a[0]), device=self.a[0].device)
+        n = len(self.a[0])
+        x = torch.eye(self.ni, device=self.a[0].device).repeat(1, -(-n//self.ni))[:,:n]
         for i,(a,d) in enumerate(zip(self.a, self.d)):
             if i: x = x[:,_weave(x)]
             x = idct(dct(x*a)*d)

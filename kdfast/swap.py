@@ -73,6 +73,8 @@ def swap_convs(
     if isinstance(keep, str): keep = [keep]
     why = keep if callable(keep) else lambda n,m,first: next((f'kept as {k}' for k in keep if fnmatch(n, k)), None) or why_kept(n, m, first)
     convs = _convolutions(model)
+    lost = [] if callable(keep) else [k for k in keep if not any(fnmatch(n, k) for n in convs)]
+    if lost: raise ValueError(f"keep names {', '.join(lost)}, which no convolution is called: choose from {', '.join(convs)}")
     reasons = {n: why(n, m, not i) for i,(n,m) in enumerate(convs.items())}
     if all(reasons.values()): raise ValueError(f"Nothing to swap: {', '.join(f'{n} ({r})' for n,r in [*reasons.items()][:4]) or 'the network has no convolution'}{', ...' if len(reasons)>4 else ''}")
     new = {m: _tried(m, n, conv) for n,m in convs.items() if not reasons[n]}
