@@ -43,6 +43,7 @@ def methods() -> dict: # Name to class
     "The terms that need no argument"
     return {k:c for k,c in _ours(DistillCallback).items() if c is not FeatureKD}
 
+# %% ../nbs/17_cli.ipynb #de7f618d
 def terms_of(
     method:str # 'kd+at', or 'control' for none; raises `ValueError` with the list of names for an unknown one
 ) -> list: # New callbacks
@@ -113,6 +114,7 @@ def _in_width(arch, conv):
     if func is models.resnet and divisor==1: return lambda s: partial(arch, width=s/64, conv=conv)
     raise ValueError("--params fits the width of a wrn, or of a resnet without groups, or the ratio of a convolution that has one and is given none: choose another student or convolution")
 
+# %% ../nbs/17_cli.ipynb #55403d3a
 def student_at(
     arch, # What `network_of` gives
     conv=None, # What `conv_of` gives

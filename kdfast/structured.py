@@ -11,7 +11,7 @@ __all__ = ['Structured', 'Hashed', 'SeparableHashed', 'SeparableChannelwise', 'd
 # %% ../nbs/02b_structured.ipynb #ab65711a
 import torch, torch.nn.functional as F
 from functools import reduce
-from math import log2, pi, prod, sqrt
+from math import log2, pi, prod
 from torch import nn
 from .convs import Cheap, Composite, _check_ratio, _depthwise
 
@@ -267,6 +267,7 @@ class _TuckerPart(Structured):
         a,b,c,d = self.factors
         return _cheapest([torch.kron(c, d).t(), self.core, torch.kron(a, b)])
 
+# %% ../nbs/02b_structured.ipynb #0f4ffc65
 class Tucker(Composite):
     "Depthwise convolution, then a pointwise one whose weight tensor is a small core times a matrix for each dimension (Tucker decomposition)"
     def __init__(self,

@@ -10,7 +10,7 @@ def script(name):
     spec.loader.exec_module(module)
     return module
 
-step_cost,block_cost = map(script, ('step_cost','block_cost'))
+step_cost,block_cost,conv_cost = map(script, ('step_cost','block_cost','conv_cost'))
 
 @pytest.fixture
 def work():
@@ -66,3 +66,20 @@ def test_the_committed_table_of_blocks_keeps_the_promise():
     text = (Path(__file__).parent.parent/'results/block_cost.md').read_text()
     totals = [r.split('|') for r in text.splitlines() if r.startswith('| all 6 stages')]
     assert len(totals)==2 and all(float(r[4])<=.6 for r in totals)
+
+@pytest.mark.parametrize('name', conv_cost.kinds)
+def test_convolutions_are_those_written_by_hand(name): assert conv_cost.largest_error(name, conv_cost.kinds[name])<1e-4
+
+def test_it_refuses_convolutions_that_are_not(monkeypatch, capsys):
+    monkeypatch.setitem(conv_cost.kinds, 'Dilated2x2', Full)
+    with pytest.raises((SystemExit,RuntimeError)): conv_cost.main(['--turns','1'])
+    assert '|' not in capsys.readouterr().out
+
+def test_convolutions_are_timed():
+    rows = {**conv_cost.measure(1, ['Separable']), **conv_cost.measure_hashed(1, ((8,8),))}
+    assert [*rows]==['Separable','8 channels, 8 px'] and all(r>0 and a>0 and b>0 for r,a,b in rows.values())
+
+def test_the_committed_table_of_convolutions_keeps_the_promise():
+    rows = {r.split('|')[1].strip(): float(r.split('|')[4]) for r in (Path(__file__).parent.parent/'results/conv_cost.md').read_text().splitlines() if r.startswith('|') and r.count('.')>2}
+    hashed = {k:v for k,v in rows.items() if ' px' in k}
+    assert {*rows}-{*hashed}=={*conv_cost.kinds} and max(rows.values())<=1.5 and len(hashed)==3 and max(hashed.values())<=1.3
