@@ -9,7 +9,6 @@ __all__ = ['Full', 'Cheap', 'Dilated2x2', 'Grouped', 'Composite', 'init_he', 'Se
            'Shuffle', 'LowRank']
 
 # %% ../nbs/02_convs.ipynb #135d19c3
-import torch
 from torch import nn
 from math import sqrt
 
