@@ -67,6 +67,10 @@ def schedule_of(
 # %% ../nbs/17_cli.ipynb #ee1ad64a
 def _known_networks(): return [*(f'resnet{d}' for d in models._blocks), 'residual_cnn', 'plain_cnn', 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
 
+def _value(name, text):
+    try: return ast.literal_eval(text)
+    except (ValueError,SyntaxError): raise ValueError(f"{name}={text} is no number: pass arguments of a convolution as name=number, with commas between") from None
+
 def conv_of(
     spec:str # 'separable', or 'grouped:groups=4,...' where the kind takes arguments; raises `ValueError` with the list of names for an unknown one
 ): # Called as `conv(ni, nf, ks, stride)`
@@ -77,7 +81,7 @@ def conv_of(
     given = dict(o.split('=', 1) if '=' in o else (o,'True') for o in args.split(',') if o)
     odd = [k for k in given if k not in inspect.signature(kinds[name]).parameters]
     if odd: raise ValueError(f"The convolution {name} has no {' and no '.join(odd)}: it takes {', '.join([*inspect.signature(kinds[name]).parameters][5:]) or 'nothing'}")
-    return partial(kinds[name], **{k:ast.literal_eval(v) for k,v in given.items()})
+    return partial(kinds[name], **{k:_value(k, v) for k,v in given.items()})
 
 def network_of(
     name:str, # 'resnet10', 'wrn-16-1', or one of torchvision's classifiers, which 'torchvision.' before it insists on; raises `ValueError` with the list of names for an unknown one
