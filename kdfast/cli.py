@@ -64,9 +64,7 @@ def schedule_of(
     if len(names)>1: raise ValueError(f"{method} names {len(names)} schedules: choose one of {' and '.join(names)}")
     return schedules[names[0]] if names else None
 
-# %% ../nbs/17_cli.ipynb #ee1ad64a
-def _known_networks(): return [*(f'resnet{d}' for d in models._blocks), 'residual_cnn', 'plain_cnn', 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
-
+# %% ../nbs/17_cli.ipynb #b115d6f1
 def _value(name, text):
     try: return ast.literal_eval(text)
     except (ValueError,SyntaxError): raise ValueError(f"{name}={text} is no number: pass arguments of a convolution as name=number, with commas between") from None
@@ -82,6 +80,9 @@ def conv_of(
     odd = [k for k in given if k not in inspect.signature(kinds[name]).parameters]
     if odd: raise ValueError(f"The convolution {name} has no {' and no '.join(odd)}: it takes {', '.join([*inspect.signature(kinds[name]).parameters][5:]) or 'nothing'}")
     return partial(kinds[name], **{k:_value(k, v) for k,v in given.items()})
+
+# %% ../nbs/17_cli.ipynb #ee1ad64a
+def _known_networks(): return [*(f'resnet{d}' for d in models._blocks), 'residual_cnn', 'plain_cnn', 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
 
 def network_of(
     name:str, # 'resnet10', 'wrn-16-1', or one of torchvision's classifiers, which 'torchvision.' before it insists on; raises `ValueError` with the list of names for an unknown one
