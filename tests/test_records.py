@@ -36,6 +36,10 @@ asked['plain_cnn-20'] = (dict.fromkeys(['control','kd','blocks'], 1), 9469, 1894
 asked['resnet10-10'] = (dict.fromkeys(['control','kd','fitnet',*by_blocks], 3), 9469, 947, 20)
 asked['resnet10-40'] = (dict.fromkeys(['control','fitnet','blocks','blocks-parallel'], 1), 9469, 3785, 20)
 for o in (14,18): asked[f'resnet{o}-20'] = ({'control':1, 'kd':1, 'fitnet':1}, 9469, 1894, 20)
+for kind in ('full','depth','dilated2x2','grouped','bottleneck','hashed'): asked[f'cheap-300k/{kind}'] = ({'control':1, 'kd+at':1}, 50000, 10000, 12)
+for kind in ('full','depth','dilated2x2','grouped','separable','separable-linear','separablegrouped','bottleneck','separablechannelwise','shuffle','lowrank','hashed','separablehashed','acdc','tensortrain','tucker','cp'):
+    asked[f'cheap-100k/{kind}'] = ({'control':1, 'kd+at':1}, 50000, 10000, 12)
+for kind in ('shuffle','separablehashed'): asked.update({f'wd/{kind}{o}':({'control':3}, 50000, 5000, 12) for o in ('','-groups')})
 for o in (20,26,34): asked[f'resnet{o}-20'] = ({'control':1}, 9469, 1894, 20)
 
 @pytest.mark.parametrize('name', asked)
@@ -53,8 +57,16 @@ def test_the_teacher_of_imagenette_is_five_points_ahead(name):
     assert record['teacher']['accuracy'] - mean(r['accuracy'] for r in record['runs'] if r['arm']=='control') > .05
 
 def test_one_teacher_taught_all_of_imagenette():
-    digests = {json.loads(f.read_text())['teacher']['weights'] for f in root.glob('results/*/record.json') if f.parent.name not in ('demo','cifar10')}
+    digests = {json.loads(f.read_text())['teacher']['weights'] for f in root.glob('results/*/record.json') if json.loads(f.read_text())['settings'].get('data')=='imagenette'}
     assert len(digests)==1
+
+@pytest.mark.parametrize('file', sorted(root.glob('results/cheap-*/*/record.json')), ids=lambda f: '/'.join(f.parts[-3:-1]))
+def test_students_keep_their_budget(file):
+    "All but the shallowest network that there is, at three times the budget"
+    record = json.loads(file.read_text())
+    budget,n = dict(zip(('cheap-100k','cheap-300k'), (100_000,300_000)))[file.parts[-3]],record['costs']['student']['parameters']
+    if file.parts[-2]=='depth': assert 'conv' not in record['settings'] and n<1.02*budget
+    else: assert record['settings']['params']==budget and .95*budget<n<=budget and len(record['setting'])==1
 
 def test_a_teacher_is_kept():
     "The weights that the record names, in half precision"
@@ -64,7 +76,7 @@ def test_a_teacher_is_kept():
     load_network(net, root/'results/teachers/cifar10-wrn-16-2.pth')
     assert _digest(net)==record['teacher']['weights']
 
-@pytest.mark.parametrize('file', sorted(root.glob('results/*/record.json')), ids=lambda f: f.parent.name)
+@pytest.mark.parametrize('file', sorted(root.glob('results/**/record.json')), ids=lambda f: str(f.parent.relative_to(root/'results')))
 def test_commands_on_record_are_commands(file):
     from kdfast.cli import _parser, demo, distill
     record = json.loads(file.read_text())
