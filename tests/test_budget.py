@@ -40,6 +40,7 @@ def test_falling_costs_and_lists():
     make = lambda g: Grouped(64, 64, groups=g)
     fit = fit_budget(make, params=5000, over=[1,2,4,8,16,32,64])
     assert (fit.setting,fit.count)==(8,4608)
+    assert fit_budget(make, params=4608, over=[1,2,4,8,16,32,64]).setting==8  # spent to the last parameter
     assert fit_budget(make, params=36864, over=[1,2,4,8]).setting==1
 
 def test_few_builds_and_no_storage():
