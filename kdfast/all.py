@@ -14,4 +14,6 @@ from .learner import *
 from .decay import *
 from .blocks import *
 from .interpret import *
+from .prune import *
+from .factorize import *
 from .experiments import *

@@ -6,7 +6,7 @@ Docs: https://kdfast.github.io/kdfast/cli.html.md"""
 
 # %% auto #0
 __all__ = ['schedules', 'demo_arms', 'methods', 'terms_of', 'schedule_of', 'conv_of', 'network_of', 'student_at', 'data_of',
-           'demo', 'distill', 'main']
+           'demo', 'distill', 'compress', 'main']
 
 # %% ../nbs/17_cli.ipynb #248317bb
 import ast, hashlib, inspect, itertools, json, os, shlex, sys, warnings
@@ -20,8 +20,9 @@ from fastcore.script import anno_parser
 from . import convs, data as data_room, models, structured
 from .blocks import BlockFit, find_blocks
 from .data import digits_dls
+from .compress import compressing, steps_of
 from .decay import wd_groups as scale_decay
-from .distill import FeatureKD, KD
+from .distill import FeatureKD, FitNet, KD
 from .experiments import (RunFolder, accuracy_of, beside_control, by_arm, described, load_network, machine_facts, result_table, run_arm,
     save_network, versus)
 from .interpret import show_attention
@@ -192,20 +193,22 @@ def _learner(dls, teacher, student, method, by_compression=False, **kwargs):
 def _say(*args):
     if not rank_distrib(): print(*args, flush=True)
 
-def _students(folder, dls, teacher, student, arms, seeds, fit, about, quiet=False, **kwargs):
+def _file_of(arm): return f"student-{re.sub(r'[^.+a-z0-9-]+', '-', arm)}.pkl"
+
+def _students(folder, dls, make, arms, seeds, fit, about, quiet=False):
     "Runs what is not on record yet and yields arm, seed and learner"
     for seed,arm in itertools.product(range(seeds), arms):
         if folder.has(arm, seed): continue
-        make = lambda: _learner(dls, teacher, student, arm, metrics=accuracy, path=folder.path, **kwargs)
-        with folder.interruptible(about) if about else nullcontext(): learn,run = run_arm(make, fit(method=arm), dls, arm, seed, quiet)
+        made = lambda: make(arm, metrics=accuracy, path=folder.path)
+        with folder.interruptible(about) if about else nullcontext(): learn,run = run_arm(made, fit(arm), dls, arm, seed, quiet)
         _say(f"{arm:8} seed {seed}: {run['accuracy']:6.1%} in {run['seconds']:.0f} s")
-        if not seed: learn.export_student(f'student-{arm}.pkl')
+        if not seed: learn.export_student(_file_of(arm))
         folder.add(run)
         yield arm,seed,learn
 
 # %% ../nbs/17_cli.ipynb #000ea907
-def _costs(teacher, student, size, device):
-    table = compare({k:m.to(device) for k,m in dict(teacher=teacher, student=student).items()}, size)[['parameters','MACs','ms per image']]
+def _costs(networks, size, device):
+    table = compare({k:m.to(device) for k,m in networks.items()}, size)[['parameters','MACs','ms per image']]
     return json.loads(table.to_json(orient='index'))
 
 def _command(f, settings):
@@ -219,13 +222,14 @@ def _whole_command(given, runs, arms):
     return _command(distill, dict(given, method=','.join(names) or 'control', seeds=max(given['seeds'], *(r['seed']+1 for r in runs), 1)))
 
 def _report(folder):
-    found = {k: versus(*beside_control(folder.record, k))[2] for k in by_arm(folder.record, 'accuracy') if k!='control'}
+    arms = by_arm(folder.record, 'accuracy')
+    found = {k: versus(*beside_control(folder.record, k))[2] for k in arms if k!='control'} if 'control' in arms else {}
     _say(f"\n{result_table(folder.record).to_string()}\n\nAccuracy ± standard deviation over the seeds, differences ± standard error.")
     for word,verdicts in {'Not better than the control':('worse','no different'), 'Undecided by one seed':('(one seed)',)}.items():
         names = [k for k,v in found.items() if v in verdicts]
         if names: _say(f"{word}: {', '.join(names)}")
     _say()
-    for o in ('record.json','runs.csv','curves.png','attention.png','teacher.pth',*(f'student-{k}.pkl' for k in ('control',*found))):
+    for o in ('record.json','runs.csv','curves.png','attention.png','teacher.pth',*map(_file_of, arms)):
         if (folder.path/o).exists(): _say(folder.path/o)
 
 # %% ../nbs/17_cli.ipynb #547f26ed
@@ -247,9 +251,10 @@ def demo(
     make = lambda: distill_learner(full, None, partial(wrn, 16, 2), metrics=accuracy)
     teacher,run = run_arm(make, _fitter(teacher_epochs, 1e-2), full, 'teacher', quiet=True)
     _say(f"teacher: {run['accuracy']:.1%} in {run['seconds']:.0f} s")
-    runs = _students(folder, few, teacher.model, partial(wrn, 10, 1), demo_arms, seeds, partial(_fitter, epochs, 1e-2), {}, quiet=True)
+    make,fit = partial(_learner, few, teacher.model, partial(wrn, 10, 1)),lambda arm: _fitter(epochs, 1e-2, method=arm)
+    runs = _students(folder, few, make, demo_arms, seeds, fit, {}, quiet=True)
     learners = {arm:learn for arm,seed,learn in runs if not seed}
-    costs = _costs(teacher.model, learners['control'].student, 32, few.device)
+    costs = _costs(dict(teacher=teacher.model, student=learners['control'].student), 32, few.device)
     folder.add(command=_command(demo, settings), machine=machine_facts(), costs=costs, teacher=dict(network='wrn-16-2', accuracy=run['accuracy'], seconds=run['seconds']))
     folder.finish()
     figure = show_attention(few, dict(teacher=teacher, control=learners['control'], AT=learners['at']), stage=1)
@@ -317,7 +322,7 @@ def _try_out(dls, teacher, student, arms, epochs, size, **kwargs):
     "What both networks cost; raises `ValueError` where an arm cannot be made"
     try:
         teacher = student_of(teacher, dls)
-        costs = _costs(teacher, student_of(student, dls), size, dls.device)
+        costs = _costs(dict(teacher=teacher, student=student_of(student, dls)), size, dls.device)
         for arm in arms:
             learn = _learner(dls, teacher, student, arm, **kwargs)
             if schedule_of(arm) is not None: _epochs_of(learn, epochs, **schedule_of(arm))
@@ -381,7 +386,65 @@ def distill(
     source,network,known = _teacher(folder, teacher_file, train, teacher_arch, dls, about_teacher)
     folder.add(command=_whole_command(given, folder.record['runs'], arms), machine=machine_facts(), teacher=known, costs=fits(network), setting=setting)
     _say(described(folder.record))
-    for _ in _students(folder, dls, source, student_arch, arms, seeds, partial(_fitter, epochs, lr, bf16), dict(about, network=student), **decay): pass
+    make,fit = partial(_learner, dls, source, student_arch, **decay),lambda arm: _fitter(epochs, lr, bf16, method=arm)
+    for _ in _students(folder, dls, make, arms, seeds, fit, dict(about, network=student)): pass
+    folder.finish()
+    _report(folder)
+
+# %% ../nbs/17_cli.ipynb #6a403408
+def _chains(dls, network, method, chains, size):
+    "What each chain of steps makes of a network, and of the network itself, to be counted; raises `ValueError` where it cannot be done"
+    made = {'teacher':network}
+    for chain in chains:
+        learn = _learner(dls, network, deepcopy(network), method, metrics=accuracy)
+        for step in steps_of(chain): step(learn)
+        made[chain] = learn.student
+    return _costs(made, size, dls.device)
+
+def compress(
+    data:str='digits', # digits, cifar10 or imagenette
+    path:Path=None, # Folder or archive of the data, downloaded if left out
+    size:int=None, # Side of the images of imagenette, pixels
+    pct:float=1., # Part of the training images for the training after each step, the same of each class
+    teacher:str='wrn-16-2', # The network: resnet34, wrn-40-2 and the like, or a classifier of torchvision's
+    steps:str='prune:.5,factorize:.7', # One after another; several chains with ; between
+    method:str='kd', # How the network as it was teaches: kd, at, joined by +; control for labels alone
+    epochs:int=3, # Epochs after each step
+    teacher_epochs:int=10, # Epochs of the network before
+    seeds:int=1, # Runs of each chain
+    teacher_file:Path=None, # The network, trained: weights, or a learner that was exported, whose name ends in .pkl
+    bs:int=64, # Batch size of each process
+    lr:float=3e-3, # Highest learning rate of the one-cycle schedule
+    bf16:bool=False, # Train in bfloat16
+    from_files:bool=False, # Read images as they are needed instead of keeping them in memory
+    out:Path=Path('compress') # Folder for the results; a record with the same settings is gone on with
+):
+    "Train a network, or load it; then prune and factorize it step by step, taught by itself as it was"
+    given,chains = dict(locals()),[*dict.fromkeys(steps.split(';'))]
+    _check(data, teacher, teacher, None, teacher_file, False, from_files, lr, None)
+    _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size)
+    for o in chains: steps_of(o)
+    if any(isinstance(o, FitNet) for o in terms_of(method)) and ',' in steps: raise ValueError("fitnet reads channels through an adapter, which a second step would change: take one step a chain, or another --method")
+    if schedule_of(method) is not None: raise ValueError(f"{method} trains block by block: choose terms such as kd, or control")
+    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=None if data=='digits' else not from_files)
+    with _in_turn(): dls = make_dls(pct=pct)
+    shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files, processes=max(1, num_distrib()))
+    folder = RunFolder(out, dict(shared, pct=pct, method=method, epochs=epochs, images=_images(dls)))
+    size = tuple(probe_batch(dls)[0][0].shape[2:])
+    arch = network_of(teacher, min(size))
+    about = dict(vocab=[str(o) for o in dls.vocab], network=teacher, training=dict(shared, epochs=teacher_epochs, pretrained=False))
+    def train():
+        _chains(dls, student_of(arch, dls), method, chains, size)
+        _train_teacher(folder, arch, make_dls(pct=1.), about)
+    source,network,known = _teacher(folder, teacher_file, train, arch, dls, about)
+    costs = {**folder.record.get('costs', {}), **_chains(dls, network, method, chains, size)}
+    every = dict.fromkeys([*(r['arm'] for r in folder.record['runs']), *chains])
+    folder.add(command=_command(compress, dict(given, steps=';'.join(every))), machine=machine_facts(), teacher=known, costs=costs)
+    _say(described(folder.record))
+    def make(arm, **kwargs):
+        learn = _learner(dls, source, deepcopy(network), method, **kwargs)
+        return learn.to_bf16().to_channelslast() if bf16 else learn
+    for _ in _students(folder, dls, make, chains, seeds, lambda arm: compressing(steps_of(arm), _fitter(epochs, lr)), about): pass
     folder.finish()
     _report(folder)
 
@@ -404,7 +467,7 @@ def main(
     argv:list=None # Arguments, by default those of the process
 ):
     "The `kdfast` command"
-    args = vars(_parser(dict(demo=demo, distill=distill)).parse_args(argv))
+    args = vars(_parser(dict(demo=demo, distill=distill, compress=compress)).parse_args(argv))
     command = globals()[args.pop('command')]
     for o in ('pdb','xtra'): args.pop(o, None)
     _choose_device()

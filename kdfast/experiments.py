@@ -66,11 +66,14 @@ def result_table(
 ) -> pd.DataFrame: # Accuracy ± standard deviation over the seeds, difference from the control ± its standard error, cost, time of the fastest run
     "The results of a set of runs, one row an arm"
     accs,seconds,teacher,costs = by_arm(record, 'accuracy'),by_arm(record, 'seconds'),record['teacher'],record['costs']
+    before = groupby([r for r in record['runs'] if 'before' in r], itemgetter('arm'), itemgetter('before'))
     rows = {'teacher': _row(1, f"{teacher['accuracy']:.1%}", '', costs['teacher'], teacher.get('seconds'))}
     for arm,xs in accs.items():
         against = '' if arm=='control' else _against(*beside_control(record, arm))
-        rows[arm] = _row(len(xs), _spread(xs), against, costs['student'], min(seconds[arm]))
-    return pd.DataFrame.from_dict(rows, orient='index')
+        rows[arm] = _row(len(xs), _spread(xs), against, costs.get(arm) or costs['student'], min(seconds[arm]))
+        if arm in before: rows[arm]['before training'] = _spread(before[arm])
+    table = pd.DataFrame.from_dict(rows, orient='index')
+    return (table if 'control' in accs else table.drop(columns='against control (points)')).fillna('')
 
 # %% ../nbs/16_experiments.ipynb #02f54e44
 def described(

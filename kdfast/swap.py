@@ -34,16 +34,21 @@ def why_kept(
     if padding not in (same, ('same',)) or conv.padding_mode!='zeros': return f"padding {conv.padding}, {conv.padding_mode}"
 
 # %% ../nbs/02c_swap.ipynb #3f7dacf0
-_kinds = (nn.modules.conv._ConvNd, nn.modules.lazy.LazyModuleMixin)
-
-def _convolutions(model):
-    "Every convolution, by name; raises `ValueError` for one that cannot be looked into"
-    found = {n:m for n,m in model.named_modules() if isinstance(m, _kinds) or 'Conv' in type(m).__name__ and 'quantized' in type(m).__module__}
+def _layers_by_name(model, *kinds):
+    "Every layer of some types, by name; raises `ValueError` for one that cannot be looked into"
+    found = {n:m for n,m in model.named_modules() if isinstance(m, (*kinds, nn.modules.lazy.LazyModuleMixin)) or 'quantized' in type(m).__module__ and hasattr(m, 'weight')}
     for n,m in found.items():
         if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params(): raise ValueError(
             f"{n or 'the network'} is a {type(m).__name__}, which has no weights yet: run the network on a batch first")
-        if 'quantized' in type(m).__module__: raise ValueError(f"{n or 'the network'} is quantized: swap convolutions first, train, then quantize")
-    return {n:m for n,m in found.items() if isinstance(m, nn.modules.conv._ConvNd)}
+        if 'quantized' in type(m).__module__: raise ValueError(f"{n or 'the network'} is quantized: change the network first, train, then quantize")
+    return {n:m for n,m in found.items() if isinstance(m, kinds)}
+
+def _patterns(keep, layers):
+    "`keep` as a list; raises `ValueError` for a name that no layer has"
+    keep = [keep] if isinstance(keep, str) else [*keep]
+    lost = [k for k in keep if not any(fnmatch(n, k) for n in layers)]
+    if lost: raise ValueError(f"keep names {', '.join(lost)}, which no layer is called: choose from {', '.join(layers)}")
+    return keep
 
 # %% ../nbs/02c_swap.ipynb #f7bceeaa
 def _energy(weight): return weight.detach().float().square().sum()/len(weight)
@@ -70,11 +75,9 @@ def swap_convs(
     keep=() # Names of layers that stay besides those that `why_kept` names, `*` standing for anything; or a function in place of `why_kept`
 ) -> tuple: # A copy of `model` with new convolutions, random and trainable; and a report, one row a convolution
     "Replace the spatial convolutions of a network by cheaper ones; raises `ValueError`, naming the layer, where that cannot be done"
-    if isinstance(keep, str): keep = [keep]
-    why = keep if callable(keep) else lambda n,m,first: next((f'kept as {k}' for k in keep if fnmatch(n, k)), None) or why_kept(n, m, first)
-    convs = _convolutions(model)
-    lost = [] if callable(keep) else [k for k in keep if not any(fnmatch(n, k) for n in convs)]
-    if lost: raise ValueError(f"keep names {', '.join(lost)}, which no convolution is called: choose from {', '.join(convs)}")
+    convs = _layers_by_name(model, nn.modules.conv._ConvNd)
+    named = [] if callable(keep) else _patterns(keep, convs)
+    why = keep if callable(keep) else lambda n,m,first: next((f'kept as {k}' for k in named if fnmatch(n, k)), None) or why_kept(n, m, first)
     reasons = {n: why(n, m, not i) for i,(n,m) in enumerate(convs.items())}
     if all(reasons.values()): raise ValueError(f"Nothing to swap: {', '.join(f'{n} ({r})' for n,r in [*reasons.items()][:4]) or 'the network has no convolution'}{', ...' if len(reasons)>4 else ''}")
     new = {m: _tried(m, n, conv) for n,m in convs.items() if not reasons[n]}
