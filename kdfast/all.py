@@ -17,3 +17,4 @@ from .interpret import *
 from .prune import *
 from .factorize import *
 from .experiments import *
+from .compress import *

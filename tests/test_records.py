@@ -68,6 +68,18 @@ def test_students_keep_their_budget(file):
     if file.parts[-2]=='depth': assert 'conv' not in record['settings'] and n<1.02*budget
     else: assert record['settings']['params']==budget and .95*budget<n<=budget and len(record['setting'])==1
 
+importances = 'l1','l2','taylor','scale','random'
+chains = dict(prune=[f'prune:{r}:{o}' for r in ('.25','.5','.75') for o in importances], factorize=[f'factorize:energy={e}{form}' for e in ('.9','.8','.7','.5') for form in ('',':tucker')], compress=['prune:.5,factorize:.7'])
+chains['prune-labels'] = [f'prune:{r}:l2' for r in ('.25','.5','.75')]
+
+@pytest.mark.parametrize('name', chains)
+def test_records_of_compression(name):
+    record = json.loads((root/f'results/{name}/record.json').read_text())
+    assert {r['arm'] for r in record['runs']}>={*chains[name]} and record['settings']['images']['training']==1894 and record['teacher']['images']==9469
+    for r in record['runs']:
+        assert r['parameters']==record['costs'][r['arm']]['parameters']<record['costs']['teacher']['parameters'] and r['accuracy']>r['before']
+        assert len(r['steps'])==r['arm'].count(',')+1 and (set(r['history'])=={'train_loss','valid_loss','accuracy'})==(name=='prune-labels')
+
 def test_a_teacher_is_kept():
     "The weights that the record names, in half precision"
     from kdfast.cli import _digest
@@ -78,10 +90,10 @@ def test_a_teacher_is_kept():
 
 @pytest.mark.parametrize('file', sorted(root.glob('results/**/record.json')), ids=lambda f: str(f.parent.relative_to(root/'results')))
 def test_commands_on_record_are_commands(file):
-    from kdfast.cli import _parser, demo, distill
+    from kdfast.cli import _parser, compress, demo, distill
     record = json.loads(file.read_text())
     name,*args = shlex.split(record['command'])
-    parsed = vars(_parser(dict(demo=demo, distill=distill)).parse_args(args))
+    parsed = vars(_parser(dict(demo=demo, distill=distill, compress=compress)).parse_args(args))
     assert name=='kdfast' and all(parsed.get(k, v)==v for k,v in record['settings'].items())
 
 def test_there_is_a_record(): assert len(records)>=2
