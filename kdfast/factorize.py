@@ -16,7 +16,7 @@ from fastai.vision.all import *
 from .convs import Full
 from .features import adapters_of, bare_model
 from .measure import count_params
-from .swap import _layers_by_name, _patterns
+from .swap import _layers_by_name, _patterns, _tied
 
 # %% ../nbs/13_factorize.ipynb #1c4ed111
 class Factorization:
@@ -59,7 +59,7 @@ class Factorization:
         "The layers in its place"
         self.check(ranks)
         *inner,(last,_) = parts = self.build(*ranks)
-        if self.layer.bias is not None: last.bias = nn.Parameter(self.layer.bias.detach().clone())
+        if self.layer.bias is not None: last.bias = nn.Parameter(self.layer.bias.detach().clone(), self.layer.bias.requires_grad)
         for m,w in parts: m.weight = nn.Parameter(w.reshape(m.weight.shape).to(self.layer.weight).contiguous(), self.layer.weight.requires_grad)
         return nn.Sequential(*(m for m,_ in parts)).train(self.layer.training)
 
@@ -155,15 +155,17 @@ class CPDecomposition(Factorization):
         return [(_part(conv, conv.in_channels, r), into.t()), (column, tall.t()), (row, wide.t()), (_part(conv, r, conv.out_channels), out)]
 
 # %% ../nbs/13_factorize.ipynb #5fe80628
-_readers = nn.MultiheadAttention,nn.TransformerEncoderLayer
+_readers = {'MultiheadAttention','TransformerEncoderLayer','ShiftedWindowAttention'}
+
+def _reads(o): return any(c.__name__ in _readers for c in type(o).__mro__)
 
 def _kept(m, model):
     "Why a layer cannot be taken apart, if so"
     if type(m) not in (nn.Linear,nn.Conv2d,Full): return f'a {type(m).__name__}'
-    if not isinstance(m._parameters.get('weight'), nn.Parameter): return 'its weights are a function of others'
-    if any(m in o.modules() for o in model.modules() if isinstance(o, _readers)): return 'its weights are read by what it is in'
-    if sum(m.weight is p for o in model.modules() for p in o._parameters.values())>1: return 'another layer shares its weights'
+    if any(m in o.modules() for o in model.modules() if _reads(o)): return 'its weights are read by what it is in'
+    return _tied(m, model)
 
+# %% ../nbs/13_factorize.ipynb #ba4f583e
 def _form(m, conv): return TruncatedSVD(m) if isinstance(m, nn.Linear) or m.kernel_size==(1,1) else conv(m)
 
 def _tried(m, name, conv):

@@ -15,7 +15,7 @@ from fastai.vision.all import *
 from .features import adapters_of, bare_model
 from .learner import distill_learner
 from .measure import _bisect, count_macs, count_params, probing, zeros_for
-from .swap import _layers_by_name, _patterns
+from .swap import _layers_by_name, _patterns, _tied
 from .teacher import keep_rng, probe_batch
 
 # %% ../nbs/12_prune.ipynb #e2c5a791
@@ -40,14 +40,17 @@ def _heads(net, layers, x):
     return {n for n,o in outs.items() if any(o is t for t in ends)} | {*[*outs][-1:]}
 
 # %% ../nbs/12_prune.ipynb #2182afee
+_options = 'global_pruning','isomorphic','round_to','max_pruning_ratio'
+
 def _pruner(net, x, ratio, importance, ignored, kwargs):
     pruning = _torch_pruning()
-    for p in net.parameters(): p.requires_grad_(True)
     importance = pruning.importance.GroupMagnitudeImportance(p=2) if importance is None else importance
     own = dict(in_channel_groups={}, out_channel_groups={})  # the defaults are dictionaries that all pruners share
     if isinstance(ratio, dict): ratio,own['pruning_ratio_dict'] = 0.,{net.get_submodule(n):r for n,r in ratio.items()}
     try: return pruning.pruner.BasePruner(net, x, importance, pruning_ratio=ratio, ignored_layers=ignored, **own, **kwargs)
-    except Exception as e: raise ValueError(f"The dependencies of this network's channels cannot be traced ({type(e).__name__}: {e}): name the part that cannot in keep=, or prune a network without it") from e
+    except Exception as e: raise _untraced(e) from e
+
+def _untraced(e): return ValueError(f"The dependencies of this network's channels cannot be followed ({type(e).__name__}: {e}): name the part that cannot in keep=, or prune a network without it")
 
 def _channels(pruner, names):
     "How many channels each group of dependent layers has, by the name of a layer in it"
@@ -59,52 +62,68 @@ def _channels(pruner, names):
 def _shapes(net, x):
     with probing(net): return [tuple(o.shape) for o in _flat(net(x))]
 
-def _check_left(sizes, ratio):
-    for n,size in sizes.items():
-        if not isinstance(ratio, dict) and size>1 and int(size*(1-ratio))<1: raise ValueError(f"{n} has {size} channels, of which a ratio of {ratio} would leave none: prune less, or name it in keep=")
+def _left(size, ratio, round_to=None):
+    n = int(size*(1-ratio))
+    return n-n%(round_to or 1)
 
+def _check_left(sizes, ratio, round_to=None):
+    for n,size in sizes.items():
+        if size>1 and _left(size, ratio, round_to)<1: raise ValueError(
+            f"{n} has {size} channels, of which a ratio of {ratio} would leave none{f' in multiples of {round_to}' if round_to else ''}: prune less, or name it in keep=")
+
+# %% ../nbs/12_prune.ipynb #4d792709
 def _pruned(model, x, ratio, importance, kept, prepare, kwargs):
     "A pruned copy, and how to do the same again"
-    net = deepcopy(model)
+    net = deepcopy(model).requires_grad_(True)
     if prepare: prepare(net)
     pruner = _pruner(net, x, ratio, importance, [net.get_submodule(n) for n,why in kept.items() if why], kwargs)
-    if not kwargs.get('global_pruning'): _check_left(_channels(pruner, {m:n for n,m in net.named_modules()}), ratio)
-    pruner.step()
+    if not isinstance(ratio, dict) and not kwargs.get('global_pruning'): _check_left(_channels(pruner, {m:n for n,m in net.named_modules()}), ratio, kwargs.get('round_to'))
+    try: pruner.step()
+    except Exception as e: raise _untraced(e) from e
     if _shapes(net, x)!=_shapes(model, x): raise ValueError("Pruning has changed the shape of the outputs: name the layers that they come from in keep=")
-    for p,q in zip(net.parameters(), model.parameters()): p.requires_grad_(q.requires_grad).grad = None
+    for n,p in model.named_parameters(): net.get_parameter(n).requires_grad_(p.requires_grad).grad = None
     return net.train(model.training),pruner.pruning_history()
 
 # %% ../nbs/12_prune.ipynb #d1c0626a
 def _sizes(model, x, kept, kwargs):
-    net = deepcopy(model)
+    net = deepcopy(model).requires_grad_(True)
     pruner = _pruner(net, x, .5, None, [net.get_submodule(n) for n,why in kept.items() if why], kwargs)
     return _channels(pruner, {m:n for n,m in net.named_modules()})
 
-def _to_budget(model, make, count, budget, smallest):
-    ratios = [i/128 for i in range(128) if int(smallest*(1-i/128))>=1]
-    cost = cache(lambda i: count(make(ratios[i])[0] if i else model))
-    with keep_rng(): i = _bisect(cost, len(ratios)-1, budget)
-    return ratios[i]
+def _to_budget(model, make, count, budget, smallest, round_to=None):
+    if count(model)<=budget: raise ValueError(f"There is nothing to prune: the network costs {count(model):,}, and the budget is {budget:,}")
+    ratios = [i/128 for i in range(128) if _left(smallest, i/128, round_to)>=1]
+    @cache
+    def cost(i):
+        with keep_rng(): return count(make(ratios[i])[0] if i else model)  # so that the last try draws what was counted
+    return ratios[_bisect(cost, len(ratios)-1, budget)]
 
 # %% ../nbs/12_prune.ipynb #caa787af
-def _asked(ratio, params, macs):
+def _asked(ratio, params, macs, kwargs):
+    odd = [k for k in kwargs if k not in _options]
+    if odd: raise ValueError(f"There is no {', '.join(odd)}: of torch_pruning.BasePruner's options there are {', '.join(_options)}")
     given = {k:v for k,v in dict(ratio=ratio, params=params, macs=macs).items() if v is not None}
     if len(given)!=1: raise ValueError(f"Give one of ratio, params and macs, got {', '.join(given) or 'none'}")
     if isinstance(ratio, (int,float)) and not 0<ratio<1: raise ValueError(f"ratio is the part of the channels that goes, between 0 and 1, got {ratio}")
 
+def _check_own(layers, model):
+    for n,m in layers.items():
+        if why := _tied(m, model): raise ValueError(f"{n} cannot lose weights, since {why}: give it weights of its own first")
+
 def _prune(model, x, ratio, params, macs, importance, keep, prepare, kwargs):
     "A pruned copy, why layers were left alone, and how to do the same again"
-    _asked(ratio, params, macs)
+    _asked(ratio, params, macs, kwargs)
     layers = _layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
+    _check_own(layers, model)
     patterns,heads = _patterns(keep, layers),_heads(model, layers, x)
     kept = {n: 'a head' if n in heads else next((f'kept as {k}' for k in patterns if fnmatch(n, k)), '') for n in layers}
     make = lambda r: _pruned(model, x, r, importance, kept, prepare, kwargs)
     if ratio is None:
         smallest = min((o for o in _sizes(model, x, kept, kwargs).values() if o>1), default=1)
         count = count_params if macs is None else lambda m: count_macs(m, tuple(x.shape[1:]))
-        ratio = _to_budget(model, make, count, params if macs is None else macs, smallest)
+        ratio = _to_budget(model, make, count, params if macs is None else macs, smallest, kwargs.get('round_to'))
     net,history = make(ratio)
-    if count_params(net)==count_params(model): raise ValueError(f"Nothing was pruned: at a ratio of {ratio} no layer loses a channel, or forward runs without gradients and cannot be traced")
+    if not isinstance(ratio, dict) and count_params(net)==count_params(model): raise ValueError(f"Nothing was pruned: at a ratio of {ratio} no layer loses a channel, or forward runs without gradients and cannot be traced")
     return net,kept,history
 
 # %% ../nbs/12_prune.ipynb #5aa866a6
@@ -123,7 +142,7 @@ def prune_channels(
     importance=None, # Any of `torch_pruning.importance`; `GroupMagnitudeImportance(p=2)` if None
     keep=(), # Names of layers whose outputs stay, `*` standing for anything
     prepare=None, # Called with the copy that is to be pruned, to give it the gradients that an importance reads
-    **kwargs # More of `torch_pruning.BasePruner`: `global_pruning=True` for one ranking over all layers, `round_to=8`
+    **kwargs # Of `torch_pruning.BasePruner`: `global_pruning=True` for one ranking over all layers, `isomorphic`, `round_to=8`, `max_pruning_ratio`
 ) -> tuple: # A pruned copy, and a report, one row a layer
     "Take whole channels out of a network, heads excepted (DepGraph, arXiv:2301.12900); raises `ValueError` where that cannot be done"
     net,kept,_ = _prune(model, zeros_for(model, size), ratio, params, macs, importance, keep, prepare, kwargs)
@@ -132,9 +151,10 @@ def prune_channels(
 # %% ../nbs/12_prune.ipynb #ccbc43b2
 def _positions(model, x, history):
     "Of each parameter, by name, where its surviving numbers were"
-    net = deepcopy(model).double()
-    for p in net.parameters(): p.requires_grad_(True).data = torch.arange(p.numel(), device=p.device).view_as(p).double()
-    _torch_pruning().DependencyGraph().build_dependency(net, x.double()).load_pruning_history(history)
+    exact = torch.float32 if all(p.numel()<2**24 for p in model.parameters()) else torch.float64
+    net = deepcopy(model).to(exact).requires_grad_(True)
+    for p in net.parameters(): p.data = torch.arange(p.numel(), device=p.device).view_as(p).to(exact)
+    _torch_pruning().DependencyGraph().build_dependency(net, x.to(exact)).load_pruning_history(history)
     return {n:p.detach().long() for n,p in net.named_parameters()}
 
 def _take(live, new):
@@ -150,14 +170,15 @@ def _follow(opt, old, new, positions):
     for ps in opt.param_lists: ps[:] = [new.get(names.get(id(p)), p) for p in ps]
     for n,p in old.items():
         if p in state: state[new[n]] = {k: v.flatten()[positions[n]] if isinstance(v, Tensor) and v.shape==p.shape else v for k,v in state.pop(p).items()}
+    if hasattr(opt, 'slow_weights'): opt.slow_weights = None  # Lookahead takes them anew
 
 # %% ../nbs/12_prune.ipynb #25c1417c
 def _gradients(learn, prepared):
     "Gives a copy of the network the gradients of `prepared`, batches"
     def prepare(net):
         for b in prepared():
-            *xb,yb = to_device(b, next(net.parameters()).device)
-            loss = learn.loss_func(net.eval()(*xb), yb)
+            b = to_device(b, next(net.parameters()).device)
+            loss = learn.loss_func(net.eval()(*b[:learn.dls.n_inp]), *b[learn.dls.n_inp:])
             if not loss.requires_grad: raise ValueError("The forward of this network runs without gradients, so its channels cannot be traced: take torch.no_grad() out of it")
             loss.backward()
     return prepare
@@ -167,7 +188,9 @@ def _first_batches(dls, n):
     with keep_rng(dls.train): yield from itertools.islice(dls.train, n)
 
 # %% ../nbs/12_prune.ipynb #e0a5b449
-def _zeros(learn): return zeros_for(bare_model(learn.model), tuple(probe_batch(learn.dls)[0][0].shape[1:]))
+def _zeros(learn):
+    if learn.dls.n_inp>1: raise ValueError(f"The network of this learner takes {learn.dls.n_inp} inputs, but only networks of one can be pruned")
+    return zeros_for(bare_model(learn.model), tuple(probe_batch(learn.dls)[0][0].shape[1:]))
 
 def _apply(learn, prepare, ratio, params, macs, importance, keep, kwargs):
     model = bare_model(learn.model)
@@ -199,7 +222,17 @@ def _trains(learn): return not hasattr(learn, 'lr_finder') and not hasattr(learn
 
 def _schedule(o): return combine_scheds([.5,.5], [SchedCos(0., o),SchedNo(o, o)]) if isinstance(o, (int,float)) else o
 
-class ChannelPruning(Callback):
+class _Shrinking(Callback):
+    "Calls `start` once a fit, when training begins: fastai's `before_fit` comes with every validation too"
+    last_epoch = None
+    def before_fit(self): self.run = _trains(self.learn)
+
+    def before_train(self):
+        if self.last_epoch is None or self.epoch<=self.last_epoch: self.start()
+        self.last_epoch = self.epoch
+
+# %% ../nbs/12_prune.ipynb #c33fba66
+class ChannelPruning(_Shrinking):
     "Takes channels out during a fit, along a schedule"
     def __init__(self,
         ratio, # Part of the channels of every layer that is gone at the end, or a schedule of it that does not fall
@@ -209,33 +242,31 @@ class ChannelPruning(Callback):
         **kwargs # As for `prune_channels`
     ): self.sched,self.steps,self.importance,self.keep,self.kwargs = _schedule(ratio),steps,importance,keep,kwargs
 
-    def before_fit(self):
-        self.run = _trains(self.learn)
-        if self.run and num_distrib()>1: raise ValueError("Several processes cannot prune during a fit: call learn.prune before it")
-        self.done,self.last,model = 0,self.sched(1.),bare_model(self.learn.model)
-        _prune(model, _zeros(self.learn), self.last, None, None, None, self.keep, None, self.kwargs)  # what is wrong shows now
-        self.sizes = {n:_out(m) for n,m in _layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd).items()}
+    def start(self):
+        if num_distrib()>1: raise ValueError("Several processes cannot prune during a fit: call learn.prune before it")
+        self.done,self.final,model = 0,self.sched(1.),bare_model(self.learn.model)
+        kept = _prune(model, _zeros(self.learn), self.final, None, None, None, self.keep, None, self.kwargs)[1]  # what is wrong shows now
+        self.sizes = {n:_out(model.get_submodule(n)) for n,why in kept.items() if not why}
 
     def ratios(self, gone, target):
         "What has to go now, so that `target` of the channels at the start are gone where `gone` are already"
         if self.kwargs.get('global_pruning'): return 1-(1-target)/(1-gone)
-        left,model = {n: int(size*(1-target)+1e-6) for n,size in self.sizes.items()},bare_model(self.learn.model)
-        _check_left({n:size for n,size in self.sizes.items() if n}, target)
+        model = bare_model(self.learn.model)
+        left = {n: _left(size+1e-6, target, self.kwargs.get('round_to')) for n,size in self.sizes.items()}
         return {n: 1-(o+.5)/now for n,o in left.items() if o<(now := _out(model.get_submodule(n)))}
 
     def before_batch(self):
-        if not self.training: return
-        step = int(self.sched(self.pct_train)/self.last*self.steps + 1e-6)
-        if step<=self.done: return
-        gone,target = (self.last*o/self.steps for o in (self.done,step))
+        step = int(self.sched(self.pct_train)/self.final*self.steps + 1e-6) if self.training else 0
+        if step<=self.done or any(p.grad is not None and p.grad.any() for p in self.model.parameters()): return  # not while gradients are accumulated
+        ratios = self.ratios(*(self.final*o/self.steps for o in (self.done,step)))
         prepare = _gradients(self.learn, lambda: [(*self.xb,*self.yb)])
-        _apply(self.learn, prepare, self.ratios(gone, target), None, None, self.importance, self.keep, self.kwargs)
+        if ratios: _apply(self.learn, prepare, ratios, None, None, self.importance, self.keep, self.kwargs)
         self.done = step
 
 # %% ../nbs/12_prune.ipynb #cee679d8
-class Sparsify(Callback):
+class Sparsify(_Shrinking):
     "Sets the least weights of convolutions and linear layers, heads excepted, to zero and keeps them there"
-    _stateattrs,masks = ('masks',),{}
+    _stateattrs,masks,layers = ('masks','layers'),{},{}
     def __init__(self,
         sparsity, # Part of the weights that is zero at the end, between 0 and 1, or a schedule of it
         keep=(), # Names of layers that stay dense, `*` standing for anything
@@ -245,20 +276,23 @@ class Sparsify(Callback):
         if isinstance(sparsity, (int,float)) and not 0<sparsity<1: raise ValueError(f"sparsity is the part of the weights that is zero, between 0 and 1, got {sparsity}")
         self.sched,self.keep,self.by_layer,self.every = _schedule(sparsity),keep,by_layer,every
 
-    def before_fit(self):
-        self.run = _trains(self.learn)
-        if not self.run: return
+    def start(self):
         model = bare_model(self.learn.model)
         layers = _layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
         heads,keep = _heads(model, layers, _zeros(self.learn)),_patterns(self.keep, layers)
-        names = [n for n in layers if n not in heads and not any(fnmatch(n, k) for k in keep)]
-        if not names: raise ValueError("Nothing to sparsify: every layer is a head or kept")
-        self.layers = {n:layers[n] for n in names}
-        fresh = {n: torch.ones_like(o.weight, dtype=torch.bool) for n,o in self.layers.items()}
-        self.masks = {n: self.masks[n] if n in self.masks and self.masks[n].shape==o.shape else o for n,o in fresh.items()}
+        self.layers = {n:m for n,m in layers.items() if n not in heads and not any(fnmatch(n, k) for k in keep)}
+        if not self.layers: raise ValueError("Nothing to sparsify: every layer is a head or kept")
+        _check_own(self.layers, model)
+        self.masks,self.n = {n: self.mask(n, o) for n,o in self.layers.items()},0
+
+    def mask(self, name, layer):
+        "What is known of a layer, or all of it where nothing is known or its shape has changed"
+        known,weight = self.masks.get(name),layer.weight
+        return known.to(weight.device) if known is not None and known.shape==weight.shape else torch.ones_like(weight, dtype=torch.bool)
 
     def after_step(self):
-        if self.train_iter%self.every==0: self.choose(self.sched(self.pct_train))
+        if self.n%self.every==0: self.choose(self.sched(self.pct_train))
+        self.n += 1
         self.apply()
 
     def after_train(self):
@@ -266,12 +300,12 @@ class Sparsify(Callback):
         self.choose(self.sched(1.))
         self.apply()
 
-    def after_fit(self): self.layers = {}
-
     def apply(self):
+        self.masks = {n: self.mask(n, o) for n,o in self.layers.items()}
         for n,o in self.layers.items(): o.weight.data.mul_(self.masks[n])
 
     def choose(self, sparsity):
+        self.masks = {n: self.mask(n, o) for n,o in self.layers.items()}
         scores = {n: o.weight.detach().abs()*self.masks[n] for n,o in self.layers.items()}
         for part in ([{n:o} for n,o in scores.items()] if self.by_layer else [scores]):
             least = torch.cat([o.flatten() for o in part.values()])
@@ -283,7 +317,7 @@ def prune_curve(
     learn:Learner, # Trained; stays as it is
     rates, # Ratios, as for `learn.prune`
     methods:dict, # Name to an importance
-    fit, # Called with a learner of the pruned network, to train it further
+    fit=None, # Called with a learner of the pruned network, to train it further; `fit_one_cycle(3)` if None
     teacher=True, # Train further with the unpruned network as teacher
     **kwargs # More of `learn.prune`
 ) -> pd.DataFrame: # One row a network: method, ratio, parameters, MACs, and the first metric before and after it was trained further
@@ -296,7 +330,7 @@ def prune_curve(
         new.prune(ratio, importance=importance, **kwargs)
         with new.no_bar(), new.no_logging():
             before = new.validate()[1]
-            fit(new)
+            fit(new) if fit else new.fit_one_cycle(3)
             after = new.validate()[1]
         rows.append(dict(method=name, ratio=ratio, parameters=count_params(new.student), MACs=count_macs(new.student, size), before=before, after=after))
     return pd.DataFrame(rows)

@@ -43,6 +43,11 @@ def _layers_by_name(model, *kinds):
         if 'quantized' in type(m).__module__: raise ValueError(f"{n or 'the network'} is quantized: change the network first, train, then quantize")
     return {n:m for n,m in found.items() if isinstance(m, kinds)}
 
+def _tied(m, model):
+    "Why the weights of a layer are not its own, if so"
+    if not isinstance(m._parameters.get('weight'), nn.Parameter): return 'its weights are a function of others'
+    if sum(m.weight is p for o in model.modules() for p in o._parameters.values())>1: return 'another layer shares its weights'
+
 def _patterns(keep, layers):
     "`keep` as a list; raises `ValueError` for a name that no layer has"
     keep = [keep] if isinstance(keep, str) else [*keep]

@@ -73,7 +73,7 @@ def falling(net):
     return net
 
 @pytest.mark.parametrize('make,size', [(lambda: wrn(10, 2), 32), (lambda: torchvision.models.resnet18(num_classes=10), 64), (lambda: torchvision.models.mobilenet_v2(num_classes=10), 64),
-    (lambda: torchvision.models.vit_b_32(num_classes=10, image_size=64), 64)])
+    (lambda: torchvision.models.VisionTransformer(64, 16, 2, 4, 64, 128, num_classes=10), 64)])
 def test_any_network(make, size):
     torch.manual_seed(0)
     net = make().eval()
@@ -103,7 +103,7 @@ def test_budgets():
 
 def test_what_stays():
     net = falling(wrn(10, 1))
-    net.fc.requires_grad_(False)
+    net.fc.requires_grad_(False)  # its bias too
     nn.utils.parametrizations.weight_norm(net.group1[0].conv1)
     net.group2[0].conv1.weight = net.group1[0].conv2.weight = nn.Parameter(torch.randn(32,16,3,3))
     net.group1[0].conv2 = nn.Conv2d(16, 32, 3, padding=1, bias=False)
@@ -111,12 +111,18 @@ def test_what_stays():
     small,report = factorize(net, ratio=.3, keep=['group3.*'])
     why = dict(zip(report['layer'], report['kept']))
     assert why['group1.0.conv1']=='a ParametrizedFull' and why['group2.0.conv1']==why['group1.0.conv2']=='another layer shares its weights'
-    assert why['group3.0.conv2']=='kept as group3.*' and not small.fc[0].weight.requires_grad and small.group2[0].conv2[0].weight.requires_grad
+    assert why['group3.0.conv2']=='kept as group3.*' and not any(p.requires_grad for p in small.fc.parameters()) and small.group2[0].conv2[0].weight.requires_grad
 
 def test_a_shared_layer_stays_shared():
     layer = nn.Linear(16, 16)
     small,_ = factorize(nn.Sequential(layer, nn.ReLU(), layer), ratio=.3)
     assert small[0] is small[2]
+
+def test_weights_that_are_read_from_outside_stay():
+    net = torchvision.models.swin_transformer.SwinTransformer([4,4], 16, [1,1], [2,2], [4,4], num_classes=4)
+    small,report = factorize(net, ratio=.3)
+    small(torch.randn(1,3,32,32)).sum().backward()
+    assert (report['kept']=='its weights are read by what it is in').sum()==4
 
 def test_type_and_mode():
     net = falling(wrn(10, 1)).double().eval()

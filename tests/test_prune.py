@@ -9,7 +9,7 @@ from conftest import n_hooks
 
 importances = dict(L1=tp.importance.GroupMagnitudeImportance(p=1), L2=None, Taylor=tp.importance.GroupTaylorImportance(), scale=tp.importance.BNScaleImportance(), random=tp.importance.RandomImportance())
 networks = {'wrn': (lambda: wrn(16, 1), 32), 'wrn separable': (lambda: wrn(10, 2, conv=Separable), 32), 'resnet18': (lambda: torchvision.models.resnet18(num_classes=10), 64),
-    'vgg11_bn': (lambda: torchvision.models.vgg11_bn(num_classes=10), 64), 'mobilenet_v2': (lambda: torchvision.models.mobilenet_v2(num_classes=10), 64), 'densenet121': (lambda: torchvision.models.densenet121(num_classes=10), 64)}
+    'vgg11_bn': (lambda: nn.Sequential(torchvision.models.vgg11_bn(num_classes=10).features, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(2048, 64), nn.ReLU(), nn.Linear(64, 10)), 64), 'mobilenet_v2': (lambda: torchvision.models.mobilenet_v2(num_classes=10), 64), 'densenet121': (lambda: torchvision.models.densenet121(num_classes=10), 64)}
 
 def lively(net):
     "Statistics and scales that differ by channel"
@@ -57,9 +57,9 @@ def test_the_least_important_go():
 def test_budgets(unit, budgets):
     net,cost = wrn(10, 2),dict(params=count_params, macs=lambda m: count_macs(m, 32))[unit]
     for budget in budgets:
-        for kw in ({},dict(importance=tp.importance.RandomImportance()),dict(global_pruning=True)):
+        for kw in ({},dict(importance=tp.importance.RandomImportance()),dict(global_pruning=True),dict(importance=tp.importance.RandomImportance(), global_pruning=True),dict(round_to=4)):
             small,_ = prune_channels(net, 32, **{unit:budget}, **kw)
-            assert .85*budget<cost(small)<=budget, kw
+            assert (.7 if 'round_to' in kw else .85)*budget<cost(small)<=budget, kw
 
 def test_keep_round_and_frozen():
     net = wrn(10, 2)
@@ -125,6 +125,53 @@ def test_lr_find_prunes_nothing(dls, quiet, tmp_path):
     learn.lr_find(show_plot=False, num_it=10)
     assert count_params(learn.model)==count_params(wrn(10, 1)) and all((m.weight!=0).all() for m in learn.model.modules() if isinstance(m, nn.Conv2d))
 
+def small_net(n_out=10): return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, n_out))
+
+def test_many_small_steps_and_a_small_head(dls, quiet):
+    learn = distill_learner(dls, None, small_net(2), loss_func=lambda p,y: CrossEntropyLossFlat()(p, y%2))
+    learn.fit(4, cbs=ChannelPruning(SchedLin(0., .75), steps=50))
+    assert learn.model[0].out_channels==4 and learn.model[-1].out_features==2
+
+def test_validation_within_and_after_a_fit(dls, quiet):
+    "fastai fires before_fit and after_fit for it"
+    class Validates(Callback):
+        order = 99
+        def after_epoch(self):
+            if self.epoch<self.n_epoch-1: self.learn.get_preds(dl=self.dls.valid)
+    learn = distill_learner(dls, None, small_net(), cbs=[ChannelPruning(.75, steps=2),Sparsify(.5, every=1)])
+    learn.fit(4)
+    assert learn.model[0].out_channels==4 and learn.validate() is not None and learn.model[0].out_channels==4
+    weights = torch.cat([m.weight.flatten() for m in (learn.model[0],learn.model[3])])
+    assert (weights==0).float().mean().item()==pytest.approx(.5, abs=.02)
+
+def test_accumulated_gradients(dls, quiet):
+    seen = []
+    class See(Callback):
+        order = Sparsify.order+1
+        def after_step(self): seen.append((self.learn.model[0].weight==0).float().mean().item())
+    learn = distill_learner(dls, None, small_net(), cbs=[GradientAccumulation(2*dls.bs),Sparsify(.9, every=1),See()])
+    learn.fit(4)
+    assert seen==sorted(seen) and len({*seen})>2
+    learn = distill_learner(dls, None, small_net(), cbs=GradientAccumulation(2*dls.bs))
+    learn.fit(4, cbs=ChannelPruning(.5, steps=2))
+    assert learn.model[0].out_channels==8
+
+def test_frozen_layers_have_importances_too(dls, quiet):
+    net = small_net()
+    for m in net[:4]: m.requires_grad_(False)
+    learn = distill_learner(dls, None, net)
+    learn.prune(.5, importance=importances['Taylor'])
+    assert [p.requires_grad for p in net.parameters()]==[False]*6+[True]*2 and net[0].out_channels==8
+    net.requires_grad_(False)
+    small,_ = prune_channels(net, 32, ratio=.5)
+    assert small[0].out_channels==4 and not any(p.requires_grad for p in small.parameters())
+
+def test_lookahead_goes_on(dls, quiet):
+    learn = distill_learner(dls, None, small_net(), opt_func=ranger)
+    learn.fit(2)
+    learn.prune(.5)
+    learn.fit(2)
+
 def zeros_in(net): return {n:(m.weight==0) for n,m in net.named_modules() if isinstance(m, (nn.Conv2d,nn.Linear))}
 
 @pytest.mark.parametrize('by_layer', [True,False])
@@ -171,10 +218,24 @@ class Hidden(nn.Module):
 class Fixed(Hidden):
     def forward(self, x): return self.fc(self.conv(x).mean((2,3)).view(-1, 8))
 
-bad = [(lambda: wrn(10, 1), {}, 'Give one of ratio, params and macs'), (lambda: wrn(10, 1), dict(ratio=1.), 'between 0 and 1, got 1.0'), (lambda: wrn(10, 1), dict(ratio=.99), 'channels, of which a ratio of 0.99 would leave none'),
+def tied():
+    net = small_net()
+    net[3].weight = nn.Parameter(torch.randn(16, 16, 3, 3))
+    net.append(nn.Unflatten(1, (10,1,1))).append(nn.Conv2d(10, 16, 1)).append(nn.Conv2d(16, 16, 3, padding=1)).append(nn.Flatten())
+    net[-2].weight = net[3].weight
+    return net
+
+def parametrized():
+    net = small_net()
+    nn.utils.parametrizations.weight_norm(net[0])
+    return net
+
+bad = [(lambda: wrn(10, 1), {}, 'Give one of ratio, params and macs'), (tied, dict(ratio=.5), '3 cannot lose weights, since another layer shares its weights'), (parametrized, dict(ratio=.5), '0 cannot lose weights, since its weights are a function of others'),
+    (lambda: wrn(10, 1), dict(ratio=.6, round_to=8), 'has 16 channels, of which a ratio of 0.6 would leave none in multiples of 8'), (lambda: wrn(10, 1), dict(ratio=.5, rounding=8), "There is no rounding: of torch_pruning.BasePruner's options there are global_pruning"),
+    (lambda: wrn(10, 1), dict(params=100_000), 'There is nothing to prune: the network costs 77,850, and the budget is 100,000'), (lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ConvTranspose2d(16, 16, 3, groups=4), nn.Conv2d(16, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), dict(ratio=.5), 'cannot be followed'), (lambda: wrn(10, 1), dict(ratio=1.), 'between 0 and 1, got 1.0'), (lambda: wrn(10, 1), dict(ratio=.99), 'channels, of which a ratio of 0.99 would leave none'),
     (lambda: wrn(10, 1), dict(params=10), 'The budget of 10 is out of reach'), (lambda: wrn(10, 1), dict(ratio=.5, keep='head'), 'keep names head, which no layer is called'),
     (Hidden, dict(ratio=.5), 'cannot be traced'), (lambda: nn.Sequential(nn.Flatten(), nn.Linear(5, 5)), dict(ratio=.5), 'cannot be run on an image of zeros of shape'),
-    (lambda: nn.Sequential(nn.Conv2d(3, 1, 3), nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), dict(ratio=.5), 'Nothing was pruned'), (lambda: quantize_dynamic(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))), dict(ratio=.5), '1 is quantized'),
+    (lambda: nn.Sequential(nn.Conv2d(3, 1, 3), nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), dict(ratio=.5), 'Nothing was pruned'), (lambda: quantize_dynamic(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))), dict(ratio=.5), '1 is quantized'),
     (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), dict(ratio=.5), '0 is a LazyConv2d, which has no weights yet')]
 
 @pytest.mark.parametrize('make,kwargs,message', bad, ids=range(len(bad)))
