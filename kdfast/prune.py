@@ -310,7 +310,7 @@ class Sparsify(_Shrinking):
         for part in ([{n:o} for n,o in scores.items()] if self.by_layer else [scores]):
             least = torch.cat([o.flatten() for o in part.values()])
             k = int(sparsity*len(least))
-            if k: self.masks.update({n: self.masks[n] & (o>least.kthvalue(k).values) for n,o in part.items()})
+            if k: self.masks.update({n: o>least.kthvalue(k).values for n,o in part.items()})  # what is zero already is among the least
 
 # %% ../nbs/12_prune.ipynb #70da4e42
 def prune_curve(

@@ -3,7 +3,7 @@ import json, pytest
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.cli import main
-from kdfast.experiments import save_network
+from kdfast.experiments import load_network
 
 quick = '--teacher wrn-10-1 --teacher-epochs 4 --epochs 3 --lr 1e-2'.split()
 chains = 'prune:.5,factorize:.7;prune:params=30000:taylor'
@@ -26,6 +26,10 @@ def test_what_it_leaves(done):
         assert list(r['history'])[3:]==['kd'] and len(r['history']['accuracy'])==3
     assert first['accuracy']>first['before'] and second['accuracy']>second['before']
     assert {o.name for o in done.iterdir()}=={'record.json','runs.csv','curves.png','teacher.pth','student-prune-.5-factorize-.7.pkl','student-prune-params-30000-taylor.pkl'}
+    net = wrn(10, 1)
+    load_network(net, done/'teacher.pth')
+    pruned,_ = prune_channels(net, 32, ratio=.5)
+    assert Learner(digits_dls(), pruned, metrics=accuracy).validate()[1]==pytest.approx(first['steps'][0], abs=1e-6)
     table = result_table(record)
     assert [*table.index]==['teacher',*chains.split(';')] and 'against control (points)' not in table
 

@@ -80,6 +80,10 @@ def test_every_head_stays():
     small,report = prune_channels(TwoHeads(), 32, ratio=.5)
     assert (small.a.out_features,small.b.out_features,small.body[0].out_channels)==(4,6,4)
 
+def test_the_last_layer_is_a_head_whatever_follows():
+    small,report = prune_channels(small_net().append(nn.LogSoftmax(1)), 32, ratio=.5)
+    assert small[7].out_features==10 and [*report['kept']]==['','','a head']
+
 @pytest.mark.parametrize('opt_func', [Adam, partial(SGD, mom=.9), partial(OptimWrapper, opt=torch.optim.Adam)], ids=['Adam','SGD','torch'])
 def test_the_optimizer_goes_on_with_what_is_left(opt_func, dls, quiet):
     learn = distill_learner(dls, None, wrn(10, 1), opt_func=opt_func)
@@ -152,9 +156,16 @@ def test_accumulated_gradients(dls, quiet):
     learn = distill_learner(dls, None, small_net(), cbs=[GradientAccumulation(2*dls.bs),Sparsify(.9, every=1),See()])
     learn.fit(4)
     assert seen==sorted(seen) and len({*seen})>2
+    pending,channels = [],[]
+    def look(self):
+        pending.append(any(p.grad is not None and bool(p.grad.any()) for p in self.learn.model.parameters()))
+        channels.append(self.learn.model[0].out_channels)
+    class Before(Callback): order,before_batch = ChannelPruning.order-1,look
+    class After(Callback): order,before_batch = ChannelPruning.order+1,look
     learn = distill_learner(dls, None, small_net(), cbs=GradientAccumulation(2*dls.bs))
-    learn.fit(4, cbs=ChannelPruning(.5, steps=2))
-    assert learn.model[0].out_channels==8
+    learn.fit(4, cbs=[ChannelPruning(SchedLin(0., .75), steps=16),Before(),After()])
+    changed = [i for i in range(0, len(channels), 2) if channels[i]!=channels[i+1]]
+    assert any(pending[::2]) and len(changed)>3 and not any(pending[i] for i in changed)
 
 def test_frozen_layers_have_importances_too(dls, quiet):
     net = small_net()
