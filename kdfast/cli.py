@@ -83,7 +83,7 @@ def conv_of(
     return partial(kinds[name], **{k:_value(k, v) for k,v in given.items()})
 
 # %% ../nbs/17_cli.ipynb #ee1ad64a
-def _known_networks(): return [*(f'resnet{d}' for d in models._blocks), 'residual_cnn', 'plain_cnn', 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
+def _known_networks(): return [*(f'resnet{d}' for d in models._blocks), 'residual_cnn', 'plain_cnn', 'mobile', 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
 
 def network_of(
     name:str, # 'resnet10', 'wrn-16-1', or one of torchvision's classifiers, which 'torchvision.' before it insists on; raises `ValueError` with the list of names for an unknown one
@@ -94,7 +94,7 @@ def network_of(
     wide,plain = (ours and re.fullmatch(o, name) for o in (r'wrn-(\d+)-(\d+\.?\d*)', r'resnet-?(\d+)'))
     if wide: return partial(models.wrn, int(wide[1]), float(wide[2]))
     if plain and int(plain[1]) in models._blocks: return partial(models.resnet, int(plain[1]), stem='small' if size<=32 else 'imagenet')
-    if ours and name=='residual_cnn': return models.residual_cnn
+    if ours and name in ('residual_cnn','mobile'): return getattr(models, name)
     if ours and name=='plain_cnn': return partial(models.plain_cnn, size)
     others = torchvision.models.list_models(module=torchvision.models)
     mine = f"{', '.join(_known_networks())}, or from " if ours else ''
@@ -118,7 +118,8 @@ def _in_width(arch, conv):
     func,divisor = getattr(arch, 'func', None),_divisor(conv)
     if func is models.wrn: return lambda s: partial(func, arch.args[0], s/64, conv=conv, divisor=divisor)
     if func is models.resnet and divisor==1: return lambda s: partial(arch, width=s/64, conv=conv)
-    raise ValueError("--params fits the width of a wrn, or of a resnet without groups, or the ratio of a convolution that has one and is given none: choose another student or convolution")
+    if arch is models.mobile: return lambda s: partial(arch, width=s/64, conv=conv, divisor=divisor)
+    raise ValueError("--params fits the width of a wrn, of mobile, or of a resnet without groups, or the ratio of a convolution that has one and is given none: choose another student or convolution")
 
 # %% ../nbs/17_cli.ipynb #55403d3a
 def student_at(
@@ -128,8 +129,8 @@ def student_at(
     n_out:int=10 # Number of classes
 ) -> tuple: # A function of `n_out`, and what has been varied, with its value
     "A student of an architecture, a convolution and a budget; raises `ValueError` where the budget is out of reach"
-    conv = conv or convs.Full
-    if params is None: return (arch if conv is convs.Full else _in_full(arch, conv)),{}
+    if params is None: return (arch if conv is None else _in_full(arch, conv)),{}
+    conv = conv or getattr(inspect.signature(arch).parameters.get('conv'), 'default', convs.Full)
     by_ratio = {'ratio','budget','rank'} & {*inspect.signature(conv).parameters} and not {'ratio','budget','rank'} & {*getattr(conv, 'keywords', ())}
     make = (lambda r: _in_full(arch, partial(conv, ratio=r))) if by_ratio else _in_width(arch, conv)
     setting = fit_budget(lambda s: make(s)(n_out=n_out), params=params, over=(1e-3,1.) if by_ratio else (1,1024)).setting
