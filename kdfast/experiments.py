@@ -108,7 +108,7 @@ def accuracy_of(
     with probing(model):
         for *xb,y in dls.valid:
             xb = tfm(*xb) if tfm else xb
-            pred = model(*to_device(xb, next(model.parameters()).device)).argmax(1)
+            pred = model(*to_device(xb, next(model.parameters(), torch.empty(0)).device)).argmax(1)
             right,n = right+(pred==y.to(pred.device)).sum().item(),n+len(y)
     return right/n
 

@@ -120,6 +120,7 @@ def pair_layers(
     tfm=None # What is done to `x` before the teacher sees it
 ) -> dict: # Student's layer to teacher's layer; raises `ValueError` if no map sizes agree
     "The layers of two convnets whose maps have the same size, stage by stage"
+    if isinstance(student, torch.fx.GraphModule): raise ValueError("Tracing has taken the stages of this student apart: pass pairs={'student.layer': 'teacher.layer'}, or use KD, which reads outputs")
     s = stage_taps(student, x, per_stage, stem)
     t = stage_taps(teacher, x if tfm is None else tfm(*tuplify(x)), per_stage, stem)
     pairs = {a:b for size in s if size in t for a,b in zip(s[size], t[size])}

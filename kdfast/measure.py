@@ -45,6 +45,7 @@ def count_params(
     buffers:bool=False # Add the floating point buffers, that is, the running statistics of batch norms
 ) -> int: # Number of elements, frozen or not
     "How many numbers `model` has to learn, or with `buffers` to store"
+    model = getattr(model, 'reference', model)
     tensors = [*model.parameters(), *(b for b in model.buffers() if buffers and b.is_floating_point())]
     return sum(t.numel() for t in tensors)
 
@@ -63,7 +64,7 @@ def zeros_for(
     bs:int=1 # Number of images
 ) -> torch.Tensor: # `(bs,c,h,w)`
     "A batch of zeros that `model` can take"
-    p = next(model.parameters(), torch.empty(0))
+    p = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(bs, *input_shape(size), device=p.device, dtype=p.dtype)
 
 # %% ../nbs/01_measure.ipynb #d6b4be80
@@ -73,6 +74,7 @@ def count_macs(
     parts:bool=False # Give a dictionary of what the total is made of instead
 ) -> int: # Multiply-adds of convolutions and matrix products, and what layers with a method `extra_macs` tell of others
     "Multiply-adds of one image, counted by torch while it runs"
+    model = getattr(model, 'reference', model)
     counter,told = FlopCounterMode(display=False),Counter()
     hooks = [m.register_forward_hook(lambda m,x,y: told.update(m.extra_macs())) for m in model.modules() if hasattr(m, 'extra_macs')]
     try:
@@ -84,6 +86,7 @@ def count_macs(
 
 # %% ../nbs/01_measure.ipynb #772bd69c
 def _megabytes(model):
+    if hasattr(model, 'file'): return model.file.stat().st_size/1e6
     f = io.BytesIO()
     torch.save(model.state_dict(), f)
     return f.tell()/1e6

@@ -16,7 +16,7 @@ from .features import adapters_of, bare_model
 from .learner import distill_learner
 from .measure import _bisect, count_macs, count_params, probing, zeros_for
 from .swap import _layers_by_name, _patterns, _tied
-from .teacher import keep_rng, probe_batch
+from .teacher import first_batches, keep_rng, probe_batch
 
 # %% ../nbs/12_prune.ipynb #e2c5a791
 def _torch_pruning():
@@ -183,10 +183,6 @@ def _gradients(learn, prepared):
             loss.backward()
     return prepare
 
-def _first_batches(dls, n):
-    "Training batches, without drawing a random number for them"
-    with keep_rng(dls.train): yield from itertools.islice(dls.train, n)
-
 # %% ../nbs/12_prune.ipynb #e0a5b449
 def _zeros(learn):
     if learn.dls.n_inp>1: raise ValueError(f"The network of this learner takes {learn.dls.n_inp} inputs, but only networks of one can be pruned")
@@ -215,7 +211,7 @@ def prune(self:Learner,
     **kwargs # As for `prune_channels`
 ) -> pd.DataFrame: # One row a layer
     "Take channels out of the network of a learner, which can be fitted on; raises `ValueError`, and changes nothing, where that cannot be done"
-    return _apply(self, _gradients(self, partial(_first_batches, self.dls, n)), ratio, params, macs, importance, keep, kwargs)
+    return _apply(self, _gradients(self, partial(first_batches, self.dls, n)), ratio, params, macs, importance, keep, kwargs)
 
 # %% ../nbs/12_prune.ipynb #8296f9ad
 def _trains(learn): return not hasattr(learn, 'lr_finder') and not hasattr(learn, 'gather_preds')

@@ -36,11 +36,11 @@ def why_kept(
 # %% ../nbs/02c_swap.ipynb #3f7dacf0
 def _layers_by_name(model, *kinds):
     "Every layer of some types, by name; raises `ValueError` for one that cannot be looked into"
-    found = {n:m for n,m in model.named_modules() if isinstance(m, (*kinds, nn.modules.lazy.LazyModuleMixin)) or 'quantized' in type(m).__module__ and hasattr(m, 'weight')}
+    found = {n:m for n,m in model.named_modules() if isinstance(m, (*kinds, nn.modules.lazy.LazyModuleMixin)) or type(m).__module__.startswith('torch.ao.')}
     for n,m in found.items():
         if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params(): raise ValueError(
             f"{n or 'the network'} is a {type(m).__name__}, which has no weights yet: run the network on a batch first")
-        if 'quantized' in type(m).__module__: raise ValueError(f"{n or 'the network'} is quantized: change the network first, train, then quantize")
+        if type(m).__module__.startswith('torch.ao.'): raise ValueError(f"{n or 'the network'} is quantized, or prepared for it: change the network first, train, then quantize")
     return {n:m for n,m in found.items() if isinstance(m, kinds)}
 
 def _tied(m, model):
