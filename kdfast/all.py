@@ -16,5 +16,8 @@ from .blocks import *
 from .interpret import *
 from .prune import *
 from .factorize import *
+from .quantize import *
+from .export import *
+from .assist import *
 from .experiments import *
 from .compress import *

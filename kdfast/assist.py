@@ -10,8 +10,8 @@ __all__ = ['Ensemble', 'assist']
 # %% ../nbs/15_assist.ipynb #9f140d78
 from fastai.vision.all import *
 from .learner import distill_learner, student_of, teacher_of
-from .measure import count_params
-from .teacher import keep_rng
+from .measure import count_params, probing
+from .teacher import keep_rng, probe_batch
 
 # %% ../nbs/15_assist.ipynb #66ac5533
 class Ensemble(nn.Module):
@@ -33,11 +33,16 @@ class Ensemble(nn.Module):
         return self.T*(logs.logsumexp(0) - math.log(len(outs)))
 
 # %% ../nbs/15_assist.ipynb #e0908ccc
+def _outputs(model, dls):
+    with probing(model), keep_rng(): return tuple(model(*to_device(probe_batch(dls)[0], next(model.parameters(), torch.empty(0)).device)).shape[1:])
+
 def _check_chain(teacher, networks, dls):
     own = [o for o in networks if isinstance(o, nn.Module)]
     if len({*map(id, own)})<len(own): raise ValueError("One module stands in the chain twice, so it would be its own teacher: pass a function or an architecture, which gives a new one each time")
-    with keep_rng(): sizes = [count_params(student_of(o, dls)) for o in networks]
-    if teacher is not None: sizes = [count_params(teacher_of(teacher, dls)[0]),*sizes]
+    with keep_rng(): made = [student_of(o, dls) for o in networks]
+    if teacher is not None: made = [teacher_of(teacher, dls)[0],*made]
+    sizes,shapes = zip(*((count_params(o), _outputs(o, dls)) for o in made))
+    if len({*shapes})>1: raise ValueError(f"The links of a chain have the same outputs, got {', '.join(map(str, shapes))}: give each the n_out of these classes")
     for i,(above,below) in enumerate(zip(sizes, sizes[1:])):
         if below>above: warnings.warn(f"Link {i+1} of the chain has {below:,} parameters, more than its teacher's {above:,}: assistants go from large to small")
 

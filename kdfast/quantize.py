@@ -8,10 +8,14 @@ Docs: https://kdfast.github.io/kdfast/quantize.html.md"""
 __all__ = ['Int8', 'quantize']
 
 # %% ../nbs/14_quantize.ipynb #e991debc
+import copyreg
 from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatch
 from fastai.vision.all import *
+from torch.ao.nn import quantized as layers
+from torch.ao.nn.intrinsic import quantized as fused_layers
+from torch.ao.nn.quantized import reference as reference_layers
 from torch.ao.quantization import FakeQuantizeBase, get_default_qat_qconfig_mapping, get_default_qconfig_mapping, quantize_fx
 from torch.ao.quantization.fake_quantize import FusedMovingAvgObsFakeQuantize
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
@@ -121,20 +125,34 @@ class Int8(_Fixed):
         with torch.no_grad(), torch.autocast('cpu', enabled=False):
             return self.net(*(o.as_subclass(Tensor).cpu().float() for o in xb)).to(xb[0].device)
 
+# %% ../nbs/14_quantize.ipynb #5a1d650e
+def _unpickled(kind, state):
+    m = kind.__new__(kind)
+    nn.Module.__init__(m)
+    m.__setstate__(state)
+    return m
+
+for o in [*vars(layers).values(), *vars(fused_layers).values()]:
+    if isinstance(o, type) and issubclass(o, layers.modules.conv._ConvNd): copyreg.pickle(o, lambda m: (_unpickled, (type(m), m.__getstate__())))
+
 # %% ../nbs/14_quantize.ipynb #3eb0740a
-def _levels(m): return m.weight_scale,m.weight_zero_point,m.weight_axis_int,-128,127,torch.int8
+class _Stored:
+    @property
+    def levels(self): return self.weight_scale,self.weight_zero_point,self.weight_axis_int,-128,127,torch.int8
+    def get_weight(self): return torch.ops.quantized_decomposed.dequantize_per_channel(self.weight, *self.levels)
 
-def _weight_of(m):
-    "What a layer of the reference computes with"
-    return torch.ops.quantized_decomposed.dequantize_per_channel(m.weight, *_levels(m))
+class _StoredConv2d(_Stored, reference_layers.Conv2d): pass
+class _StoredLinear(_Stored, reference_layers.Linear): pass
 
-def _stored(m):
+# %% ../nbs/14_quantize.ipynb #66bcc0fb
+def _store(m):
     "Round the weights of a layer of the reference now instead of each time"
-    if getattr(m, 'weight_dtype', None)!=torch.qint8 or m.weight_qscheme!=torch.per_channel_affine: return
-    m.weight = nn.Parameter(torch.ops.quantized_decomposed.quantize_per_channel(m.weight.detach(), *_levels(m)), requires_grad=False)
-    m.get_weight = partial(_weight_of, m)
+    m.__dict__.pop('qconfig', None)  # cannot be pickled
+    kind = first(o for o in (_StoredConv2d,_StoredLinear) if type(m) is o.__mro__[2])
+    if not kind or m.weight_qscheme!=torch.per_channel_affine: return
+    m.__class__ = kind
+    m.weight = nn.Parameter(torch.ops.quantized_decomposed.quantize_per_channel(m.weight.detach(), *m.levels), requires_grad=False)
 
-# %% ../nbs/14_quantize.ipynb #83c4f7f8
 def _widened(reference):
     "Let maps take all 256 levels, as kernels do: on x86 observers leave every other one free, so that sums do not overflow"
     for node in reference.graph.nodes:
@@ -144,7 +162,7 @@ def _widened(reference):
 def _converted(prepared, images):
     with _quiet(): net,reference = quantize_fx.convert_fx(deepcopy(prepared)),quantize_fx._convert_to_reference_decomposed_fx(prepared)
     _widened(reference)
-    for m in reference.modules(): _stored(m)
+    for m in reference.modules(): _store(m)
     for o in (net,reference): o.requires_grad_(False)
     return Int8(net, reference, images)
 
@@ -184,6 +202,11 @@ def quantize(
     return int8,report
 
 # %% ../nbs/14_quantize.ipynb #63125f0f
+def _retire(learn, model):
+    "Put a network that cannot be trained in the place of a learner's"
+    learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, (TeacherCallback,DistillCallback,MixedPrecision))])
+    learn.model,learn.opt = model,None
+
 def _shapes(dls): return [tuple(o.shape[1:]) for o in probe_batch(dls)[0]]
 
 @patch
@@ -195,8 +218,7 @@ def quantize(self:Learner,
     "Put an int8 network in the place of a learner's; raises `ValueError`, and changes nothing, where that cannot be done"
     if dls is not None and _shapes(dls)!=_shapes(self.dls): raise ValueError(f"Calibration data has the shape {_shapes(dls)}, the learner's {_shapes(self.dls)}: calibrate on data such as it will see")
     model,report = quantize(bare_model(self.model), dls or self.dls, n, keep)
-    self.remove_cbs([cb for cb in self.cbs if isinstance(cb, (TeacherCallback,DistillCallback,MixedPrecision))])
-    self.model,self.opt = model,None
+    _retire(self, model)
     return report
 
 # %% ../nbs/14_quantize.ipynb #ae8fbc00
