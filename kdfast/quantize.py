@@ -25,7 +25,7 @@ from .features import adapters_of, bare_model
 from .measure import probing
 from .structured import Structured
 from .swap import _patterns
-from .teacher import DistillCallback, TeacherCallback, first_batches, probe_batch
+from .teacher import DistillCallback, TeacherCallback, first_batches, keep_rng, probe_batch
 
 # %% ../nbs/14_quantize.ipynb #2dc46aa8
 def _made(m): return isinstance(m, Structured) or isinstance(m, (nn.Linear,nn.modules.conv._ConvNd)) and not isinstance(m._parameters.get('weight'), nn.Parameter)
@@ -69,8 +69,8 @@ def _untraced(model, skipped, error):
 # %% ../nbs/14_quantize.ipynb #e780117b
 @contextmanager
 def _quiet():
-    "torch.ao announces a successor, which does not take residual networks yet"
-    with warnings.catch_warnings():
+    "torch.ao announces a successor, which does not take residual networks yet; and draws numbers for layers whose weights it then replaces"
+    with warnings.catch_warnings(), keep_rng():
         warnings.simplefilter('ignore')
         yield
 
@@ -225,10 +225,15 @@ def quantize(self:Learner,
 class _Rounding(FusedMovingAvgObsFakeQuantize):
     "Rounds to the levels of a range, which follows what it sees in training"
     def forward(self, x):
-        seeing = self.observer_enabled
-        if not self.training: self.observer_enabled = torch.zeros_like(seeing)
-        try: return super().forward(x.float()).to(x.dtype)
-        finally: self.observer_enabled = seeing
+        if self.training: self.follow(x.detach().float())
+        levels = (0,255) if self.dtype==torch.quint8 else (self.quant_min,self.quant_max)
+        if self.is_per_channel: rounded = torch.fake_quantize_per_channel_affine(x.float(), self.scale, self.zero_point, self.ch_axis, *levels)
+        else: rounded = torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, *levels)
+        return rounded.to(x.dtype)
+
+    def follow(self, x):
+        self.activation_post_process(x)
+        for old,new in zip((self.scale,self.zero_point), self.calculate_qparams()): old.resize_(new.shape).copy_(new)
 
 def _rounding(net, batches):
     "A prepared network whose ranges begin where `batches` are"

@@ -6,7 +6,7 @@ from kdfast.cli import main
 from kdfast.experiments import load_network
 
 quick = '--teacher wrn-10-1 --teacher-epochs 4 --epochs 3 --lr 1e-2'.split()
-chains = 'prune:.5,factorize:.7;prune:params=30000:taylor'
+chains = 'prune:.5,factorize:.7,int8;prune:params=30000:taylor'
 
 def record_of(out): return json.loads((out/'record.json').read_text())
 

@@ -1,0 +1,73 @@
+"Files that run without kdfast"
+import json, pickle, subprocess, sys, onnx, onnxruntime, pytest, torchvision
+from fastai.vision.all import *
+from kdfast.all import *
+
+def relative(a, b): return ((a-b).norm()/b.norm()).item()
+
+nets = {'wrn': lambda: wrn(10, 1), 'separable': lambda: wrn(10, 1, conv=Separable), 'hashed': lambda: wrn(10, 1, conv=partial(Hashed, ratio=.5)), 'mobile': lambda: mobile(width=.25), 'torchvision': lambda: torchvision.models.resnet18(num_classes=10)}
+
+@pytest.mark.parametrize('in_int8', [False,True])
+@pytest.mark.parametrize('name', nets)
+def test_files_are_the_network(name, in_int8, dls, tmp_path):
+    net = nets[name]().eval()
+    for b in dls.train: net.train()(b[0].as_subclass(Tensor))
+    net.eval()
+    if in_int8: net,_ = quantize(net, dls)
+    x = dls.valid.one_batch()[0].as_subclass(Tensor)
+    session = lambda f: onnxruntime.InferenceSession(f, providers=['CPUExecutionProvider']).run(None, {'images':x[:5].numpy()})[0]
+    files = export_onnx(net, tmp_path/'net.onnx', 32),export_program(net, tmp_path/'net.pt2', 32)
+    outs = torch.from_numpy(session(tmp_path/'net.onnx')),torch.export.load(tmp_path/'net.pt2').module()(x[:5])
+    with torch.no_grad():
+        for model,out in zip(files, outs):
+            assert relative(model(x), net(x))<(.1 if in_int8 else 1e-5) and torch.equal(model(x[:5]), out)
+            assert count_params(model)==count_params(net) and count_macs(model, 32)==count_macs(net, 32)
+            assert compare({'file':model}, 32, reps=1).loc['file','MB on disk']==round(model.file.stat().st_size/1e6, 2)
+    assert {o.name for o in tmp_path.iterdir()}=={'net.onnx','net.pt2'}
+
+def test_an_int8_file_is_a_quarter(dls, tmp_path):
+    net = wrn(16, 2).eval()
+    full,small = export_onnx(net, tmp_path/'full.onnx', 32),export_onnx(quantize(net, dls)[0], tmp_path/'int8.onnx', 32)
+    assert small.file.stat().st_size<.32*full.file.stat().st_size
+    ops = {n.op_type for n in onnx.load(small.file).graph.node}
+    assert {'QuantizeLinear','DequantizeLinear'}<=ops
+
+def test_of_a_learner(dls, teacher, quiet, tmp_path):
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(),FitNet()], metrics=accuracy, path=tmp_path)
+    quiet(learn, 1)
+    learn.model.train()
+    files = learn.export_onnx(),learn.export_program('sub/it.pt2')
+    assert files==(tmp_path/'student.onnx',tmp_path/'sub/it.pt2') and learn.model.training
+    about = {o.key:o.value for o in onnx.load(files[0]).metadata_props}
+    assert json.loads(about['classes'])==[str(o) for o in dls.vocab] and about['size']=='3x32x32'
+    ours = Learner(dls, OnnxModel(files[0]), metrics=accuracy)
+    with learn.no_bar(), ours.no_bar(): assert ours.validate()[1]==pytest.approx(learn.validate()[1], abs=1e-6)
+    with pytest.raises(ValueError, match='A file cannot be trained'): quiet(ours, 1)
+    x = dls.valid.one_batch()[0].as_subclass(Tensor)
+    assert torch.equal(pickle.loads(pickle.dumps(ours.model))(x), ours.model(x))
+
+def test_a_file_tells_nothing_of_this_machine(tmp_path):
+    export_onnx(wrn(10, 1), tmp_path/'net.onnx', 32)
+    text = (tmp_path/'net.onnx').read_bytes()
+    assert str(Path(__file__).parent.parent).encode() not in text and b'site-packages' not in text and b'.py' not in text
+
+class Decides(nn.Module):
+    def forward(self, x): return x.flatten(1) if x.mean()>0 else -x.flatten(1)
+
+class Wrong(nn.Module):
+    "Gives something else each time"
+    def forward(self, x): return torch.rand_like(x.flatten(1))
+
+@pytest.mark.parametrize('to,name', [(export_onnx,'net.onnx'), (export_program,'net.pt2')])
+def test_bad_input(to, name, tmp_path, capfd):
+    (tmp_path/name).write_text('before')
+    for net,message in ((Decides(),'cannot be written as'), (Wrong(),'differs from the network by')):
+        with pytest.raises(ValueError, match=message): to(net, tmp_path/name, 8)
+        assert (tmp_path/name).read_text()=='before' and [*tmp_path.iterdir()]==[tmp_path/name]
+    assert 'torch.ops' not in ''.join(capfd.readouterr())
+    with pytest.raises(FileNotFoundError, match='does not exist'): OnnxModel(tmp_path/'other.onnx')
+
+def test_without_the_extra():
+    code = "import sys; sys.modules.update(onnx=None); from kdfast.all import *; export_onnx(wrn(10, 1), '/tmp/x.onnx', 32)"
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert 'pip install kdfast[onnx]' in res.stderr
