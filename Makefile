@@ -43,6 +43,7 @@ bench: .venv/developing
 	$(BIN)/python benchmarks/step_cost.py | tee results/step_cost.md
 	$(BIN)/python benchmarks/block_cost.py --turns 5 --steps 3 | tee results/block_cost.md
 	$(BIN)/python benchmarks/conv_cost.py --turns 9 | tee results/conv_cost.md
+	$(BIN)/python benchmarks/int8_cost.py | tee results/int8_cost.md
 
 .venv/installed: settings.ini pyproject.toml setup.py
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -10,7 +10,7 @@ def script(name):
     spec.loader.exec_module(module)
     return module
 
-step_cost,block_cost,conv_cost = map(script, ('step_cost','block_cost','conv_cost'))
+step_cost,block_cost,conv_cost,int8_cost = map(script, ('step_cost','block_cost','conv_cost','int8_cost'))
 
 @pytest.fixture
 def work():
@@ -83,3 +83,19 @@ def test_the_committed_table_of_convolutions_keeps_the_promise():
     rows = {r.split('|')[1].strip(): float(r.split('|')[4]) for r in (Path(__file__).parent.parent/'results/conv_cost.md').read_text().splitlines() if r.startswith('|') and r.count('.')>2}
     hashed = {k:v for k,v in rows.items() if ' px' in k}
     assert {*rows}-{*hashed}=={*conv_cost.kinds} and max(rows.values())<=1.5 and len(hashed)==3 and max(hashed.values())<=1.3
+
+def test_int8_has_one_row_a_form(monkeypatch, capsys):
+    monkeypatch.setattr(int8_cost, 'networks', {'small':(partial(wrn, 10, 1), 32)})
+    int8_cost.main(['--turns','1'])
+    rows = [o.split('|') for o in capsys.readouterr().out.splitlines() if o.startswith('| small')]
+    assert [o[2].strip() for o in rows]==['float32','bfloat16','int8','float32, onnxruntime','int8, onnxruntime'] and all(float(o[4])>0 and float(o[6])>0 for o in rows)
+
+def test_int8_says_nothing_of_another_network(monkeypatch, capsys):
+    monkeypatch.setattr(int8_cost, 'networks', {'small':(partial(wrn, 10, 1), 32)})
+    monkeypatch.setattr(int8_cost, 'quantize', lambda net,dls,n: (quantize(wrn(10, 1).eval(), dls, n)[0], None))
+    with pytest.raises(SystemExit, match='int8 differs from float32'): int8_cost.main(['--turns','1'])
+    assert not capsys.readouterr().out
+
+def test_the_committed_table_of_int8():
+    rows = [o.split('|') for o in (Path(__file__).parent.parent/'results/int8_cost.md').read_text().splitlines() if '| int8 |' in o]
+    assert len(rows)==4 and all(float(o[7])>1.2 and float(o[8])<.2 for o in rows)
