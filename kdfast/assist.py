@@ -37,7 +37,7 @@ def _outputs(model, dls):
     with probing(model), keep_rng(): return tuple(model(*to_device(probe_batch(dls)[0], next(model.parameters(), torch.empty(0)).device)).shape[1:])
 
 def _check_chain(teacher, networks, dls):
-    own = [o for o in networks if isinstance(o, nn.Module)]
+    own = [*([teacher_of(teacher, dls)[0]] if teacher is not None else []), *(o for o in networks if isinstance(o, nn.Module))]
     if len({*map(id, own)})<len(own): raise ValueError("One module stands in the chain twice, so it would be its own teacher: pass a function or an architecture, which gives a new one each time")
     with keep_rng(): made = [student_of(o, dls) for o in networks]
     if teacher is not None: made = [teacher_of(teacher, dls)[0],*made]

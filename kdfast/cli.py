@@ -20,7 +20,7 @@ from .data import digits_dls
 from .compress import compressing
 from .decay import wd_groups as scale_decay
 from .distill import FitNet, KD
-from .experiments import (RunFolder, accuracy_of, beside_control, by_arm, described, load_network, machine_facts, result_table, run_arm,
+from .experiments import (RunFolder, _digest, accuracy_of, beside_control, by_arm, described, load_network, machine_facts, result_table, run_arm,
     save_network, versus)
 from .interpret import show_attention
 from .learner import distill_learner, student_of, teacher_of, whole_file
@@ -158,8 +158,6 @@ def _train_teacher(folder, arch, dls, about):
     distrib_barrier()
 
 # %% ../nbs/17_cli.ipynb #a8ba29a8
-def _digest(model): return hashlib.sha256(b''.join(v.float().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()[:12]
-
 def _load_teacher(file, own, arch, dls, about):
     "What `distill_learner` takes as teacher, its network, and what is known of it"
     if file and Path(file).suffix=='.pkl':
@@ -335,14 +333,22 @@ def compress(
     source,network,known = _teacher(folder, teacher_file, train, arch, dls, about)
     costs = {**folder.record.get('costs', {}), **_chains(dls, network, method, chains, size)}
     every = dict.fromkeys([*(r['arm'] for r in folder.record['runs']), *chains])
-    folder.add(command=_command(compress, dict(given, steps=';'.join(every))), machine=machine_facts(), teacher=known, costs=costs)
+    seeds_ = max(seeds, *(r['seed']+1 for r in folder.record['runs']), 1)
+    folder.add(command=_command(compress, dict(given, steps=';'.join(every), seeds=seeds_)), machine=machine_facts(), teacher=known, costs=costs)
     _say(described(folder.record))
     def make(arm, **kwargs):
         learn = _learner(dls, source, deepcopy(network), method, **kwargs)
         return learn.to_bf16().to_channelslast() if bf16 else learn
     kept = folder.path/'steps'
     def fit(arm, seed): return compressing(steps_of(_to_file(arm), _stem(arm, seed)), _fitter(epochs, lr), seed=seed, folder=kept/_stem(arm, seed))
-    for arm,seed,_ in _students(folder, dls, make, chains, seeds, fit, about): shutil.rmtree(kept/_stem(arm, seed))
+    try:
+        for arm,seed,_ in _students(folder, dls, make, chains, seeds, fit, {}):
+            costs[arm].update({k:folder.record['runs'][-1][k] for k in ('parameters','MACs')})
+            folder.add(costs=costs)
+            shutil.rmtree(kept/_stem(arm, seed))
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. Finished chains: {len(folder.record['runs'])}. The same command goes on after the last whole step.", file=sys.stderr)
+        raise
     if kept.exists() and not [*kept.iterdir()]: kept.rmdir()
     folder.finish()
     _tell_chains(folder)

@@ -11,10 +11,11 @@ __all__ = ['Step', 'pipeline', 'compressing']
 import json, pickle
 from time import perf_counter
 from fastai.vision.all import *
-from .experiments import Stage, _plain, accuracy_of, report
+from .experiments import Stage, _digest, _plain, accuracy_of, report
+from .export import _InFile
 from .features import bare_model
 from .learner import whole_file
-from .quantize import _Fixed, _retire
+from .quantize import _Fixed, _is_aware, _retire
 from .teacher import probe_batch
 
 # %% ../nbs/16b_compress.ipynb #d1dcf52e
@@ -28,13 +29,14 @@ class Step:
     ): store_attr()
 
 def _accuracy(learn):
-    with learn.no_bar(), learn.no_logging(): return learn.validate()[1]
+    with learn.no_bar(), learn.no_logging(): return learn.validate()[1+[o.name for o in learn.metrics].index('accuracy')]
 
 def _taken(learn, step, fit):
     "The stage that a step leads to"
     start,made,history = perf_counter(),step.change(learn),None
+    if _is_aware(learn.model) and not step.finish: raise ValueError(f"{step.name} leaves a network that is only prepared for int8: write Step('int8', Learner.quantize_aware, finish=Learner.quantize)")
     if isinstance(made, nn.Module): return Stage(step.name, made, accuracy_of(made, learn.dls), None, perf_counter()-start, None)
-    before = _accuracy(learn)
+    before = _accuracy(learn) if step.trains else None
     if step.trains:
         fit(learn)
         history = learn.recorder.history
@@ -43,22 +45,30 @@ def _taken(learn, step, fit):
     return Stage(step.name, deepcopy(bare_model(learn.model)), after, before, perf_counter()-start, history)
 
 # %% ../nbs/16b_compress.ipynb #9c8203c5
-def _kept(folder, steps):
+def _as_steps(steps, folder):
+    "Names for all; raises `ValueError` where one that is to be kept has none"
+    named = [o if isinstance(o, Step) else Step(getattr(o, '__name__', '<partial>'), o) for o in steps]
+    odd = [o.name for o in named if o.name.startswith('<')]
+    if folder and odd: raise ValueError(f"{odd[0]} says nothing of what it does, so what is kept could be taken for something else: write Step('name', ...)")
+    return named
+
+def _kept(folder, steps, key):
     "The stages that are on file, up to the first that is missing or broken"
     stages = []
     for i,step in enumerate(steps):
-        try: stage = torch.load(folder/f'{i}.pkl', weights_only=False)
+        try: stage,theirs = torch.load(folder/f'{i}.pkl', weights_only=False)
         except (OSError,RuntimeError,EOFError,pickle.UnpicklingError): break
-        if stage.name!=step.name: break
+        if (stage.name,theirs)!=(step.name,key): raise ValueError(f"{folder} holds the stages of another pipeline: choose another folder, or remove it")
         stages.append(stage)
     return stages
 
 def _go_on(learn, stages):
     "Put the last network of `stages` in the learner"
-    last = [o.network for o in stages if not hasattr(o.network, 'file')][-1:]
+    last = [o.network for o in stages if not isinstance(o.network, _InFile)][-1:]
     if last and isinstance(last[0], _Fixed): _retire(learn, deepcopy(last[0]))
     elif last: learn.model,learn.opt = deepcopy(last[0]).to(learn.dls.device),None
 
+# %% ../nbs/16b_compress.ipynb #e8470b57
 def pipeline(
     learn:Learner, # With a trained network and `metrics=accuracy`; its teacher teaches after each step
     steps:list, # `Step`s, or functions of a learner, each followed by training
@@ -66,19 +76,21 @@ def pipeline(
     seed:int=0, # Decides the random numbers of all steps but the first, whose are as they come
     folder:Path=None # Keep every stage here; the same pipeline goes on with those that it finds
 ) -> list: # `Stage`s: the network as it was, then one for each step
-    "Change a network step by step"
-    steps = [o if isinstance(o, Step) else Step(getattr(o, '__name__', 'step'), o) for o in steps]
+    "Change a network step by step; raises `ValueError` where `folder` holds the stages of other steps, of another network or seed"
+    if 'accuracy' not in [o.name for o in learn.metrics]: raise ValueError("Stages are compared by their accuracy: make the learner with metrics=accuracy")
+    steps,key = _as_steps(steps, folder),(seed,_digest(bare_model(learn.model)))
     start = Stage('as it was', deepcopy(bare_model(learn.model)), _accuracy(learn), None, 0., None)
-    stages = _kept(Path(folder), steps) if folder else []
+    stages = _kept(Path(folder), steps, key) if folder else []
     _go_on(learn, stages)
     for i,step in enumerate(steps):
         if i<len(stages): continue
+        learn.opt = None
         if i:
             set_seed(1000*seed+i)
             learn.dls.train.rng.seed(1000*seed+i)
         stages.append(_taken(learn, step, fit))
         if folder:
-            with whole_file(Path(folder)/f'{i}.pkl') as f: torch.save(stages[-1], f)
+            with whole_file(Path(folder)/f'{i}.pkl') as f: torch.save((stages[-1],key), f)
     return [start,*stages]
 
 # %% ../nbs/16b_compress.ipynb #0e57bbce
@@ -92,9 +104,9 @@ def compressing(
         shape = tuple(probe_batch(learn.dls)[0][0].shape[1:])
         stages = pipeline(learn, steps, fit, **kwargs)
         table = report(stages, shape)
-        last = max(i for i,o in enumerate(stages) if not hasattr(o.network, 'file'))
-        curves = [o.history for o in stages if o.history is not None]
+        last = max(i for i,o in enumerate(stages) if not isinstance(o.network, _InFile))
+        curves,before = [o.history for o in stages if o.history is not None],[dict(before=o.before) for o in stages if o.before is not None][-1:]
         costs = {k:table.iloc[last][k].item() for k in ('parameters','MACs')}
-        result = dict(accuracy=stages[last].accuracy, before=stages[last].before, seconds=round(sum(o.seconds for o in stages), 1), **costs)
+        result = dict(accuracy=stages[last].accuracy, seconds=round(sum(o.seconds for o in stages), 1), **costs, **first(before) or {})
         return dict(result, history=_plain(pd.concat(curves)) if curves else {}, report=json.loads(table.reset_index().to_json(orient='records')))
     return stepwise

@@ -9,7 +9,7 @@ __all__ = ['Stage', 'versus', 'by_arm', 'beside_control', 'result_table', 'descr
            'run_arm', 'save_network', 'load_network', 'machine_facts', 'RunFolder']
 
 # %% ../nbs/16_experiments.ipynb #ea8c40b6
-import json, platform, sys
+import hashlib, json, platform, sys
 from collections import namedtuple
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -217,6 +217,8 @@ def load_network(
     return about
 
 # %% ../nbs/16_experiments.ipynb #24ad81e0
+def _digest(model): return hashlib.sha256(b''.join(v.float().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()[:12]
+
 def machine_facts() -> dict: # Plain values
     "What a time in seconds depends on"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()}, {torch.get_num_threads()} threads'

@@ -15,31 +15,35 @@ from fastai.vision.all import *
 from .features import bare_model
 from .learner import whole_file
 from .measure import input_shape, probing
-from .quantize import _Fixed
+from .quantize import Int8, _Fixed
 from .teacher import keep_rng, probe_batch
 
 # %% ../nbs/14b_export.ipynb #48a71007
 def _far(a, b): return ((a-b).norm()/b.norm().clamp(min=1e-12)).item()
 
-def _check_same(run, model, size, what):
+def _check_same(run, model, net, size, what):
     "Raises `ValueError` where `run` is not `model`"
-    with keep_rng(): xs = torch.randn(3, *input_shape(size)) if not hasattr(model, 'images') else F.interpolate(model.images, input_shape(size)[1:])
+    int8 = isinstance(model, Int8)
+    with keep_rng(): xs = F.interpolate(model.images, input_shape(size)[1:]) if int8 else torch.randn(3, *input_shape(size))
     for x in (xs[:1],xs):
-        with probing(model): far,most = _far(run(x), model(x)),.1 if hasattr(model, 'images') else 1e-4
+        with probing(net): out = (model if int8 else net)(x)
+        if not isinstance(out, Tensor): raise ValueError(f"The {what} has to put out one tensor, got a {type(out).__name__}: wrap the network in a module that returns its logits")
+        far,most = _far(run(x), out),.1 if int8 else 1e-4
         if not far<=most: raise ValueError(f"The {what} differs from the network by {far:.2g} of its outputs on {len(x)} images, more than {most:g}: it was not written")
 
 # %% ../nbs/14b_export.ipynb #e42417d7
 def _to_export(model):
     "A copy on the CPU, in eval mode, of what can be exported"
-    return deepcopy(getattr(model, 'reference', model)).cpu().float().eval().requires_grad_(False)
+    return deepcopy(getattr(model, '_kdfast_reference', model)).cpu().float().eval().requires_grad_(False)
 
 @contextmanager
 def _silent():
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # torch prints whole graphs
         warnings.simplefilter('ignore')
-        logging.disable(logging.WARNING)
+        before = logging.root.manager.disable
+        logging.disable(max(before, logging.WARNING))
         try: yield
-        finally: logging.disable(logging.NOTSET)
+        finally: logging.disable(before)
 
 @contextmanager
 def _writing(what, net):
@@ -60,13 +64,16 @@ class _InFile(_Fixed):
         file:Path, # With one input, images `(bs,c,h,w)`, and one output
         reference:nn.Module=None # The network that it was written from, whose parameters and multiply-adds are counted
     ):
-        super().__init__(getattr(reference, 'reference', reference) or nn.Identity())
+        super().__init__(getattr(reference, '_kdfast_reference', reference) or nn.Identity())
         self.file,self.opened = Path(file),None
         if not self.file.is_file(): raise FileNotFoundError(f"{file} does not exist: pass a file that was written before")
 
     def forward(self, x):
         if self.opened is None: self.opened = (self.open(),)
         return self.run(self.opened[0], x.as_subclass(Tensor).cpu().float()).to(x.device)
+
+    @property
+    def _kdfast_file(self): return self.file  # for `compare`
 
     def __getstate__(self): return dict(self.__dict__, opened=None)
 
@@ -95,7 +102,7 @@ def export_onnx(
     program.model.metadata_props.update({k:str(v) for k,v in dict(about, size='x'.join(map(str, input_shape(size)))).items()})
     with whole_file(file) as part:
         program.save(part)
-        _check_same(OnnxModel(part), model, size, 'ONNX file')
+        _check_same(OnnxModel(part), model, net, size, 'ONNX file')
     return OnnxModel(file, model)
 
 # %% ../nbs/14b_export.ipynb #06861e2c
@@ -117,7 +124,7 @@ def export_program(
     with _writing('a program', net): program = torch.export.export(net, (torch.zeros(2, *input_shape(size)),), dynamic_shapes=({0:anyhow},))
     with whole_file(Path(file)) as part:
         with _silent(), open(part, 'wb') as f: torch.export.save(program, f)
-        _check_same(ProgramModel(part), model, size, 'program')
+        _check_same(ProgramModel(part), model, net, size, 'program')
     return ProgramModel(file, model)
 
 # %% ../nbs/14b_export.ipynb #909f253a

@@ -45,7 +45,7 @@ def count_params(
     buffers:bool=False # Add the floating point buffers, that is, the running statistics of batch norms
 ) -> int: # Number of elements, frozen or not
     "How many numbers `model` has to learn, or with `buffers` to store"
-    model = getattr(model, 'reference', model)
+    model = getattr(model, '_kdfast_reference', model)
     tensors = [*model.parameters(), *(b for b in model.buffers() if buffers and b.is_floating_point())]
     return sum(t.numel() for t in tensors)
 
@@ -74,7 +74,7 @@ def count_macs(
     parts:bool=False # Give a dictionary of what the total is made of instead
 ) -> int: # Multiply-adds of convolutions and matrix products, and what layers with a method `extra_macs` tell of others
     "Multiply-adds of one image, counted by torch while it runs"
-    model = getattr(model, 'reference', model)
+    model = getattr(model, '_kdfast_reference', model)
     counter,told = FlopCounterMode(display=False),Counter()
     hooks = [m.register_forward_hook(lambda m,x,y: told.update(m.extra_macs())) for m in model.modules() if hasattr(m, 'extra_macs')]
     try:
@@ -86,7 +86,7 @@ def count_macs(
 
 # %% ../nbs/01_measure.ipynb #772bd69c
 def _megabytes(model):
-    if hasattr(model, 'file'): return model.file.stat().st_size/1e6
+    if hasattr(model, '_kdfast_file'): return model._kdfast_file.stat().st_size/1e6
     f = io.BytesIO()
     torch.save(model.state_dict(), f)
     return f.tell()/1e6

@@ -165,7 +165,7 @@ def _replace(make, learn):
     "Put another network in the place of a learner's"
     learn.model,learn.opt = make(learn).to(learn.dls.device),None
 
-def _file(to, suffix, stem, learn): return to(bare_model(learn.model), learn.path/f'{stem}{suffix}', _shape(learn))
+def _file(to, suffix, stem, learn): return to(deepcopy(bare_model(learn.model)), learn.path/f'{stem}{suffix}', _shape(learn))
 
 # %% ../nbs/16c_names.ipynb #44cf2161
 def _swapped(args, spec, stem):
@@ -173,6 +173,7 @@ def _swapped(args, spec, stem):
     return Step(spec, partial(_replace, lambda learn: swap_convs(bare_model(learn.model), conv)[0]))
 
 def _distilled(args, spec, stem):
+    if len(args)>1: raise ValueError(f"The step {spec} is written as distill, or distill:resnet10")
     if not args: return Step(spec, noop)
     network_of(*args)
     return Step(spec, partial(_replace, lambda learn: student_of(network_of(*args, size=min(_shape(learn)[1:])), learn.dls)))
@@ -209,5 +210,6 @@ def steps_of(
     specs:str, # Steps with commas between
     stem:str='student' # As for `step_of`
 ) -> list: # For `pipeline`
-    "The steps that `specs` stands for"
-    return [step_of(o, stem) for o in specs.split(',')]
+    "The steps that `specs` stands for; where one of them writes a file again, the earlier file has its place in its name"
+    names = specs.split(',')
+    return [step_of(o, stem if o not in names[i+1:] else f'{stem}-{i+1}') for i,o in enumerate(names)]

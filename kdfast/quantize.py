@@ -67,6 +67,14 @@ def _untraced(model, skipped, error):
         "name that part in keep=, which leaves it in floating point, or write it without a decision by its inputs")
 
 # %% ../nbs/14_quantize.ipynb #e780117b
+class _InTraining(ValueError): pass
+
+def _check_training(model, floats):
+    def nodes(mode): return [(o.op, str(o.target), str(o.args), str(o.kwargs)) for o in _Finder([*floats]).trace(model.train(mode)).nodes]
+    odd = first(a or b for a,b in itertools.zip_longest(nodes(True), nodes(False)) if a!=b)
+    if odd: raise _InTraining(f"The forward of this network does something else in training, at {odd[1]}, which tracing would make permanent: use modules such as nn.Dropout, or name the part in keep=")
+
+# %% ../nbs/14_quantize.ipynb #13eff2fa
 @contextmanager
 def _quiet():
     "torch.ao announces a successor, which does not take residual networks yet; and draws numbers for layers whose weights it then replaces"
@@ -74,26 +82,29 @@ def _quiet():
         warnings.simplefilter('ignore')
         yield
 
-def _prepared(model, xb, floats, aware=False):
-    "A copy with an observer on every map and every weight, traced on `xb`"
+def _prepared(model, batches, floats, aware=False):
+    "A copy with an observer on every map and every weight"
     model = _plain(model).train(aware)
     mapping = (get_default_qat_qconfig_mapping if aware else get_default_qconfig_mapping)(torch.backends.quantized.engine)
     for n in floats: mapping.set_module_name(n, None)
     custom = PrepareCustomConfig().set_non_traceable_module_names([*floats])
     try:
-        with _quiet(): return (quantize_fx.prepare_qat_fx if aware else quantize_fx.prepare_fx)(model, mapping, xb, custom)
+        if aware: _check_training(model, floats)
+        with _quiet(): return (quantize_fx.prepare_qat_fx if aware else quantize_fx.prepare_fx)(model.train(aware), mapping, first(batches), custom)
+    except _InTraining: raise
     except Exception as e: raise _untraced(model, floats, e) from e
 
 # %% ../nbs/14_quantize.ipynb #0bf307c9
-def _plain_batches(dls, n):
-    for b in first_batches(dls, n): yield tuple(o.as_subclass(Tensor).cpu().float() for o in b[:getattr(dls, 'n_inp', 1)])
+def _plain_batches(dls, n): return [tuple(o.as_subclass(Tensor).cpu().float() for o in b[:getattr(dls, 'n_inp', 1)]) for b in first_batches(dls, n)]
 
 def _observe(net, batches):
+    if not batches: raise ValueError("Nothing to calibrate on: these DataLoaders give no training batch, or n is 0")
     for xb in batches:
         try:
-            with probing(net): net(*xb)
+            with probing(net): out = net(*xb)
         except Exception as e: raise ValueError(f"Calibration data of shape {' and '.join(str(tuple(o.shape)) for o in xb)} does not fit this network "
             f"({str(e).splitlines()[0]}): pass the DataLoaders that it was trained with") from e
+        if not isinstance(out, Tensor): raise ValueError(f"An int8 network puts out one tensor, got a {type(out).__name__}: wrap it in a module that returns its logits")
 
 # %% ../nbs/14_quantize.ipynb #196d26af
 class _Fixed(nn.Module):
@@ -106,9 +117,13 @@ class _Fixed(nn.Module):
     @property
     def reference(self): return self._reference[0]
 
+    _kdfast_reference = reference  # for `count_params` and `count_macs`
+
     def train(self, mode=True):
         if mode: raise ValueError(self.remedy)
         return self
+
+    def _apply(self, fn, recurse=True): return self  # `to` and `half` would move a part of it
 
 class Int8(_Fixed):
     "A network in 8-bit integers, for inference on a CPU"
@@ -185,18 +200,16 @@ def _precision(net, floats):
 def quantize(
     model:nn.Module, # Trained, left as it is; or prepared by `learn.quantize_aware`
     dls:DataLoaders, # Its training batches tell the range of every map
-    n:int=16, # How many of them
+    n:int=8, # How many of them
     keep=() # Names of modules that stay in floating point and are not traced, `*` standing for anything
 ) -> tuple: # An `Int8`, and a report, one row a layer
     "A network in 8-bit integers (arXiv:1712.05877); raises `ValueError` where it cannot be traced, where `dls` does not fit, and for one that is int8 already"
     if _is_int8(model): raise ValueError("This network is int8 already: quantize the one that was trained")
-    floats = _why_float(model, keep)
-    xb = first(_plain_batches(dls, 1))
-    if _is_aware(model): prepared = deepcopy(model).cpu().eval()
-    else:
-        prepared = _prepared(model, xb, floats)
-        _observe(prepared, _plain_batches(dls, n))
-    int8 = _converted(prepared, xb[0][:3])
+    if _is_aware(model) and keep: raise ValueError("What is kept was settled by quantize_aware: pass keep= there")
+    floats,batches = model.meta['kept'] if _is_aware(model) else _why_float(model, keep),_plain_batches(dls, n)
+    prepared = deepcopy(model).cpu().eval() if _is_aware(model) else _prepared(model, batches, floats)
+    if not _is_aware(model): _observe(prepared, batches)
+    int8 = _converted(prepared, batches[0][0][:3])
     report = _precision(int8.net, floats)
     if 'int8' not in set(report.precision): raise ValueError(f"Nothing was quantized: {', '.join(f'{o.layer} ({o.kept})' for o in report.itertuples()) or 'the network has no linear layer and no convolution'}")
     return int8,report
@@ -205,13 +218,13 @@ def quantize(
 def _retire(learn, model):
     "Put a network that cannot be trained in the place of a learner's"
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, (TeacherCallback,DistillCallback,MixedPrecision))])
-    learn.model,learn.opt = model,None
+    learn.model,learn.opt,learn.splitter = model,None,trainable_params
 
 def _shapes(dls): return [tuple(o.shape[1:]) for o in probe_batch(dls)[0]]
 
 @patch
 def quantize(self:Learner,
-    n:int=16, # Number of training batches that tell the range of every map
+    n:int=8, # Number of training batches that tell the range of every map
     dls:DataLoaders=None, # Calibrate on these instead of the learner's own; raises `ValueError` where their images have another shape
     keep=() # As for `quantize`
 ) -> pd.DataFrame: # One row a layer
@@ -244,14 +257,16 @@ def _rounding(net, batches):
 
 @patch
 def quantize_aware(self:Learner,
-    n:int=16, # As for `learn.quantize`: where the ranges begin
+    n:int=8, # As for `learn.quantize`: where the ranges begin
     keep=() # As for `quantize`
 ):
-    "Let a learner train on with weights and maps rounded as `learn.quantize` will; raises `ValueError`, and changes nothing, where that cannot be done"
+    "Let a learner train on, in one group of parameters, with weights and maps rounded as `learn.quantize` will; raises `ValueError`, and changes nothing, where that cannot be done"
     model = bare_model(self.model)
     if _is_int8(model) or _is_aware(model): raise ValueError("This network is quantized, or prepared for it, already: do it once")
     reading = [type(cb).__name__ for cb in self.cbs if isinstance(cb, FeatureKD)]
     if reading or adapters_of(self.model): raise ValueError(f"{' and '.join(reading) or 'An adapter'} reads stages, which tracing takes apart: train with it first, then remove it, and use KD")
     device,floats = next(model.parameters()).device,_why_float(model, keep)
-    net = _prepared(model, first(_plain_batches(self.dls, 1)), floats, aware=True)
-    self.model,self.opt = _rounding(net, _plain_batches(self.dls, n)).to(device),None
+    batches = _plain_batches(self.dls, n)
+    net = _rounding(_prepared(model, batches, floats, aware=True), batches)
+    net.meta['kept'] = floats
+    self.model,self.opt,self.splitter = net.to(device),None,trainable_params

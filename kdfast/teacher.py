@@ -38,9 +38,9 @@ def probe_batch(
 def first_batches(
     dls:DataLoaders, # With training data
     n:int=8 # How many
-): # One after another, as training sees them
+) -> list: # As training sees them
     "The first training batches, without touching a random state"
-    with keep_rng(dls.train): yield from itertools.islice(dls.train, n)
+    with keep_rng(dls.train): return [*itertools.islice(dls.train, n)]
 
 # %% ../nbs/06_teacher.ipynb #0d3433f9
 class TeacherCallback(Callback):

@@ -26,7 +26,7 @@ def test_what_it_leaves(done):
     assert first['parameters']<second['parameters']<=30_000<record['costs']['teacher']['parameters']==count_params(wrn(10, 1))
     for r in (first,second):
         assert record['costs'][r['arm']]['parameters']==r['parameters'] and record['costs'][r['arm']]['MACs']==r['MACs']<record['costs']['teacher']['MACs']
-        assert list(r['history'])[3:]==['kd'] and len(r['history']['accuracy'])==3*sum(o['before'] is not None and o['step']!='int8' for o in r['report'])
+        assert list(r['history'])[3:]==['kd'] and len(r['history']['accuracy'])==3*sum(o['before'] is not None for o in r['report'])
         assert [o['accuracy'] for o in r['report'][-2:]]==pytest.approx([r['accuracy']]*2, abs=.01) and abs(r['accuracy']-r['report'][-2]['accuracy'])<1e-8 and r['seconds']==pytest.approx(sum(o['seconds'] for o in r['report']), abs=.5)
         sizes = [o['MB on disk'] for o in r['report'][:-1]]
         assert sizes==sorted(sizes, reverse=True) and all(o['ms of one']>0 and o['ms of 64']>0 for o in r['report'])
@@ -69,13 +69,58 @@ def test_it_goes_on_step_by_step(done, tmp_path, monkeypatch):
     monkeypatch.setattr(Learner, 'fit_one_cycle', stop_in_the_second)
     with pytest.raises(SystemExit) as e: main(args)
     kept = out/'steps'/stems[0]
-    assert e.value.code==130 and [o.name for o in kept.iterdir()]==['0.pkl'] and not record_of(out)['runs']
+    assert e.value.code==130 and not (out/'interrupted.pth').exists() and [o.name for o in kept.iterdir()]==['0.pkl'] and not record_of(out)['runs']
     (kept/'1.pkl').write_bytes((kept/'0.pkl').read_bytes()[:1000])  # a broken file is made again
     main(args)
     (again,),whole = record_of(out)['runs'],record_of(done)['runs'][0]
     assert len(fits)==3 and fits[2]==fits[1]<fits[0]
     assert [(o['step'],o['accuracy'],o['before'],o['parameters']) for o in again['report']]==[(o['step'],o['accuracy'],o['before'],o['parameters']) for o in whole['report']]
     assert again['history']==whole['history'] and not (out/'steps').exists()
+
+@pytest.fixture
+def chain(dls, teacher):
+    "A learner whose pipeline can be made anew"
+    net = wrn(10, 1)
+    def make(**kwargs): return distill_learner(dls, teacher, deepcopy(net), **{'metrics':accuracy, **kwargs})
+    return make
+
+def short(learn):
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-2)
+
+def pruning(r): return Step(f'prune:{r}', partial(Learner.prune, ratio=r))
+
+def test_a_pipeline_ends_as_it_would_have(chain, tmp_path):
+    steps = [pruning(.3),pruning(.3),Step('distill', noop)]
+    whole = pipeline(chain(), steps, short, folder=tmp_path/'whole')
+    shutil.copytree(tmp_path/'whole', tmp_path/'part')
+    for i in (1,2): (tmp_path/f'part/{i}.pkl').unlink()
+    set_seed(9)
+    again = pipeline(chain(), steps, short, folder=tmp_path/'part')
+    assert all(torch.equal(a, b) for a,b in zip(whole[-1].network.parameters(), again[-1].network.parameters()))
+    assert [o.accuracy for o in whole]==[o.accuracy for o in again] and [o.before is None for o in whole]==[True,False,False,False]
+
+def test_a_pipeline_knows_its_own(chain, tmp_path, quiet):
+    pipeline(chain(), [pruning(.3)], short, folder=tmp_path)
+    other = distill_learner(chain().dls, None, wrn(10, 1), metrics=accuracy)
+    for learn,step,seed in ((chain(), pruning(.5), 0), (chain(), pruning(.3), 1), (other, pruning(.3), 0)):
+        before = count_params(learn.student)
+        with pytest.raises(ValueError, match='holds the stages of another pipeline'): pipeline(learn, [step], short, seed=seed, folder=tmp_path)
+        assert count_params(learn.student)==before
+    for step in (lambda learn: learn.prune(.3), partial(Learner.prune, ratio=.3)):
+        with pytest.raises(ValueError, match='says nothing of what it does'): pipeline(chain(), [step], short, folder=tmp_path)
+
+def test_a_pipeline_needs_an_accuracy(chain):
+    with pytest.raises(ValueError, match='make the learner with metrics=accuracy'): pipeline(chain(metrics=error_rate), [pruning(.3)], short)
+    stages = pipeline(chain(metrics=[error_rate,accuracy]), [Step('as is', noop, trains=False)], short)
+    assert stages[0].accuracy==stages[1].accuracy==pytest.approx(accuracy_of(stages[0].network, chain().dls))
+    with pytest.raises(ValueError, match='only prepared for int8'): pipeline(chain(), [Learner.quantize_aware], short)
+
+def test_files_on_the_way(done, tmp_path):
+    "Each row of the report is of the network as it was then"
+    main(['compress', *quick[:2], '--epochs', '1', '--teacher-file', str(done/'teacher.pth'), '--steps', 'onnx,prune:.5', '--out', str(tmp_path/'out')])
+    start,first,pruned,last = record_of(tmp_path/'out')['runs'][0]['report']
+    assert [o['parameters'] for o in (first,last)]==[o['parameters'] for o in (start,pruned)] and first['MB on disk']>2*last['MB on disk']
+    assert {o.name for o in (tmp_path/'out').glob('*.onnx')}=={'student-onnx-prune-.5-1.onnx','student-onnx-prune-.5.onnx'}
 
 def test_other_steps(done, tmp_path):
     steps = 'swap:separable,program;distill:wrn-10-0.5,int8:aware;int8'

@@ -71,3 +71,25 @@ def test_without_the_extra():
     code = "import sys; sys.modules.update(onnx=None); from kdfast.all import *; export_onnx(wrn(10, 1), '/tmp/x.onnx', 32)"
     res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert 'pip install kdfast[onnx]' in res.stderr
+
+@pytest.mark.parametrize('dtype', [torch.float64,torch.bfloat16])
+def test_other_precisions_are_written_as_float32(dtype, tmp_path):
+    net = wrn(10, 1).eval().to(dtype)
+    file,program,x = export_onnx(net, tmp_path/'net.onnx', 32),export_program(net, tmp_path/'net.pt2', 32),torch.randn(2,3,32,32)
+    with torch.no_grad(): want = deepcopy(net).float()(x)
+    assert relative(file(x), want)<1e-4 and relative(program(x), want)<1e-4 and next(net.parameters()).dtype==dtype
+
+class Two(nn.Module):
+    def forward(self, x): return x.flatten(1),x
+
+def test_two_outputs(tmp_path):
+    for to,name in ((export_onnx,'net.onnx'),(export_program,'net.pt2')):
+        with pytest.raises(ValueError, match='has to put out one tensor, got a tuple'): to(Two(), tmp_path/name, 8)
+
+def test_logging_is_as_it_was(tmp_path):
+    import logging
+    logging.disable(logging.CRITICAL)
+    try:
+        export_program(wrn(10, 1), tmp_path/'net.pt2', 32)
+        assert logging.root.manager.disable==logging.CRITICAL
+    finally: logging.disable(logging.NOTSET)

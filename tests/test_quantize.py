@@ -37,6 +37,7 @@ def test_int8_is_a_network_like_others(dls, tmp_path):
     f.seek(0)
     for other in (deepcopy(int8), pickle.loads(pickle.dumps(int8)), torch.load(f, weights_only=False)):
         assert torch.equal(other(x), int8(x)) and torch.equal(other.reference(x), int8.reference(x)) and count_macs(other, 32)==count_macs(int8, 32)
+    assert torch.equal(int8.half().to('meta').double()(x), int8(x))
     learn = Learner(dls, int8, metrics=accuracy, path=tmp_path)
     learn.export('int8.pkl')
     assert torch.equal(load_learner(tmp_path/'int8.pkl').model(x), int8(x))
@@ -171,3 +172,61 @@ def test_nothing_comes_after(aware, dls, teacher):
     for act in (lambda: learn.prune(.5), lambda: learn.factorize(ratio=.5), lambda: swap_convs(learn.model, Separable), lambda: learn.quantize_aware()):
         with pytest.raises(ValueError, match='quantized|prepared'): act()
     assert learn.model is model
+
+class Drops(nn.Module):
+    def forward(self, x): return F.dropout(x, .5, self.training)
+
+def test_what_training_does_otherwise(dls, teacher, quiet):
+    net = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 8, 3, stride=2), drop=Drops(), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(8, 10)))
+    learn = distill_learner(dls, teacher, net)
+    with pytest.raises(ValueError, match='something else in training, at .*dropout.* use modules such as nn.Dropout'): learn.quantize_aware()
+    assert learn.model is net and net.training
+    learn.quantize_aware(keep='drop')
+    quiet(learn, 1)
+    report = learn.quantize()
+    x = images(dls)
+    assert torch.equal(learn.model(x), learn.model(x)) and set(report.precision)=={'int8'}
+
+def test_what_is_kept_in_training_is_told(dls, teacher):
+    learn = distill_learner(dls, teacher, wrn(10, 1))
+    learn.quantize_aware(keep='fc')
+    with pytest.raises(ValueError, match='settled by quantize_aware'): learn.quantize(keep='stem')
+    assert learn.quantize().set_index('layer').kept['fc']=='kept as fc'
+
+def test_groups_of_parameters(dls, teacher, quiet):
+    "A splitter that indexes the network has nothing to index any more"
+    learn = distill_learner(dls, teacher, wrn(10, 1), splitter=lambda m: L(m[:3], m[3:]).map(params))
+    learn.quantize_aware()
+    quiet(learn, 1)
+    learn.quantize()
+    with pytest.raises(ValueError, match='cannot be trained'): quiet(learn, 1)
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = wrn(10, 1)
+    def forward(self, x): return self.net(x),x
+
+def test_more_bad_input(dls):
+    grey = wrn(10, 1, n_in=1)
+    with pytest.raises(ValueError, match='Nothing to calibrate on'): quantize(wrn(10, 1), dls, n=0)
+    with pytest.raises(ValueError, match='puts out one tensor, got a tuple'): quantize(Two(), dls)
+    before,order = torch.get_rng_state(),dls.train.rng.getstate()
+    with pytest.raises(ValueError, match='does not fit this network') as e: quantize(grey, dls)
+    assert torch.equal(torch.get_rng_state(), before) and dls.train.rng.getstate()==order
+    now = torch.manual_seed(77).get_state()
+    del e
+    assert torch.equal(torch.get_rng_state(), now)
+
+class Pair(nn.Module):
+    "A network of someone who likes the names that are used here"
+    def __init__(self):
+        super().__init__()
+        self.net,self.reference,self.file,self.images = wrn(10, 1),nn.Conv2d(3, 4, 1),'x',torch.zeros(3)
+    def forward(self, x): return self.net(x)
+
+def test_names_of_others(tmp_path):
+    pair,net = Pair().eval(),wrn(10, 1)
+    assert count_params(pair)==count_params(net)+16 and count_macs(pair, 32)==count_macs(net, 32)
+    assert compare({'it':pair}, 32, reps=1).loc['it','MB on disk']>.3
+    export_onnx(pair, tmp_path/'net.onnx', 32)
