@@ -57,7 +57,7 @@ def _kept(folder, steps, key):
     stages = []
     for i,step in enumerate(steps):
         try: stage,theirs = torch.load(folder/f'{i}.pkl', weights_only=False)
-        except (OSError,RuntimeError,EOFError,pickle.UnpicklingError): break
+        except (OSError,RuntimeError,EOFError,TypeError,ValueError,pickle.UnpicklingError): break
         if (stage.name,theirs)!=(step.name,key): raise ValueError(f"{folder} holds the stages of another pipeline: choose another folder, or remove it")
         stages.append(stage)
     return stages

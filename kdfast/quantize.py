@@ -131,7 +131,7 @@ class Int8(_Fixed):
     def __init__(self,
         net:nn.Module, # Converted
         reference:nn.Module, # The same with integers in floating point
-        images:Tensor # Some that it was calibrated on, to try out exports with
+        images:Tensor # Some that it was calibrated on, in half precision, to try out exports with
     ):
         super().__init__(reference.eval())
         self.net,self.images = net.eval(),images
@@ -209,7 +209,7 @@ def quantize(
     floats,batches = model.meta['kept'] if _is_aware(model) else _why_float(model, keep),_plain_batches(dls, n)
     prepared = deepcopy(model).cpu().eval() if _is_aware(model) else _prepared(model, batches, floats)
     if not _is_aware(model): _observe(prepared, batches)
-    int8 = _converted(prepared, batches[0][0][:3])
+    int8 = _converted(prepared, batches[0][0][:4].half())
     report = _precision(int8.net, floats)
     if 'int8' not in set(report.precision): raise ValueError(f"Nothing was quantized: {', '.join(f'{o.layer} ({o.kept})' for o in report.itertuples()) or 'the network has no linear layer and no convolution'}")
     return int8,report

@@ -42,7 +42,7 @@ for kind in ('full','depth','dilated2x2','grouped','separable','separable-linear
 for kind in ('shuffle','separablehashed'): asked.update({f'wd/{kind}{o}':({'control':3}, 50000, 5000, 12) for o in ('','-groups')})
 for o in ('teacher-strong','teacher-weak'): asked[o] = ({'control':2, 'kd':2}, 9469, 1894, 20)
 for o in ('separable','grouped','full'): asked[f'budget-1mb/{o}'] = ({'control':2}, 9469, 1894, 20)
-for o in ('small','separable'): asked[f'tenth/{o}'] = ({'control':1, 'kd':1}, 9469, 1894, 20)
+for o in ('small','separable','separable-10'): asked[f'tenth/{o}'] = ({'control':1, 'kd':1}, 9469, 1894, 20)
 for o in (20,26,34): asked[f'resnet{o}-20'] = ({'control':1}, 9469, 1894, 20)
 
 @pytest.mark.parametrize('name', asked)
