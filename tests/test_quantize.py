@@ -26,7 +26,7 @@ def test_outputs_are_near(name, dls):
     int8,report = quantize(net, dls)
     with torch.no_grad(): full,small,reference = net(x),int8(x),int8.reference(x)
     assert relative(small, full)<.2 and relative(reference, small)<.05
-    assert set(report.precision)=={'int8'} and report.weights.sum()<=count_params(net)
+    assert set(report.precision)=={'int8'} and report.weights.sum()==sum(m.weight.numel() for m in net.modules() if isinstance(m, (nn.Conv2d,nn.Linear)))
     assert count_macs(int8, 32)==count_macs(net, 32) and .97*count_params(net)<count_params(int8)<=count_params(net)
     assert all(torch.equal(v, before[k]) for k,v in net.state_dict().items()) and not n_hooks(net) and not net.training
 
@@ -75,6 +75,8 @@ def test_what_stays_in_floating_point(dls):
     assert isinstance(int8.net.get_submodule('fc'), nn.Linear)
     x = images(dls)
     with torch.no_grad(): assert relative(int8.reference(x), int8(x))<.05
+    with torch.autocast('cpu', dtype=torch.bfloat16): inside = int8(x)
+    assert inside.dtype==torch.float32 and torch.equal(inside, int8(x))
 
 def test_a_learner(dls, teacher, quiet, tmp_path):
     student = wrn(10, 1)
@@ -123,6 +125,7 @@ def test_rounding_lets_gradients_through():
     y = m(x)
     y.sum().backward()
     assert len(y.unique())<=256 and (y-x).abs().max()<=2/255 and x.grad.eq(1).float().mean()>.95
+    assert m(x.bfloat16()).dtype==torch.bfloat16
     m.eval()
     m(100*x)
     assert m.activation_post_process.max_val<2
