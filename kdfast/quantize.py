@@ -95,10 +95,12 @@ def _prepared(model, batches, floats, aware=False):
     except Exception as e: raise _untraced(model, floats, e) from e
 
 # %% ../nbs/14_quantize.ipynb #0bf307c9
-def _plain_batches(dls, n): return [tuple(o.as_subclass(Tensor).cpu().float() for o in b[:getattr(dls, 'n_inp', 1)]) for b in first_batches(dls, n)]
+def _plain_batches(dls, n):
+    batches = [tuple(o.as_subclass(Tensor).cpu().float() for o in b[:getattr(dls, 'n_inp', 1)]) for b in first_batches(dls, n)]
+    if not batches: raise ValueError("Nothing to calibrate on: these DataLoaders give no training batch, or n is 0")
+    return batches
 
 def _observe(net, batches):
-    if not batches: raise ValueError("Nothing to calibrate on: these DataLoaders give no training batch, or n is 0")
     for xb in batches:
         try:
             with probing(net): out = net(*xb)
