@@ -4,6 +4,7 @@ from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.quantize import _Rounding
 from conftest import n_hooks
+from test_benchmarks import int8_cost
 
 def relative(a, b): return ((a-b).norm()/b.norm()).item()
 
@@ -49,19 +50,11 @@ def test_the_reference_clips_nowhere_else(dls):
     x = 1.7*images(dls)
     with torch.no_grad(): assert relative(int8.reference(x), int8(x))<.05
 
-class InBF16(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = deepcopy(net).to(memory_format=torch.channels_last)
-    def forward(self, x):
-        with torch.autocast('cpu', dtype=torch.bfloat16): return self.net(x.to(memory_format=torch.channels_last))
-
 @pytest.mark.parametrize('make,size', [(lambda: wrn(16, 1), 32), (lambda: resnet(10), 64)])
 def test_faster_than_float32(make, size):
-    x = torch.randn(64, *(3,size,size))
-    net,own = make().eval(),tensor_dls((torch.randint(0, 255, (64,3,size,size), dtype=torch.uint8), torch.arange(64)%10), (torch.randint(0, 255, (64,3,size,size), dtype=torch.uint8), torch.arange(64)%10), bs=32)
-    int8,_ = quantize(net, own, n=1)
-    ms = compare(dict(float32=net, bfloat16=InBF16(net), int8=int8), size, bs=64, reps=7)['ms per image']
+    net = make().eval()
+    int8,_ = quantize(net, int8_cost.noise(size), n=1)
+    ms = compare(dict(float32=net, bfloat16=int8_cost.InBF16(net), int8=int8), size, bs=64, reps=7)['ms per image']
     print(ms)
     assert ms['int8']<ms['float32']
 
