@@ -106,7 +106,7 @@ def compressing(
         table = report(stages, shape)
         last = max(i for i,o in enumerate(stages) if not isinstance(o.network, _InFile))
         curves,before = [o.history for o in stages if o.history is not None],[dict(before=o.before) for o in stages if o.before is not None][-1:]
-        costs = {k:table.iloc[last][k].item() for k in ('parameters','MACs')}
+        costs = {k:table[k].iloc[last].item() for k in ('parameters','MACs')}
         result = dict(accuracy=stages[last].accuracy, seconds=round(sum(o.seconds for o in stages), 1), **costs, **first(before) or {})
         return dict(result, history=_plain(pd.concat(curves)) if curves else {}, report=json.loads(table.reset_index().to_json(orient='records')))
     return stepwise

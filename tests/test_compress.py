@@ -25,6 +25,7 @@ def test_what_it_leaves(done):
     assert [[o['step'] for o in r['report']] for r in (first,second)]==[['as it was','prune:.5','factorize:.7','int8','onnx'],['as it was','prune:params=30000:taylor','onnx']]
     assert first['parameters']<second['parameters']<=30_000<record['costs']['teacher']['parameters']==count_params(wrn(10, 1))
     for r in (first,second):
+        assert all(isinstance(o, int) for o in (r['parameters'],r['MACs']))
         assert record['costs'][r['arm']]['parameters']==r['parameters'] and record['costs'][r['arm']]['MACs']==r['MACs']<record['costs']['teacher']['MACs']
         assert list(r['history'])[3:]==['kd'] and len(r['history']['accuracy'])==3*sum(o['before'] is not None for o in r['report'])
         assert [o['accuracy'] for o in r['report'][-2:]]==pytest.approx([r['accuracy']]*2, abs=.01) and abs(r['accuracy']-r['report'][-2]['accuracy'])<1e-8 and r['seconds']==pytest.approx(sum(o['seconds'] for o in r['report']), abs=.5)
