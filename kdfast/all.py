@@ -21,3 +21,6 @@ from .export import *
 from .assist import *
 from .experiments import *
 from .compress import *
+from .runs import *
+from .records import *
+from .sweep import *

@@ -37,31 +37,48 @@ def methods() -> dict: # Name to class
     return {k:c for k,c in _ours(DistillCallback).items() if c is not FeatureKD}
 
 # %% ../nbs/16c_names.ipynb #fd874876
+def _number(name, text):
+    try: return ast.literal_eval(text)
+    except (ValueError,SyntaxError): raise ValueError(f"{name}={text} is no number: write an argument as name=number") from None
+
+def _late(weight, since, pct): return 0. if pct<since else weight(pct) if callable(weight) else weight
+
+def _term(name, *args):
+    takes = [o for o in inspect.signature(methods()[name]).parameters if o!='pairs']
+    given = {k:_number(k, v) for k,_,v in (o.partition('=') for o in args)}
+    odd = [k for k in given if k not in (*takes,'since')]
+    if odd: raise ValueError(f"The method {name} has no {' and no '.join(odd)}: it takes {', '.join([*takes,'since'])}, as in {name}:{takes[0]}=1")
+    since = given.pop('since', 0)
+    term = methods()[name](**given)
+    if since: term.weight = partial(_late, term.weight, since)
+    return term
+
+# %% ../nbs/16c_names.ipynb #5e61fef8
+def _named(method): return [o.split(':')[0] for o in method.split('+')]
+
 def terms_of(
-    method:str # 'kd+at', or 'control' for none; raises `ValueError` with the list of names for an unknown one
+    method:str # 'kd+at', 'at:per_stage=2', or 'control' for none; raises `ValueError` with the list of names for an unknown one
 ) -> list: # New callbacks
     "The terms that `method` names"
     if method=='control': return []
-    names = method.split('+')
+    names = _named(method)
     unknown = [m for m in names if m not in {**methods(),**schedules}]
     if unknown: raise ValueError(f"Unknown method {' and '.join(unknown)}: choose from control, {', '.join([*methods(),*schedules])}, or join several with +")
     if len({*names})<len(names): raise ValueError(f"{method} names a method twice: name it once")
-    return [methods()[m]() for m in names if m in methods()]
+    odd = [o for o in method.split('+') if ':' in o and o.split(':')[0] in schedules]
+    if odd: raise ValueError(f"{odd[0]} gives arguments to a schedule, which takes none: write {odd[0].split(':')[0]}")
+    return [_term(*o.split(':')) for o in method.split('+') if o.split(':')[0] in methods()]
 
 # %% ../nbs/16c_names.ipynb #9d15b75a
 def schedule_of(
     method:str # As for `terms_of`
 ) -> dict: # None for one fit on labels
     "How `method` trains block by block; raises `ValueError` for two ways at once"
-    names = [m for m in method.split('+') if m in schedules]
+    names = [m for m in _named(method) if m in schedules]
     if len(names)>1: raise ValueError(f"{method} names {len(names)} schedules: choose one of {' and '.join(names)}")
     return schedules[names[0]] if names else None
 
 # %% ../nbs/16c_names.ipynb #ea230765
-def _value(name, text):
-    try: return ast.literal_eval(text)
-    except (ValueError,SyntaxError): raise ValueError(f"{name}={text} is no number: pass arguments of a convolution as name=number, with commas between") from None
-
 def conv_of(
     spec:str # 'separable', or 'grouped:groups=4,...' where the kind takes arguments; raises `ValueError` with the list of names for an unknown one
 ): # Called as `conv(ni, nf, ks, stride)`
@@ -72,7 +89,7 @@ def conv_of(
     given = dict(o.split('=', 1) if '=' in o else (o,'True') for o in args.split(',') if o)
     odd = [k for k in given if k not in inspect.signature(kinds[name]).parameters]
     if odd: raise ValueError(f"The convolution {name} has no {' and no '.join(odd)}: it takes {', '.join([*inspect.signature(kinds[name]).parameters][5:]) or 'nothing'}")
-    return partial(kinds[name], **{k:_value(k, v) for k,v in given.items()})
+    return partial(kinds[name], **{k:_number(k, v) for k,v in given.items()})
 
 # %% ../nbs/16c_names.ipynb #2b1b64e1
 def _known_networks(): return [*(f'resnet{d}' for d in models._blocks), 'residual_cnn', 'plain_cnn', 'mobile', 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
