@@ -14,6 +14,7 @@ from .learner import *
 from .decay import *
 from .blocks import *
 from .interpret import *
+from .look import *
 from .prune import *
 from .factorize import *
 from .quantize import *
@@ -24,3 +25,4 @@ from .compress import *
 from .runs import *
 from .records import *
 from .sweep import *
+from .tables import *
