@@ -179,7 +179,7 @@ def _in_turn():
 
 # %% ../nbs/17_cli.ipynb #fe468519
 def distill(
-    data:str='digits', # digits, cifar10 or imagenette
+    data:str='digits', # digits, cifar10, imagenette or imagenet
     path:Path=None, # Folder or archive of the data, downloaded if left out
     size:int=None, # Side of the images of imagenette, pixels
     pct:float=1., # Part of the training images for the students, the same of each class
@@ -206,7 +206,7 @@ def distill(
     if pretrained: teacher = f"torchvision.{teacher.removeprefix('torchvision.')}"
     _check(data, teacher, student, conv, teacher_file, pretrained, from_files, lr, wd)
     _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size, params=params)
-    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=None if data=='digits' else not from_files)
+    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=None if data in ('digits','imagenet') else not from_files)
     with _in_turn(): dls = make_dls(pct=pct)
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files, processes=max(1, num_distrib()))
     made = {k:v for k,v in dict(conv=conv, params=params, wd=wd, wd_groups=wd_groups or None).items() if v is not None}
@@ -253,7 +253,7 @@ def _tell_chains(folder):
 
 # %% ../nbs/17_cli.ipynb #9f311c7c
 def compress(
-    data:str='digits', # digits, cifar10 or imagenette
+    data:str='digits', # digits, cifar10, imagenette or imagenet
     path:Path=None, # Folder or archive of the data, downloaded if left out
     size:int=None, # Side of the images of imagenette, pixels
     pct:float=1., # Part of the training images for the training after each step, the same of each class
@@ -278,7 +278,7 @@ def compress(
     for o in chains: steps_of(o)
     if any(isinstance(o, FitNet) for o in terms_of(method)) and ',' in steps: raise ValueError("fitnet reads channels through an adapter, which a second step would change: take one step a chain, or another --method")
     if schedule_of(method) is not None: raise ValueError(f"{method} trains block by block: choose terms such as kd, or control")
-    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=None if data=='digits' else not from_files)
+    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=None if data in ('digits','imagenet') else not from_files)
     with _in_turn(): dls = make_dls(pct=pct)
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files, processes=max(1, num_distrib()))
     folder = RunFolder(out, dict(shared, pct=pct, method=method, epochs=epochs, images=_images(dls)))

@@ -6,7 +6,7 @@ Docs: https://kdfast.github.io/kdfast/data.html.md"""
 
 # %% auto #0
 __all__ = ['digits_stats', 'stratified', 'BatchShift', 'BatchFlip', 'BatchResizedCrop', 'open_image', 'FromMemory', 'LabelOf',
-           'NormalizeInPlace', 'TensorDL', 'tensor_dls', 'digits_dls', 'cifar10_dls', 'imagenette_dls']
+           'NormalizeInPlace', 'TensorDL', 'tensor_dls', 'digits_dls', 'cifar10_dls', 'imagenette_dls', 'imagenet_dls']
 
 # %% ../nbs/05_data.ipynb #8f4c7da6
 import functools, tarfile, tempfile, zlib
@@ -281,3 +281,19 @@ def imagenette_dls(
     crop = RandomResizedCrop(size, min_scale=.35)
     if in_memory: return _memory_dls(train, valid, bs, Resize(round(1.25*size)), crop, [BatchResizedCrop(size), BatchFlip()], imagenet_stats, device)
     return _file_dls(train, valid, bs, crop, [BatchFlip()], imagenet_stats, device, num_workers)
+
+# %% ../nbs/05_data.ipynb #31d4b83b
+def imagenet_dls(
+    path=None, # A folder with `train` and `val`, each with a folder a class; raises `ValueError` if left out
+    size:int=224, # Side of the images, pixels
+    bs:int=64, # Batch size
+    pct:float=1., # Fraction of each class to train on
+    seed:int=0, # Picks the part
+    device=None, # fastai's default device
+    num_workers:int=None # Processes that load files
+) -> DataLoaders: # 1,281,167 images to train on, 50,000 to validate, 1,000 classes
+    "ImageNet with random resized crops and flips, from files; raises `ValueError` for a folder that is not like it"
+    if path is None: raise ValueError("ImageNet cannot be downloaded: pass the folder that holds its train and val, each with a folder a class")
+    parts = ('train','val')
+    train,valid = _split(_dataset(path, None, parts), parts, pct, seed)
+    return _file_dls(train, valid, bs, RandomResizedCrop(size, min_scale=.08), [BatchFlip()], imagenet_stats, device, num_workers)

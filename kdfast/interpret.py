@@ -113,7 +113,8 @@ def plot_tradeoff(
     if ax is None: _,ax = plt.subplots(figsize=(6,4), layout='constrained')
     _axis(ax)
     if front: _draw_front(ax, table[x], table[y])
-    for name,rows in table.sort_values([x,y]).groupby(by, sort=False):
+    for name,rows in table.groupby(by, sort=False):
+        rows = rows.sort_values([x,y])
         line, = ax.plot(rows[x], rows[y], '-o', lw=1.5, ms=4, label=name)
         if before: ax.plot(rows[x], rows[before], '--o', lw=.8, ms=2.5, color=line.get_color())
     ax.set(xscale='log', xlabel=x, ylabel='accuracy' if y in ('after','accuracy') else y)

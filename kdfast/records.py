@@ -121,9 +121,38 @@ def export(self:Records) -> Path: # The file of JSON lines
 
 @patch
 def take(self:Records,
-    file:Path # JSON lines; raises `ValueError` for other ones, with nothing taken
+    file:Path # JSON lines, or the `record.json` of a folder; raises `ValueError` for other ones, with nothing taken
 ) -> int: # How many were new
-    "Add the runs of an export that are not done here"
-    try: rows = [(run_of(o['settings']), o['result'], o['state']) for o in map(json.loads, Path(file).read_text().splitlines())]
-    except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} is no export of records: {e}") from e
+    "Add the runs of an export, or of a command's folder, that are not done here"
+    text = Path(file).read_text()
+    try: rows = [*_of_folder(json.loads(text))] if Path(file).suffix=='.json' else [(run_of(o['settings']), o['result'], o['state']) for o in map(json.loads, text.splitlines())]
+    except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} holds no runs that could be taken: {e}") from e
     return sum(self.add(*o) for o in rows)
+
+# %% ../nbs/16e_records.ipynb #19d49e56
+def _of_folder(record):
+    "Runs, results and states from what a command wrote to `record.json`; raises `ValueError` for settings that a `Run` does not have"
+    settings,teacher = record['settings'],record['teacher']
+    known = ('data','size','pct','student','conv','params','epochs','bs','lr','wd','bf16')
+    odd = [k for k,v in settings.items() if v and k not in (*known,'processes','from_files','images','method')]
+    if odd or settings.get('from_files') or settings.get('processes')!=1: raise ValueError(f"{' and '.join(odd) or 'several processes, or images from files'}: a Run knows nothing of it")
+    shared,training = dict(bs=64, lr=1e-2),{k:v for k,v in teacher['training'].items() if k in known}
+    source = run_of(_trim(dict(shared, **training, student=teacher['network'])))
+    told = dict(record['machine'], command=record['command'])
+    if teacher.get('history'): yield source,_as_result(dict(teacher, images=teacher['images']), told, record['costs']['teacher'], teacher['images']),'done'
+    for o in record['runs']:
+        run = _trim(dict(shared, **{k:v for k,v in settings.items() if k in known}, seed=o['seed']))
+        if 'method' in settings: run.update(start=source.settings, chain=o['arm'], student=teacher['network'])
+        method = settings.get('method', o['arm'])
+        run = run_of(run if method=='control' else dict(run, method=method, teacher=source.settings))
+        yield run,_as_result(o, told, record['costs'].get(o['arm']) or record['costs']['student'], settings['images']['training'], settings['images']),'done'
+
+# %% ../nbs/16e_records.ipynb #6f451fe7
+def _trim(settings): return {k:v for k,v in settings.items() if v not in (None,False)}
+
+def _as_result(o, told, costs, n, images=None):
+    history = o['history']
+    accs = [a for a in history.get('accuracy', ()) if a is not None]
+    more = {k:o[k] for k in ('before','weights') if k in o}
+    return dict(accuracy=o['accuracy'], best=max([o['accuracy'], *accs]), top5=None, losses={k:v[-1] for k,v in history.items() if k not in ('accuracy','stage','epoch')}, history=history,
+        parameters=costs['parameters'], MACs=costs['MACs'], seconds=o['seconds'], images_per_second=round(n*len(accs)/o['seconds'], 1), **dict(images=images) if images else {}, **more, **told)

@@ -52,6 +52,9 @@ class Run:
         object.__setattr__(self, 'steps', tuple(self.steps))
         terms_of(self.method),schedule_of(self.method),network_of(self.student),self.conv and conv_of(self.conv),self.chain and steps_of(self.chain)
         if (self.method=='control')!=(self.teacher is None): raise ValueError(f"The method {self.method} {'has no teacher: leave it out' if self.teacher else 'needs a teacher: pass a Run'}")
+        for o in filter(None, (self.teacher,self.start)):
+            if o.data!=self.data: raise ValueError(f"The teacher has learned the classes of {o.data}, not those of {self.data}: pass a Run on {self.data}")
+            if o.chain: raise ValueError("A network that a chain of steps has changed cannot be built again from its name, so it can neither teach nor be started from: choose a run without chain")
         low = [k for k in ('epochs','bs','lr') if not 0<getattr(self, k)<math.inf]
         if low: raise ValueError(f"{low[0]} must be positive, got {getattr(self, low[0])}")
         if self.steps and schedule_of(self.method) is not None: raise ValueError("Block by block, stages have one-cycle schedules: leave steps out")

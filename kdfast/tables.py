@@ -34,7 +34,7 @@ def recipe(
 ) -> tuple: # Settings of a student's `Run`, and of its teacher's
     "How a table's runs are trained; raises `ValueError` where there is no such schedule"
     if schedule not in schedule_names: raise ValueError(f"Unknown schedule {schedule!r}: choose from {', '.join(schedule_names)}")
-    if schedule=='smoke': return dict(data='digits', epochs=8 if data=='imagenette' else 2, pct=.5),dict(data='digits', epochs=2)
+    if schedule=='smoke': return dict(data='digits', epochs=8 if data=='imagenette' else 2, pct=.5, bf16=True),dict(data='digits', epochs=2, bf16=True)
     if (schedule,data) not in _schedules: raise ValueError(f"{data} is too large for the schedule {schedule}: choose short or full, on a GPU")
     teacher = dict(_schedules[schedule,data], data=data)
     return dict(teacher, pct=.2) if schedule=='cpu' else teacher,teacher
@@ -46,10 +46,9 @@ class ResearchTable:
     name:str # As on the command line
     caption:str # What it asks, and where it comes from
     data:str # As for `data_of`
-    rows:dict # Label to settings of a `Run`; `teacher` is the name of a network, or its settings; `start='teacher'` goes on with the teacher's network
+    rows:dict # Label to settings of a `Run`; `teacher` is the name of a network, or its settings; `start='teacher'` goes on with the teacher's network; `small` is what differs at the schedules smoke and cpu
     arms:dict # Label to method; 'alone', the control, is always there
     published:dict = field(default_factory=dict) # Label of a row to accuracies in percent by label of an arm, `teacher` among them
-    small:dict = field(default_factory=dict) # Settings that take the place of each row's at the schedules smoke and cpu
 
     def __post_init__(self): object.__setattr__(self, 'arms', dict(alone='control', **{k:v for k,v in self.arms.items() if k!='alone'}))
 
@@ -57,7 +56,8 @@ class ResearchTable:
 def _run(self:ResearchTable, schedule, row, arm, seed=0):
     student,teacher = recipe(schedule, self.data)
     settings = dict(student, **self.rows[row])
-    if schedule in ('smoke','cpu'): settings.update(self.small)
+    small = settings.pop('small', {})
+    if schedule in ('smoke','cpu'): settings.update(small)
     theirs = settings.pop('teacher', None)
     theirs = Run(**dict(teacher, **dict(student=theirs) if isinstance(theirs, str) else theirs)) if theirs else None
     if settings.pop('start', None): settings['start'] = theirs
@@ -115,12 +115,17 @@ _imagenet = ResearchTable('imagenet', "Students of a ResNet-34 on ImageNet, top-
         'ResNet-18 half':dict(student='resnet18', params=3_055_880, teacher='resnet34')}, {'AT':'at', 'AT late':'at:since=.6'},
     _by_arm(['alone','AT','teacher'], **{'ResNet-18':(69.64,70.82,73.27), 'ResNet-34 DW':(67.02,69.84,73.27), 'ResNet-18 half':(None,62.80,73.27)}))
 
-_cheap = {'hashed':'hashed', 'separable hashed':'separablehashed', 'full':'full', 'separable':'separable', 'linear separable':'separable:linear', 'shuffle':'shuffle', 'grouped':'grouped', 'low rank':'lowrank',
-    'ACDC':'acdc', 'tensor train':'tensortrain', 'Tucker':'tucker', 'CP':'cp'}
-_big = dict(student='wrn-28-10', teacher=dict(student='wrn-28-10'), params=1_498_840)
-_substitutions = ResearchTable('substitutions', "WRN-28-10 with convolutions of 1.5M parameters in all", 'cifar10', {k:dict(_big, conv=v) for k,v in _cheap.items()}, {'KD+AT':'kd+at'},
-    _by_arm(['alone','KD+AT','teacher'], **{'hashed':(93.52,92.53,96.7), 'separable hashed':(94.05,96.16,96.7)}),
-    small=dict(student='wrn-16-2', params=100_000, teacher=dict(student='wrn-16-2', epochs=15)))
+_plain = {'hashed':'hashed', 'full':'full', '2x2':'dilated2x2', 'grouped':'grouped:groups=4', 'separable':'separable', 'linear separable':'separable:linear',
+    'separable grouped':'separablegrouped:group_size=4', 'separable channelwise':'separablechannelwise', 'shuffle':'shuffle:groups=4', 'bottleneck':'bottleneck:b=4', 'ACDC':'acdc:n_layers=4'}
+_structured = {'separable hashed':'separablehashed', 'low rank':'lowrank', 'tensor train':'tensortrain', 'Tucker':'tucker', 'CP':'cp'}
+
+def _substituted(conv, student):
+    "A row: a WRN-28-10, or at the quick schedules a WRN of 0.1M parameters"
+    return dict(student='wrn-28-10', teacher='wrn-28-10', params=1_498_840, conv=conv, small=dict(student=student, params=100_000, teacher=dict(student='wrn-16-2', epochs=15)))
+
+_cheap = {**{k:_substituted(v, 'wrn-16-2') for k,v in _plain.items()}, **{k:_substituted(v, 'wrn-16-3') for k,v in _structured.items()}}
+_substitutions = ResearchTable('substitutions', "WRN-28-10 with convolutions of 1.5M parameters in all", 'cifar10', _cheap, {'KD+AT':'kd+at'},
+    _by_arm(['alone','KD+AT','teacher'], **{'hashed':(93.52,92.53,96.7), 'separable hashed':(94.05,96.16,96.7)}))
 
 # %% ../nbs/16g_tables.ipynb #849c02fe
 _34 = dict(teacher='resnet34')
@@ -231,7 +236,7 @@ def markdown(self:ResearchTable,
 # %% ../nbs/16g_tables.ipynb #c03b3748
 @patch
 def _seeds(self:ResearchTable, cells):
-    few,many = cells.n.min(),cells.n.max()
+    few,many = int(cells.n.min()),int(cells.n.max())
     return f"{many} seed{'s'*(many>1)}" if few==many else f"{few} to {many} seeds"
 
 @patch
