@@ -20,8 +20,10 @@ _schema = """create table runs (key text primary key, state text not null check 
     seed integer not null, accuracy real, seconds real, settings text not null, result text not null)"""
 
 def _check_file(file, db):
+    db.execute('begin')  # the three are read at one moment
+    tables = db.execute("select name from sqlite_master where type='table'").fetchall()
     (ours,),(version,) = (db.execute(f'pragma {o}').fetchone() for o in ('application_id','user_version'))
-    tables = [n for n, in db.execute("select name from sqlite_master where type='table'")]
+    db.execute('commit')
     if ours!=_ours and tables: raise ValueError(f"{file} is a database, but not one of kdfast's records: choose another file")
     if ours==_ours and version!=_version: raise ValueError(f"{file} holds records of version {version}, this kdfast reads version {_version}: "
         f"{'pip install -U kdfast' if version>_version else 'export it with the kdfast that wrote it'}, or choose another file")

@@ -117,7 +117,7 @@ def _attempt(self:Sweep, run, quiet=True, cbs=None):
     self._same_images(run, dls_of(run, self.path))
     try: self._do(run, quiet, cbs)
     except Exception as e: self._failed(run, e)
-    else: _say(f"{run}: {self.records.get(run)['accuracy']:.1%} in {self.records.get(run)['seconds']:.0f} s{self._left()}")
+    else: self._told(run)
 
 @patch
 def _failed(self:Sweep, run, e):
@@ -125,6 +125,12 @@ def _failed(self:Sweep, run, e):
     _say(f"{run}: failed, {type(e).__name__}: {first(str(e).splitlines())}")
 
 # %% ../nbs/16f_sweep.ipynb #b5dfd8fc
+@patch
+def _told(self:Sweep, run):
+    if rank_distrib(): return
+    result = self.records.get(run)
+    print(f"{run}: {result['accuracy']:.1%} in {result['seconds']:.0f} s{self._left()}", flush=True)
+
 @patch
 def errors(self:Sweep) -> dict: # Run to traceback
     "The runs that failed"
@@ -226,7 +232,7 @@ def _receive(self:Sweep, future):
         if weights: network.load_state_dict(weights)
         self._keep(run, network, result)
     except Exception as e: self._failed(run, e)
-    else: _say(f"{run}: {result['accuracy']:.1%} in {result['seconds']:.0f} s{self._left()}")
+    else: self._told(run)
 
 # %% ../nbs/16f_sweep.ipynb #84dc5c0d
 @patch

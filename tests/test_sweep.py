@@ -1,0 +1,242 @@
+"Runs, records and sweeps: killed, broken, shared"
+import importlib.util, json, multiprocessing, os, shutil, signal, sqlite3, subprocess, sys, time, pytest
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from fastai.vision.all import *
+from kdfast.all import *
+
+root,bin = Path(__file__).parent.parent,Path(sys.executable).parent
+spec = importlib.util.spec_from_file_location('kills', root/'benchmarks/kills.py')
+kills = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kills)
+
+big = Run(student='wrn-10-2', epochs=2, pct=.4)
+kd,at = (Run(method=o, teacher=big, epochs=2, pct=.2, bs=32) for o in ('kd','at'))
+
+def same(a, b): return {k:a[k] for k in ('accuracy','history','weights')}=={k:b[k] for k in ('accuracy','history','weights')}
+
+# --- killed
+
+few = '--rows','16-1 from 16-2','--arms','KD'
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "What a command leaves that nobody kills"
+    out = tmp_path_factory.mktemp('whole')
+    code,seconds = kills.start(out, 'sanity', '', few)
+    assert code==0 and len(kills.results(out))==3 and len(kills.epochs(out))==6
+    return kills.results(out),seconds
+
+@pytest.mark.parametrize('at', ['time','checkpoint:2','checkpoint:5','record:2'])
+def test_a_killed_command_ends_as_an_uninterrupted_one(whole, at, tmp_path):
+    results,seconds = whole
+    killed,_,_,trained,wrong = kills.trial(f'time:{.5*seconds:.0f}' if at=='time' else at, tmp_path, 'sanity', few, results)
+    assert not wrong and trained==6 and (killed or at=='time')
+
+def test_kills_are_spread_and_a_quarter_of_them_within_a_write():
+    at = [*kills.moments(20, 100, 40, 10)]
+    assert len({*at})==20 and sum(not o.startswith('time') for o in at)>=5
+    times = [float(o[5:]) for o in at if o.startswith('time')]
+    assert min(times)<10 and max(times)>90
+
+# --- several processes
+
+def test_two_workers_share_one_sweep(tmp_path):
+    runs = [replace(o, seed=s) for s in range(2) for o in (kd,at)]
+    sweep = Sweep('shared', runs, tmp_path/'two')
+    table = sweep.run(workers=2)
+    assert len(table)==7==len({*table.key}) and (table.state=='done').all()
+    alone = Sweep('alone', [kd], tmp_path/'one')
+    alone.run()
+    assert all(sweep.records.get(o)['images']==alone.records.get(o)['images'] for o in alone.runs)
+
+def test_two_commands_share_one_folder(tmp_path):
+    "No run twice, none lost: each is told by one of them alone"
+    command = [bin/'kdfast', 'table', 'sanity', '--schedule', 'smoke', '--rows', '16-1 from 16-2', '--arms', 'KD', '--seeds', '2', '--out', tmp_path]
+    both = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    outs = [o.communicate(timeout=500)[0] for o in both]
+    assert all(o.returncode==0 for o in both), outs
+    told = [line.split(':')[0] for out in outs for line in out.splitlines() if ' s' in line and '% in ' in line]
+    assert len(told)==5==len({*told})
+    assert all('| 16-1 from 16-2 |' in o and 'A smoke test' in o for o in outs)
+
+def _claim(sweep, run, started, go_on):
+    with sweep._claimed(run) as mine:
+        started.put(mine)
+        go_on.wait(60)
+
+def test_a_dead_process_holds_nothing(tmp_path):
+    sweep,context = Sweep('locks', [kd], tmp_path),multiprocessing.get_context('spawn')
+    started,go_on = context.Queue(),context.Event()
+    other = context.Process(target=_claim, args=(sweep, big, started, go_on))
+    other.start()
+    assert started.get(timeout=100)
+    with sweep._claimed(big) as mine: assert not mine
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    with sweep._claimed(big) as mine: assert mine
+
+def test_a_cluster_of_two_workers(tmp_path):
+    distributed = pytest.importorskip('distributed')
+    one = Sweep('one machine', [kd,at], tmp_path/'one')
+    one.run()
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+        sweep = Sweep('cluster', [kd,at,replace(kd, method='blocks', epochs=1)], tmp_path/'many')
+        with pytest.raises(RuntimeError, match='1 of 6 runs of cluster are not done'): sweep.run(client=client)
+        assert [(o.method, 'too few' in e) for o,e in sweep.errors().items()]==[('blocks',True)]
+        workers = set(client.run(os.getpid).values())
+    assert len(workers)==2 and os.getpid() not in workers
+    for o in (kd,at,kd.control): assert sweep.records.get(o)['accuracy']==pytest.approx(one.records.get(o)['accuracy'], abs=.03)
+    assert all(sweep.file_of(o).exists() for o in (big,kd,at))
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+        with pytest.raises(ValueError, match='threads_per_worker=1'): Sweep('threads', [kd], tmp_path/'threads').run(client=client)
+
+# --- going on
+
+class Stop(Callback):
+    "A power cut in the middle of one epoch of all"
+    run_valid = False
+    def __init__(self, at): self.at,self.n = at,-1
+    def before_train(self): self.n += 1
+    def after_batch(self):
+        if self.n==self.at: raise KeyboardInterrupt
+
+resnet = Run(student='wrn-10-2', epochs=1, pct=.3)
+kinds = {'fitnet':replace(kd, method='kd+fitnet', epochs=3), 'steps':replace(kd.control, steps=(.3,.6), lr=.05, epochs=3), 'bf16':replace(kd, bf16=True, epochs=3),
+    'late':replace(kd, method='at:since=.5', epochs=3), 'blocks':replace(kd, method='blocks', epochs=6), 'parallel':replace(kd, method='blocks-parallel', epochs=4),
+    'labels first':replace(kd, method='blocks-pretrained', epochs=6), 'pruned':Run(student='wrn-10-2', start=resnet, method='kd', teacher=resnet, chain='prune:.5,factorize:.7', epochs=2, pct=.2)}
+
+def done(run, nets, file=None, cbs=None):
+    learn,result = do_run(run, checkpoint=file, cbs=cbs, **{k:v for k,v in nets.items() if getattr(run, k)})
+    return [p.detach().clone() for p in learn.student.parameters()],{k:result[k] for k in ('accuracy','history','parameters')}
+
+@pytest.mark.parametrize('kind', kinds)
+@pytest.mark.parametrize('at', [1,2])
+def test_training_goes_on_as_if_nothing_had_happened(kind, at, tmp_path):
+    if kind=='pruned': pytest.importorskip('torch_pruning')
+    set_seed(3)
+    run,nets = kinds[kind],dict(teacher=wrn(10, 2), start=wrn(10, 2))
+    weights,result = done(run, nets, tmp_path/'whole.pth')
+    with pytest.raises(KeyboardInterrupt): done(run, nets, tmp_path/'cut.pth', Stop(at))
+    assert sum(o['epochs'] for o in EpochCheckpoint(tmp_path/'cut.pth', run.key).fits)==at
+    counted = Stop(99)
+    resumed,again = done(run, nets, tmp_path/'cut.pth', counted)
+    assert again==result and all(torch.equal(a, b) for a,b in zip(weights, resumed))
+    without = done(run, nets)
+    assert without[1]==result and all(torch.equal(a, b) for a,b in zip(weights, without[0]))
+
+@pytest.mark.parametrize('harm', ['half','text','empty','other'])
+def test_a_broken_checkpoint_is_made_anew(harm, tmp_path):
+    run,file = Run(epochs=2, pct=.2),tmp_path/'a.pth'
+    _,result = do_run(run)
+    with pytest.raises(KeyboardInterrupt): do_run(run, checkpoint=file, cbs=Stop(1))
+    assert len(EpochCheckpoint(file, run.key).fits)==1
+    if harm=='half': file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
+    if harm=='text': file.write_text('a letter')
+    if harm=='empty': file.write_bytes(b'')
+    if harm=='other': do_run(Run(epochs=1, pct=.2, lr=1e-3), checkpoint=file)
+    assert EpochCheckpoint(file, run.key).fits==[]
+    assert do_run(run, checkpoint=file)[1]['history']==result['history']
+
+def test_seconds_are_those_of_all_sessions(tmp_path):
+    run,file = Run(epochs=2, pct=.2),tmp_path/'a.pth'
+    with pytest.raises(KeyboardInterrupt): do_run(run, checkpoint=file, cbs=Stop(1))
+    saved = torch.load(file, weights_only=True)
+    torch.save(dict(saved, seconds=1000.), file)
+    assert 1000<do_run(run, checkpoint=file)[1]['seconds']<1100
+
+# --- the store
+
+def test_a_full_disk_leaves_the_store_whole(tmp_path, monkeypatch):
+    records = Records(tmp_path/'records.db')
+    records.add(kd, dict(accuracy=.5, seconds=1.))
+    connect = sqlite3.connect
+    def small(*args, **kwargs):
+        db = connect(*args, **kwargs)
+        db.execute('pragma max_page_count=4')
+        return db
+    monkeypatch.setattr('kdfast.records.sqlite3.connect', small)
+    with pytest.raises(OSError, match='full.*free some space'): records.add(at, dict(accuracy=.6, seconds=1., history=['x'*1000]*100))
+    assert (records.get(kd)['accuracy'],records.get(at))==(.5,None)
+    monkeypatch.undo()
+    assert records.add(at, dict(accuracy=.6, seconds=1.)) and len(records.table())==2
+    with closing(connect(records.file)) as db: assert db.execute('pragma integrity_check').fetchone()==('ok',)
+
+def test_other_files_are_refused_and_stay(tmp_path):
+    def made(name, *statements):
+        with closing(sqlite3.connect(tmp_path/name)) as db:
+            for o in statements: db.execute(o)
+            db.commit()
+        return tmp_path/name
+    before = made('theirs.db', 'create table runs (key text)').read_bytes()
+    with pytest.raises(ValueError, match='not one of kdfast'): Records(tmp_path/'theirs.db')
+    assert (tmp_path/'theirs.db').read_bytes()==before
+    Records(tmp_path/'later.db')
+    made('later.db', 'pragma user_version=2')
+    with pytest.raises(ValueError, match='version 2, this kdfast reads version 1: pip install -U kdfast'): Sweep('later', [kd], tmp_path/'x').records.__class__(tmp_path/'later.db')
+
+def test_many_processes_write_at_once(tmp_path):
+    "No record is lost, and the table is made by one of them"
+    code = f"import sys; from kdfast.records import *; from kdfast.runs import Run; r = Records('{tmp_path}/r.db'); " \
+        "[r.add(Run(seed=100*int(sys.argv[1])+i), dict(accuracy=i/25, seconds=1.)) for i in range(25)]"
+    many = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(i)]) for i in range(3)]
+    assert [o.wait(200) for o in many]==[0]*3
+    assert {o.seed for o in Records(tmp_path/'r.db').runs()}=={100*i+j for i in range(3) for j in range(25)}
+
+# --- teachers
+
+def test_a_lost_teacher_is_trained_again_and_only_where_it_is_needed(tmp_path):
+    sweep = Sweep('teachers', [kd], tmp_path)
+    sweep.run()
+    before = {o.key:sweep.records.get(o) for o in sweep.runs}
+    sweep.file_of(big).unlink()
+    sweep.run()
+    assert not sweep.file_of(big).exists()
+    more = Sweep('teachers', [kd,at], tmp_path)
+    more.run()
+    assert same(more.records.get(big), before[big.key]) and more.records.get(big)['finished']>before[big.key]['finished']
+    assert more.records.get(kd)==before[kd.key] and more.records.get(at)['teacher weights']==before[big.key]['weights']
+
+def test_other_classes_and_other_images(tmp_path):
+    with pytest.raises(ValueError, match='learned the classes of cifar10, not those of digits'): Run(method='kd', teacher=Run(data='cifar10'))
+    sweep = Sweep('classes', [kd], tmp_path)
+    sweep._attempt(big)
+    file = sweep.file_of(big)
+    saved = torch.load(file, weights_only=True)
+    torch.save(dict(saved, vocab=[*'abcdefghij']), file)
+    with pytest.raises(RuntimeError): sweep.run()
+    assert "was trained on the classes ['a', 'b'" in sweep.errors()[kd]
+    sweep.records.add(at, dict(accuracy=.5, seconds=1., images=dict(training=5, validation=7, first='0')))
+    with pytest.raises(ValueError, match='holds results of other images of digits'): Sweep('images', [replace(kd, seed=5)], tmp_path).run()
+
+def test_what_failed_is_tried_again_on_demand(tmp_path, monkeypatch):
+    sweep,calls = Sweep('retry', [kd], tmp_path),[]
+    def broken(run, *args, **kwargs):
+        calls.append(run)
+        raise RuntimeError('CUDA out of memory')
+    monkeypatch.setattr('kdfast.sweep.do_run', broken)
+    with pytest.raises(RuntimeError, match='3 of 3 runs of retry are not done'): sweep.run()
+    with pytest.raises(RuntimeError): sweep.run()
+    assert [*map(str, calls)]==[str(big), str(kd.control)] and 'CUDA out of memory' in sweep.errors()[big]
+    monkeypatch.undo()
+    time.sleep(1.1)
+    assert len(sweep.run(retry=True))==3 and not sweep.errors()
+
+def test_a_folder_in_the_layout_of_imagenet(tmp_path, dls):
+    images,labels = (t.tfms.fs[0] for t in dls.valid_ds.tls)
+    for part,n in (('train',12),('val',4)):
+        for digit in '38':
+            (tmp_path/part/f'n0{digit}').mkdir(parents=True)
+            for i in [i for i,o in enumerate(labels.labels) if o==digit][:n]: Image.fromarray(images.images[i].permute(1,2,0).numpy()).save(tmp_path/f'{part}/n0{digit}/{i}.JPEG')
+    short = dict(data='imagenet', size=32, bs=4, epochs=1)
+    sweep = Sweep('imagenet', [Run(**short, student='resnet10', method='at', teacher=Run(**short, student='resnet14'))], tmp_path/'out', tmp_path)
+    assert (sweep.run().top5==1).all() and sweep.records.get(sweep.runs[0])['images']['training']==24
+
+def test_two_processes_train_one_network(tmp_path):
+    "As `accelerate launch` would start them"
+    from test_processes import launch
+    outs = launch(2, Path(__file__).parent/'together.py', tmp_path)
+    records = Records(tmp_path/'records.db')
+    assert len(records.runs())==3 and all(records.get(o)['processes']==2 for o in records.runs())
+    assert sum(o.count('% in ') for o in outs)==3 and not [*(tmp_path/'.checkpoints').iterdir()]
