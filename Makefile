@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = $(sort $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb))
-.PHONY: demo test sync readme outputs docs bench clean
+.PHONY: demo test sync readme outputs docs bench tables clean
 
 demo: .venv/installed
 	$(BIN)/kdfast demo
@@ -37,6 +37,10 @@ docs: .venv/developing
 	for f in _proc/*.ipynb _proc/tutorials/*.ipynb; do $(BIN)/nbdev-clean --fname $$f; done
 	$(BIN)/jupyter nbconvert --to html --output-dir _docs _proc/*.ipynb _proc/tutorials/*.ipynb
 
+# The tables in results/tables, from results/records.jsonl
+tables: .venv/developing
+	$(BIN)/kdfast table sanity,best-teacher,substitutions,stagewise,compression,teachers,budget-1mb --schedule cpu --report --out results
+
 # CIFAR=path IMAGENETTE=path make bench
 bench: .venv/developing
 	$(BIN)/python benchmarks/loader.py --cifar $(CIFAR) --imagenette $(IMAGENETTE) | tee results/loader.md
@@ -44,6 +48,7 @@ bench: .venv/developing
 	$(BIN)/python benchmarks/block_cost.py --turns 5 --steps 3 | tee results/block_cost.md
 	$(BIN)/python benchmarks/conv_cost.py --turns 9 | tee results/conv_cost.md
 	$(BIN)/python benchmarks/int8_cost.py | tee results/int8_cost.md
+	$(BIN)/python benchmarks/kills.py | tee results/kills.md
 
 .venv/installed: settings.ini pyproject.toml setup.py
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -15,6 +15,7 @@ from importlib.metadata import version
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # fastai's import, nothing that a user could mend
 from fastai.vision.all import *
 from fastcore.script import anno_parser
+from filelock import FileLock
 from .data import digits_dls
 from .compress import compressing
 from .distill import FitNet
@@ -324,14 +325,16 @@ def _tell_table(research, records, schedule, out):
     "Write a table and its figures, and show it"
     text,stem = research.markdown(records, schedule),out/'tables'/f'{research.name}-{schedule}'
     if rank_distrib(): return
-    with whole_file(stem.with_suffix('.md')) as f: f.write_text(text)
-    with whole_file(stem.with_suffix('.csv')) as f: research.cells(records, schedule).to_csv(f, index=False)
-    files = [stem.with_suffix('.md'), stem.with_suffix('.csv'), *save_figure(research.plot(records, schedule), stem), *save_figure(research.curves(records, schedule), f'{stem}-curves')]
+    with FileLock(out/'tables.lock'):
+        with whole_file(stem.with_suffix('.md')) as f: f.write_text(text)
+        with whole_file(stem.with_suffix('.csv')) as f: research.cells(records, schedule).to_csv(f, index=False)
+        figures = {stem:research.plot(records, schedule), f'{stem}-curves':research.curves(records, schedule)}
+        files = [stem.with_suffix('.md'), stem.with_suffix('.csv'), *(o for name,fig in figures.items() for o in save_figure(fig, name))]
     _say(f'\n{text}\n' + '\n'.join(map(str, files)))
 
 # %% ../nbs/17_cli.ipynb #919fcb59
 def table(
-    name:str, # moonshine, best-teacher, sanity, taps, imagenet, substitutions, stagewise, compression, teachers, budget-1mb or pruning
+    name:str, # moonshine, best-teacher, sanity, taps, imagenet, substitutions, stagewise, compression, teachers, budget-1mb or pruning; several with commas between
     schedule:str='short', # full: as published; short: 15 epochs of all data; cpu: 12 to 20 epochs of a fifth; smoke: minutes on digits, to see that it works
     rows:str=None, # Some of the rows, with commas between
     arms:str=None, # Some of the columns, with commas between; the controls are always run
@@ -345,12 +348,14 @@ def table(
     out:Path=Path('table') # Folder for records, networks, tables and figures; what it holds is gone on with
 ):
     "Make a table of the research: train what is not on record yet, then write the table and its figures"
-    research = table_of(name)
+    tables = [table_of(o) for o in name.split(',')]
     _check_numbers(seeds=seeds, workers=workers)
-    runs = with_controls(research.runs(schedule, _labels(rows), _labels(arms), seeds))
-    if dry_run: return _dry(runs, schedule, name)
-    if not report: _fill(f'{name}-{schedule}', runs, out, None if schedule=='smoke' else data, workers, cluster, retry)
-    _tell_table(research, Records(Path(out)/'records.db'), schedule, Path(out))
+    if len(tables)>1 and (rows or arms): raise ValueError("--rows and --arms are those of one table: name one")
+    runs = {o: with_controls(o.runs(schedule, _labels(rows), _labels(arms), seeds)) for o in tables}
+    if dry_run: return _dry([*dict.fromkeys(r for o in runs.values() for r in o)], schedule, name)
+    for research,of_it in runs.items():
+        if not report: _fill(f'{research.name}-{schedule}', of_it, out, None if schedule=='smoke' else data, workers, cluster, retry)
+        _tell_table(research, Records(Path(out)/'records.db'), schedule, Path(out))
 
 # %% ../nbs/17_cli.ipynb #ed624f3d
 def _fill(name, runs, out, data, workers, cluster, retry):
@@ -359,7 +364,7 @@ def _fill(name, runs, out, data, workers, cluster, retry):
     client = _client(cluster) if cluster else None
     try: sweep.run(workers, retry, client=client)
     except KeyboardInterrupt:
-        _say(f"\nInterrupted. {sweep}. The same command goes on after the last whole epoch.")
+        _say(f"\nInterrupted. {sweep}. The same command goes on{'' if cluster else ' after the last whole epoch'}.")
         raise
     except RuntimeError as e: raise ValueError(f"{e}\n\n{first(sweep.errors().values()) or ''}") from e
 

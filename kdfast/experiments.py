@@ -221,7 +221,7 @@ def _digest(model): return hashlib.sha256(b''.join(v.float().cpu().contiguous().
 
 def machine_facts() -> dict: # Plain values
     "What a time in seconds depends on"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()}, {torch.get_num_threads()} threads'
+    device = torch.cuda.get_device_name() if default_device().type=='cuda' else f'{platform.machine()}, {torch.get_num_threads()} threads'
     return dict(device=device, processes=max(1, num_distrib()), python=platform.python_version(), **{o:version(o) for o in ('kdfast','fastai','torch')})
 
 class RunFolder:

@@ -140,6 +140,7 @@ def whole_file(
     part = dest.with_name(f'.{dest.name}.part')
     try:
         yield part
+        with part.open('rb+') as f: os.fsync(f.fileno())  # on disk before it has the name
         os.replace(part, dest)
     finally: part.unlink(missing_ok=True)
 

@@ -39,7 +39,7 @@ def _maps(net, tfm, x, layers):
         net(*_seen(net, tfm, (x,)))
         flat = {o: (attention_map(taps[o]),taps[o].shape[2:]) for o in layers}
     maps = [F.interpolate(m.view(len(x), 1, *size), x.shape[2:], mode='bilinear')[:,0].cpu() for m,size in (flat[o] for o in layers)]
-    return [m/m.amax((1,2), keepdim=True) for m in maps]
+    return [m/m.amax((1,2), keepdim=True).clamp(min=1e-12) for m in maps]
 
 def _columns(learn, control, x, stage):
     "Title to maps"
@@ -59,6 +59,7 @@ def show_attention(
     stage:int=None # Of the pairs of layers, from the first (0) to the last (-1); all if None
 ) -> plt.Figure: # One row an image
     "Where teacher, student and control look; raises `ValueError` for a learner without a teacher"
+    if n<1: raise ValueError(f"n is the number of images, at least 1, got {n}")
     with keep_rng(learn.dls.valid): b = learn.dls.valid.one_batch()
     x,images = b[0][:n].as_subclass(Tensor),learn.dls.valid.decode_batch(tuple(o[:n] for o in b), max_n=n)
     maps = _columns(learn, control, x, stage)
@@ -126,7 +127,7 @@ def linear_cka(
 
 # %% ../nbs/11b_look.ipynb #ba7450eb
 def _layers(net, x):
-    "The blocks of all stages, in order"
+    "As many layers of every stage as the one with fewest blocks has, in order"
     for n in range(12, 0, -1):
         try: return [o for names in stage_taps(net, x, n).values() for o in names]
         except ValueError: continue

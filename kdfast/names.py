@@ -49,7 +49,9 @@ def _term(name, *args):
     odd = [k for k in given if k not in (*takes,'since')]
     if odd: raise ValueError(f"The method {name} has no {' and no '.join(odd)}: it takes {', '.join([*takes,'since'])}, as in {name}:{takes[0]}=1")
     since = given.pop('since', 0)
-    term = methods()[name](**given)
+    try: term = methods()[name](**given)
+    except TypeError as e: raise ValueError(f"{':'.join([name, *args])} has an argument of the wrong kind: {e}") from e
+    if not 0<=since<1: raise ValueError(f"since is a part of the fit, in [0,1), got {since}")
     if since: term.weight = partial(_late, term.weight, since)
     return term
 

@@ -11,6 +11,7 @@ __all__ = ['Records']
 import json, sqlite3
 from contextlib import closing
 from fastai.vision.all import *
+from filelock import FileLock
 from .learner import whole_file
 from .runs import Run, run_of
 
@@ -44,13 +45,12 @@ _columns = 'key','state','student','method','seed','accuracy','seconds','setting
 class Records:
     "Results of runs in a file; raises `ValueError` for a file that holds something else, or records of another version"
     def __init__(self,
-        file:Path # Made if it is not there, with what `file` with the suffix '.jsonl' holds, if that is
+        file:Path # Made if it is not there; what `file` with the suffix '.jsonl' holds beside it is taken first
     ):
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not self.file.exists()
         with self._db() as db: _check_file(self.file, db) or _made(db)
-        if fresh and self.exported.exists(): self.take(self.exported)
+        if self.exported.exists(): self.take(self.exported)
 
     @property
     def exported(self): return self.file.with_suffix('.jsonl')
@@ -114,11 +114,12 @@ def runs(self:Records) -> list:
 # %% ../nbs/16e_records.ipynb #2043e949
 @patch
 def export(self:Records) -> Path: # The file of JSON lines
-    "Write all runs as JSON lines and as CSV beside the database"
-    rows = sorted(self._rows())
-    lines = [json.dumps(dict(state=row[1], settings=json.loads(row[7]), result=json.loads(row[8]))) for row in rows]
-    with whole_file(self.exported) as f: f.write_text(''.join(f'{o}\n' for o in lines))
-    with whole_file(self.file.with_suffix('.csv')) as f: self.table().to_csv(f, index=False)
+    "Write all runs as JSON lines and as CSV beside the database, one process after another"
+    with FileLock(self.file.with_suffix('.lock')):
+        rows = sorted(self._rows())
+        lines = [json.dumps(dict(state=row[1], settings=json.loads(row[7]), result=json.loads(row[8]))) for row in rows]
+        with whole_file(self.exported) as f: f.write_text(''.join(f'{o}\n' for o in lines))
+        with whole_file(self.file.with_suffix('.csv')) as f: pd.DataFrame([_flat(*row) for row in rows]).to_csv(f, index=False)
     return self.exported
 
 @patch
@@ -129,28 +130,33 @@ def take(self:Records,
     text = Path(file).read_text()
     try: rows = [*_of_folder(json.loads(text))] if Path(file).suffix=='.json' else [(run_of(o['settings']), o['result'], o['state']) for o in map(json.loads, text.splitlines())]
     except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} holds no runs that could be taken: {e}") from e
-    return sum(self.add(*o) for o in rows)
+    known = {key for key,state,*_ in self._rows() if state=='done'}
+    return sum(self.add(*o) for o in rows if o[0].key not in known)
 
 # %% ../nbs/16e_records.ipynb #19d49e56
 def _of_folder(record):
     "Runs, results and states from what a command wrote to `record.json`; raises `ValueError` for settings that a `Run` does not have"
-    settings,teacher = record['settings'],record['teacher']
-    known = ('data','size','pct','student','conv','params','epochs','bs','lr','wd','bf16')
+    settings,teacher = record['settings'],record['teacher']  # `KeyError` for a file of something else
+    known = ('data','size','pct','student','conv','params','epochs','bs','lr','wd','wd_groups','bf16')
     odd = [k for k,v in settings.items() if v and k not in (*known,'processes','from_files','images','method')]
-    if odd or settings.get('from_files') or settings.get('processes')!=1: raise ValueError(f"{' and '.join(odd) or 'several processes, or images from files'}: a Run knows nothing of it")
-    shared,training = dict(bs=64, lr=1e-2),{k:v for k,v in teacher['training'].items() if k in known}
+    how = teacher.get('training')
+    if not how: raise ValueError("what trained the teacher is not on record")
+    if odd or how.get('pretrained') or any(o.get('from_files') or o.get('processes')!=1 for o in (settings,how)): raise ValueError(
+        f"{' and '.join(odd) or 'a pretrained teacher, several processes, or images from files'}: a Run knows nothing of it")
+    shared,training = dict(bs=64, lr=1e-2),{k:v for k,v in how.items() if k in known}
     source = run_of(_trim(dict(shared, **training, student=teacher['network'])))
     told = dict(record['machine'], command=record['command'])
+    taught = {'teacher weights':teacher['weights']} if 'weights' in teacher else {}
     if teacher.get('history'): yield source,_as_result(dict(teacher, images=teacher['images']), told, record['costs']['teacher'], teacher['images']),'done'
     for o in record['runs']:
         run = _trim(dict(shared, **{k:v for k,v in settings.items() if k in known}, seed=o['seed']))
         if 'method' in settings: run.update(start=source.settings, chain=o['arm'], student=teacher['network'])
         method = settings.get('method', o['arm'])
         run = run_of(run if method=='control' else dict(run, method=method, teacher=source.settings))
-        yield run,_as_result(o, told, record['costs'].get(o['arm']) or record['costs']['student'], settings['images']['training'], settings['images']),'done'
+        yield run,_as_result(o, dict(told, **taught if run.teacher else {}), record['costs'].get(o['arm']) or record['costs']['student'], settings['images']['training'], settings['images']),'done'
 
 # %% ../nbs/16e_records.ipynb #6f451fe7
-def _trim(settings): return {k:v for k,v in settings.items() if v not in (None,False)}
+def _trim(settings): return {k:v for k,v in settings.items() if v is not None and v is not False}
 
 def _as_result(o, told, costs, n, images=None):
     history = o['history']

@@ -40,24 +40,40 @@ class Run:
     size:int=None # Side of the images, pixels, where the data set has several
     pct:float=1. # Part of the training images, the same of each class
     epochs:int=12 # Of the student
-    bs:int=64 # Batch size of each process
+    bs:int=64 # Batch size, of all processes together
     lr:float=1e-2 # Highest learning rate of a one-cycle schedule with Adam, or the first one of steps with SGD
     wd:float=None # Weight decay, the optimizer's default if None
     steps:tuple=() # Parts of the fit at which the learning rate is multiplied by `drop`; none for one cycle
     drop:float=.2 # See `steps`
+    wd_groups:bool=False # Scale the weight decay of compressed layers by their compression
     bf16:bool=False # bfloat16, channels last
     seed:int=0 # Decides weights, order and augmentation
 
     def __post_init__(self):
-        object.__setattr__(self, 'steps', tuple(self.steps))
-        terms_of(self.method),schedule_of(self.method),network_of(self.student),self.conv and conv_of(self.conv),self.chain and steps_of(self.chain)
+        self._check_numbers()
+        terms_of(self.method),schedule_of(self.method),network_of(self.student),self.conv and conv_of(self.conv)
         if (self.method=='control')!=(self.teacher is None): raise ValueError(f"The method {self.method} {'has no teacher: leave it out' if self.teacher else 'needs a teacher: pass a Run'}")
         for o in filter(None, (self.teacher,self.start)):
             if o.data!=self.data: raise ValueError(f"The teacher has learned the classes of {o.data}, not those of {self.data}: pass a Run on {self.data}")
             if o.chain: raise ValueError("A network that a chain of steps has changed cannot be built again from its name, so it can neither teach nor be started from: choose a run without chain")
+        if self.start and any(getattr(self, k)!=getattr(self.start, k) for k in ('student','conv','params','size')): raise ValueError(
+            f"A run that starts from {self.start.student} trains that network: give it the same student, conv, params and size")
+        if self.steps and (self.chain or schedule_of(self.method) is not None): raise ValueError("Stages and steps of compression have one-cycle schedules: leave steps out")
+
+    def _check_numbers(self):
+        "Whole numbers and real ones in their ranges, and of one kind, since they are part of the key"
+        whole,real = ('epochs','bs','params','size','seed'),('lr','wd','pct','drop')
+        for k,kind in {**dict.fromkeys(whole, int), **dict.fromkeys(real, float)}.items():
+            v = getattr(self, k)
+            if v is None: continue
+            if isinstance(v, (str,bool)) or v!=kind(v): raise ValueError(f"{k} is a {'whole ' if kind is int else ''}number, got {v!r}")
+            object.__setattr__(self, k, kind(v))
+        object.__setattr__(self, 'steps', tuple(map(float, self.steps)))
         low = [k for k in ('epochs','bs','lr') if not 0<getattr(self, k)<math.inf]
         if low: raise ValueError(f"{low[0]} must be positive, got {getattr(self, low[0])}")
-        if self.steps and schedule_of(self.method) is not None: raise ValueError("Block by block, stages have one-cycle schedules: leave steps out")
+        if not 0<self.pct<=1: raise ValueError(f"pct is the part of the training images, in (0,1], got {self.pct}")
+        if not all(0<o<1 for o in self.steps): raise ValueError(f"steps are parts of the fit, in (0,1), such as (.3,.6,.8) for epochs 60, 120 and 160 of 200, got {self.steps}")
+        if not self.steps and self.drop!=.2: raise ValueError("drop is for steps: give both or none")
 
     def __str__(self):
         made = [o for o in (self.student, self.conv, self.params and f'{self.params:,} parameters', self.chain, self.method) if o]
@@ -157,30 +173,41 @@ def _numbers(model): return {**dict(model.named_parameters()), **{f'buffer {k}':
 # %% ../nbs/16d_runs.ipynb #182f141b
 def _loader_rng(dls): return first(o.rng for o in (dls.train, getattr(dls.train, 'dl', None)) if hasattr(o, 'rng'))
 
+def _rng_states():
+    "Of the device in use alone, since another process may go on with another device"
+    return dict(get_random_states(), torch_cuda_state=[torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
+
 def _state_of(learn):
-    rec,rng = learn.recorder,get_random_states()
+    rec,rng = learn.recorder,_rng_states()
     recorded = dict(values=rec.values, lrs=rec.lrs, iters=rec.iters, losses=[float(o) for o in rec.losses])
     recorded.update(count=rec.smooth_loss.count, smooth=float(rec.smooth_loss.val))
     return _plain_state(dict(epochs=learn.epoch+1, numbers=_numbers(learn.model), opt=learn.opt.state_dict(), rng=rng, order=_loader_rng(learn.dls).getstate(),
-        recorded=recorded, train_iter=learn.train_iter))
+        recorded=recorded, train_iter=learn.train_iter, scaler=learn.scaler.state_dict() if hasattr(learn, 'scaler') else {}))
 
 # %% ../nbs/16d_runs.ipynb #7231d5a2
 def _tupled(o): return tuple(map(_tupled, o)) if isinstance(o, list) else o
 
 def _restore_rng(learn, rng, order):
     name,keys,*rest = rng['numpy_state']
-    set_random_states(**{**rng, 'random_state':_tupled(rng['random_state']), 'numpy_state':(name, np.array(keys, dtype=np.uint32), *rest)})
+    cuda = rng['torch_cuda_state']
+    if cuda and torch.cuda.is_available(): torch.cuda.set_rng_state(cuda[0])
+    set_random_states(**{**rng, 'torch_cuda_state':[], 'random_state':_tupled(rng['random_state']), 'numpy_state':(name, np.array(keys, dtype=np.uint32), *rest)})
     _loader_rng(learn.dls).setstate(_tupled(order))
+
+# %% ../nbs/16d_runs.ipynb #f3931afe
+def _fits(learn, state):
+    "Whether `state` is one of this network"
+    return isinstance(state.get('numbers'), dict) and {k:v.shape for k,v in _numbers(learn.model).items()}=={k:v.shape for k,v in state['numbers'].items()}
 
 def _restore(learn, state):
     own,rec,told = _numbers(learn.model),learn.recorder,state['recorded']
-    if {*own}!={*state['numbers']}: raise ValueError("The checkpoint is of another network: remove it")
     with torch.no_grad():
         for k,v in own.items(): v.copy_(state['numbers'][k])
     learn.opt.load_state_dict(to_device(state['opt'], next(learn.model.parameters()).device))
     rec.values,rec.lrs,rec.iters,rec.losses = L(map(L, told['values'])),told['lrs'],told['iters'],[tensor(o) for o in told['losses']]
     rec.smooth_loss.count,rec.smooth_loss.val = told['count'],tensor(told['smooth'])
     learn.train_iter = state['train_iter']
+    if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     _restore_rng(learn, state['rng'], state['order'])
 
 # %% ../nbs/16d_runs.ipynb #c6acad5e
@@ -200,13 +227,17 @@ class EpochCheckpoint(Callback):
         key:str='' # Of the run; a file with another one, or one that cannot be read, is started anew
     ):
         file,rank = Path(file),f'.{rank_distrib()}' if num_distrib()>1 else ''
-        self.file,self.key,self.at,self.live = file.with_suffix(rank+file.suffix),key,-1,False
+        self.file,self.key,self.at,self.live = file.with_suffix(rank+file.suffix),f'{key} {num_distrib()}',-1,False
         self.fits,self.earlier = self._read()
         self.start = time.perf_counter()
 
     def before_train(self):
         if self.at<0 and not _agree([o['epochs'] for o in self.fits]): self.fits,self.earlier = [],0.
-        if not self.epoch: self.at += 1
+        if not self.epoch:
+            self.at += 1
+            if self._done and not _fits(self.learn, self.fits[self.at]): self.fits = self.fits[:self.at]
+        odd = [type(o).__name__ for o in self.learn.cbs if isinstance(o, TrackerCallback)]
+        if self._done and odd: raise ValueError(f"{odd[0]} keeps a state of its own, so that training cannot go on from {self.file}: leave it out, or remove the file")
         self.live = True
         if self.epoch<self._done: raise CancelEpochException("This epoch is on file")
 
@@ -245,6 +276,7 @@ def remove(self:EpochCheckpoint):
 # %% ../nbs/16d_runs.ipynb #f63b3d58
 @functools.lru_cache(2)
 def _dls(data, path, size, bs, pct):
+    "One part of a batch for each process"
     in_memory = True if data in ('cifar10','imagenette') else None
     return data_of(data, path=path, size=size, bs=bs, in_memory=in_memory)(pct=pct)
 
@@ -253,7 +285,9 @@ def dls_of(
     path=None # Folder or archive of the data
 ) -> DataLoaders: # The same ones for the same arguments, images in memory where they fit
     "The data of a run"
-    return _dls(run.data, path and str(path), run.size, run.bs, run.pct)
+    n = max(1, num_distrib())
+    if run.bs%n: raise ValueError(f"A batch of {run.bs} cannot be shared by {n} processes: launch a number that divides it")
+    return _dls(run.data, path and str(path), run.size, run.bs//n, run.pct)
 
 def network_at(
     run:Run, # Its student
@@ -272,7 +306,9 @@ def _images(dls):
 def _commit():
     home = Path(kdfast.__file__).parent.parent
     if not (home/'.git').exists(): return None
-    return subprocess.run(['git','-C',str(home),'describe','--always','--dirty'], capture_output=True, text=True).stdout.strip() or None
+    try: git = subprocess.run(['git','-C',str(home),'describe','--always','--dirty'], capture_output=True, text=True)
+    except OSError: return None
+    return git.stdout.strip() or None
 
 def _origin(): return dict(machine_facts(), commit=_commit(), finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
 
@@ -311,7 +347,8 @@ def do_run(
     tmp,kwargs = tempfile.TemporaryDirectory(),dict(opt_func=published_sgd, wd_bn_bias=True) if run.steps else {}
     def make():
         student = deepcopy(start) if run.start else network_at(run, dls)
-        return _learner(dls, teacher, student, run.method, wd=run.wd, metrics=[accuracy,top5], path=Path(tmp.name), cbs=[*L(kept), *L(cbs)], **kwargs)
+        return _learner(dls, teacher, student, run.method, run.wd_groups, wd=run.wd, metrics=[accuracy,top5], path=Path(tmp.name),
+            cbs=[*L(kept), *L(cbs)], **kwargs)
     fit = _fitter(run.epochs, run.lr, run.bf16, method=run.method, steps=run.steps, drop=run.drop)
     if run.chain: fit = _chained(run)
     began = time.perf_counter()

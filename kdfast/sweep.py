@@ -9,6 +9,7 @@ __all__ = ['with_controls', 'Sweep']
 
 # %% ../nbs/16f_sweep.ipynb #5356b059
 import json, multiprocessing, sys, time, traceback
+from contextlib import ExitStack
 from operator import attrgetter
 from fastai.vision.all import *
 from fastprogress.fastprogress import master_bar, progress_bar
@@ -40,7 +41,7 @@ class Sweep:
     ):
         if not runs: raise ValueError(f"The sweep {name} has no runs: pass a list of Run")
         self.name,self.runs,self.folder,self.path = name,with_controls(runs),Path(folder).absolute(),path
-        self.records,self.started = Records(self.folder/'records.db'),_origin()['finished']
+        self.records,self.started,self.broken = Records(self.folder/'records.db'),_origin()['finished'],{}
 
     def __repr__(self): return f"Sweep {self.name}: {sum(map(self.ready, self.runs))} of {len(self.runs)} runs done"
 
@@ -121,7 +122,9 @@ def _attempt(self:Sweep, run, quiet=True, cbs=None):
 
 @patch
 def _failed(self:Sweep, run, e):
-    if not rank_distrib(): self.records.add(run, dict(error=''.join(traceback.format_exception(e)), **_origin()), 'failed')
+    "On record, unless the run was done before and only its network was to be made again"
+    self.broken[run] = ''.join(traceback.format_exception(e))
+    if not rank_distrib(): self.records.add(run, dict(error=self.broken[run], **_origin()), 'failed')
     _say(f"{run}: failed, {type(e).__name__}: {first(str(e).splitlines())}")
 
 # %% ../nbs/16f_sweep.ipynb #b5dfd8fc
@@ -134,7 +137,7 @@ def _told(self:Sweep, run):
 @patch
 def errors(self:Sweep) -> dict: # Run to traceback
     "The runs that failed"
-    return {o:e for o in self.runs if (e := self.records.error(o))}
+    return {o:e for o in self.runs if (e := self.records.error(o) or self.broken.get(o))}
 
 # %% ../nbs/16f_sweep.ipynb #70c29d10
 def _work_of(run): return run.epochs*run.pct
@@ -152,7 +155,7 @@ def _left(self:Sweep):
 # %% ../nbs/16f_sweep.ipynb #316e6af4
 @patch
 def _settled(self:Sweep, run, retry):
-    if self.ready(run): return True
+    if self.ready(run) or run in self.broken: return True
     rows = self.records._rows("where key=? and state='failed'", run.key)
     return bool(rows) and not (retry and json.loads(rows[0][-1])['finished']<self.started)
 
@@ -171,17 +174,38 @@ def _work(self:Sweep, retry=False, quiet=True, show=None):
         else: time.sleep(.3)
 
 # %% ../nbs/16f_sweep.ipynb #d56c7f13
+def _from_first(o=None):
+    "What the first process has, in all of them"
+    box = [o]
+    torch.distributed.broadcast_object_list(box, 0)
+    return box[0]
+
 @patch
 def _together(self:Sweep, retry, quiet):
-    for run in [o for o in self.runs if not self._settled(o, retry)]:
-        if all(map(self.ready, _needs(run))): self._attempt(run, quiet)
-        distrib_barrier()
+    with ExitStack() as stack:
+        while True:
+            left = [] if rank_distrib() else [o for o in self.runs if not self._settled(o, retry) and not self._hopeless(o, retry)]
+            ready = [o for o in left if all(map(self.ready, _needs(o)))]
+            run = first(o for o in ready if stack.enter_context(self._claimed(o)) and not self._settled(o, retry))
+            waits,run = _from_first((bool(left), run))
+            if run is None and not waits: return
+            self._attempt(run, quiet) if run is not None else time.sleep(.3)
+            distrib_barrier()
+            stack.close()
 
-def _one_of(sweep, i, n, retry):
+def _one_of(sweep, i, n, retry, device):
     "One of several processes beside each other"
     torch.set_num_threads(max(1, torch.get_num_threads()//n))
-    if torch.cuda.is_available(): torch.cuda.set_device(i%torch.cuda.device_count())
+    default_device(device=='cuda')
+    if device=='cuda': torch.cuda.set_device(i%torch.cuda.device_count())
     sweep._work(retry)
+
+# %% ../nbs/16f_sweep.ipynb #6d4d739a
+@patch
+def _look(self:Sweep):
+    if num_distrib()<2: return self._same_images(self.runs[0], dls_of(self.runs[0], self.path))
+    from accelerate import PartialState
+    with PartialState(cpu=default_device().type=='cpu').main_process_first(): self._same_images(self.runs[0], dls_of(self.runs[0], self.path))
 
 # %% ../nbs/16f_sweep.ipynb #d7933663
 class _Batches(Callback):
@@ -263,7 +287,8 @@ def run(self:Sweep,
 ) -> pd.DataFrame: # One row a run of this sweep that is done
     "Do all runs that are not done; interrupted, the same call goes on; raises `RuntimeError` naming the runs that failed, when all others are done"
     if workers<1: raise ValueError(f"workers is at least 1, got {workers}")
-    self.started = _origin()['finished']
+    self.started,self.broken = _origin()['finished'],{}
+    if not all(map(self.ready, self.runs)): self._look()
     try:
         if client is not None: self._on_cluster(client, retry)
         elif num_distrib()>1: self._together(retry, quiet)
@@ -278,12 +303,14 @@ def run(self:Sweep,
 @patch
 def _beside(self:Sweep, workers, retry):
     context = multiprocessing.get_context('spawn')
-    processes = [context.Process(target=_one_of, args=(self, i, workers, retry)) for i in range(workers)]
+    processes = [context.Process(target=_one_of, args=(self, i, workers, retry, default_device().type)) for i in range(workers)]
     try:
         for o in processes: o.start()
         for o in processes: o.join()
     finally:
         for o in processes: o.terminate()
+    codes = [o.exitcode for o in processes if o.exitcode]
+    if codes: raise RuntimeError(f"{len(codes)} of {workers} processes ended with the code {codes[0]}, a negative one being a signal: the same call goes on with what they left")
 
 @patch
 def table(self:Sweep) -> pd.DataFrame:

@@ -40,7 +40,7 @@ def recipe(
     return dict(teacher, pct=.2) if schedule=='cpu' else teacher,teacher
 
 # %% ../nbs/16g_tables.ipynb #19cd8c6d
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ResearchTable:
     "Rows and columns of a table, and what was published"
     name:str # As on the command line
@@ -49,6 +49,7 @@ class ResearchTable:
     rows:dict # Label to settings of a `Run`; `teacher` is the name of a network, or its settings; `start='teacher'` goes on with the teacher's network; `small` is what differs at the schedules smoke and cpu
     arms:dict # Label to method; 'alone', the control, is always there
     published:dict = field(default_factory=dict) # Label of a row to accuracies in percent by label of an arm, `teacher` among them
+    small:str = '' # What differs at the schedules smoke and cpu, for the caption
 
     def __post_init__(self): object.__setattr__(self, 'arms', dict(alone='control', **{k:v for k,v in self.arms.items() if k!='alone'}))
 
@@ -121,11 +122,13 @@ _structured = {'separable hashed':'separablehashed', 'low rank':'lowrank', 'tens
 
 def _substituted(conv, student):
     "A row: a WRN-28-10, or at the quick schedules a WRN of 0.1M parameters"
-    return dict(student='wrn-28-10', teacher='wrn-28-10', params=1_498_840, conv=conv, small=dict(student=student, params=100_000, teacher=dict(student='wrn-16-2', epochs=15)))
+    small = dict(student=student, params=100_000, teacher=dict(student='wrn-16-2', epochs=15), wd_groups=False)
+    return dict(student='wrn-28-10', teacher='wrn-28-10', params=1_498_840, conv=conv, wd_groups=conv!='full', small=small)
 
 _cheap = {**{k:_substituted(v, 'wrn-16-2') for k,v in _plain.items()}, **{k:_substituted(v, 'wrn-16-3') for k,v in _structured.items()}}
 _substitutions = ResearchTable('substitutions', "WRN-28-10 with convolutions of 1.5M parameters in all", 'cifar10', _cheap, {'KD+AT':'kd+at'},
-    _by_arm(['alone','KD+AT','teacher'], **{'hashed':(93.52,92.53,96.7), 'separable hashed':(94.05,96.16,96.7)}))
+    _by_arm(['alone','KD+AT','teacher'], **{'hashed':(93.52,92.53,96.7), 'separable hashed':(94.05,96.16,96.7)}),
+    "Here WRN-16s of 0.1M parameters, taught by a WRN-16-2, so that nothing published stands beside them")
 
 # %% ../nbs/16g_tables.ipynb #849c02fe
 _34 = dict(teacher='resnet34')
@@ -134,15 +137,17 @@ _stagewise = ResearchTable('stagewise', "Students of a ResNet-34 on Imagenette, 
     {'5 maps':'blocks', '4 maps':'blocks-nostem', 'parallel':'blocks-parallel', 'simultaneous':'simultaneous', 'labels first':'blocks-pretrained', 'KD':'kd', 'FitNet':'fitnet'},
     _by_arm(['alone','5 maps','4 maps','teacher'], **{'residual CNN':(89.2,90.32,89.12,94.), 'plain CNN':(86.72,87.24,None,94.)}))
 
-_compression = ResearchTable('compression', "One order of size below the teacher", 'imagenette',
+_compression = ResearchTable('compression',
+    "One order of size below the teacher; the published figures are of a network of 54M parameters and other students, on other data", 'imagenette',
     {'small CNN':dict(_34, student='resnet10', params=2_130_000), 'separable':dict(_34, student='resnet10', conv='separable', params=2_130_000)}, dict(KD='kd'),
     _by_arm(['KD','teacher'], **{'small CNN':(79.94,87.23), 'separable':(81.82,87.23)}))
 
-_teachers = ResearchTable('teachers', "A mobile network taught by a weak and by a strong teacher", 'imagenette',
+_teachers = ResearchTable('teachers',
+    "A mobile network taught by a weak and by a strong teacher; the published figures are of ResNet-18s, from scratch and pretrained, on eleven classes", 'imagenette',
     {'weak':dict(student='mobile', teacher=dict(student='resnet18', epochs=3)), 'strong':dict(student='mobile', **_34)}, dict(KD='kd'),
     _by_arm(['alone','KD','teacher'], weak=(79.88,82.05,80.09), strong=(79.88,84.73,88.41)))
 
-_megabyte = ResearchTable('budget-1mb', "About a megabyte of parameters each, on labels alone", 'imagenette',
+_megabyte = ResearchTable('budget-1mb', "About a megabyte of parameters each, on labels alone; the published figures are of eleven classes", 'imagenette',
     {k:dict(student='mobile', conv=v, params=250_000) for k,v in {'depthwise':'separable', 'full':'full', 'two groups':'grouped:groups=2'}.items()}, {},
     _by_arm(['alone'], **{'depthwise':(76.35,), 'full':(80.11,), 'two groups':(78.59,)}))
 
@@ -169,31 +174,46 @@ def cells(self:ResearchTable,
     records, # `Records`
     schedule:str # As for `recipe`
 ) -> pd.DataFrame: # One row a cell: accuracy in percent with its standard deviation over the seeds, `n` seeds, what was published, cost
-    "What is on record, cell by cell; raises `ValueError` where a row has no control"
+    "What is on record, cell by cell, of rows that have a control; raises `ValueError` where two teachers taught one row"
     known,rows = _of_any_seed(records),[]
     for row in self.rows:
         found = {arm: known[run] for arm in self.arms if (run := self._run(schedule, row, arm)) in known}
-        if found and 'alone' not in found: raise ValueError(f"The row {row} of {self.name} has no control on record: kdfast table {self.name} --schedule {schedule} --rows '{row}' --arms alone")
-        for arm,results in found.items(): rows.append(self._cell(row, arm, results))
+        taught = {r['teacher weights'] for results in found.values() for r in results if 'teacher weights' in r}
+        if len(taught)>1: raise ValueError(f"The row {row} of {self.name} was taught by {len(taught)} teachers, since one was trained again: run it in another folder")
+        if 'alone' in found: rows += [self._cell(schedule, row, arm, results) for arm,results in found.items()]
     return pd.DataFrame(rows, columns=['row','arm','accuracy','std','n','published','parameters','MACs','seconds','images_per_second'])
 
+# %% ../nbs/16g_tables.ipynb #e1edcb3a
 @patch
-def _cell(self:ResearchTable, row, arm, results):
+def refused(self:ResearchTable,
+    records, # `Records`
+    schedule:str # As for `recipe`
+) -> list: # Labels
+    "Rows that have something on record, but no control"
+    known = _of_any_seed(records)
+    has = {row: [arm for arm in self.arms if self._run(schedule, row, arm) in known] for row in self.rows}
+    return [row for row,arms in has.items() if arms and 'alone' not in arms]
+
+@patch
+def _as_published(self:ResearchTable, schedule, row): return {} if schedule in ('smoke','cpu') and 'small' in self.rows[row] else self.published.get(row, {})
+
+@patch
+def _cell(self:ResearchTable, schedule, row, arm, results):
     accs = [100*r['accuracy'] for r in results]
     costs = {k:results[0].get(k) for k in ('parameters','MACs','images_per_second')}
     return dict(costs, row=row, arm=arm, accuracy=mean(accs), std=stdev(accs) if len(accs)>1 else None, n=len(accs),
-        published=self.published.get(row, {}).get(arm), seconds=min(r['seconds'] for r in results))
+        published=self._as_published(schedule, row).get(arm), seconds=min(r['seconds'] for r in results))
 
 # %% ../nbs/16g_tables.ipynb #2001ed04
-def _told(cell, best):
+def _told(cell, best, mixed):
     if cell is None: return ''
-    ours = f"{cell.accuracy:.1f}" + (f" ± {cell.std:.1f}" if cell.n>1 else '')
+    ours = f"{cell.accuracy:.1f}" + (f" ± {cell.std:.1f}" if cell.n>1 else '') + (f', n={cell.n}' if mixed else '')
     return (f'**{ours}**' if cell.accuracy==best else ours) + ('' if pd.isna(cell.published) else f' ({cell.published:g})')
 
 @patch
 def _teacher_of(self:ResearchTable, known, schedule, row):
     theirs = first(o.teacher for o in (self._run(schedule, row, arm) for arm in self.arms) if o.teacher)
-    found,published = known.get(theirs and replace(theirs, seed=0)),self.published.get(row, {}).get('teacher')
+    found,published = known.get(theirs and replace(theirs, seed=0)),self._as_published(schedule, row).get('teacher')
     return (f"{100*found[0]['accuracy']:.1f}" if found else '') + (f' ({published:g})' if published else '')
 
 @patch
@@ -207,7 +227,8 @@ def frame(self:ResearchTable,
         by_arm = {o.arm:o for o in of_row.itertuples()}
         best,told = max(o.accuracy for o in by_arm.values()),by_arm['alone']
         costs = dict(parameters=f'{told.parameters:,}', MACs=f'{told.MACs/1e6:.1f}M')
-        accuracies = {a:_told(by_arm.get(a), best if len(by_arm)>1 else None) for a in self.arms}
+        mixed = len({o.n for o in by_arm.values()})>1
+        accuracies = {a:_told(by_arm.get(a), best if len(by_arm)>1 else None, mixed) for a in self.arms}
         rows[row] = dict(costs, teacher=self._teacher_of(known, schedule, row), **accuracies)
     return pd.DataFrame.from_dict(rows, orient='index')
 
@@ -226,12 +247,13 @@ def markdown(self:ResearchTable,
 ) -> str:
     "The table with its caption; raises `ValueError` where nothing is on record"
     cells = self.cells(records, schedule)
-    if not len(cells): raise ValueError(f"Nothing of {self.name} at the schedule {schedule} is on record: kdfast table {self.name} --schedule {schedule}")
-    student,_ = recipe(schedule, self.data)
-    how = ', '.join(f'{k} {v}' for k,v in student.items())
+    refused = self.refused(records, schedule)
+    if not len(cells): raise ValueError(f"{f'No control of {refused[0]}' if refused else 'Nothing'} of {self.name} at the schedule {schedule} is on record: kdfast table {self.name} --schedule {schedule}")
+    left_out = f"\n\nRefused, since their controls are not on record: {', '.join(refused)}." if refused else ''
     smoke = '\n\n**A smoke test: a few epochs on digits. These numbers mean nothing.**' if schedule=='smoke' else ''
-    return (f"# {self.name}, {schedule}\n\n{self.caption}. Accuracy after the last epoch in %, over {self._seeds(cells)}; in brackets as published.{smoke}\n\n"
-        f"{to_markdown(self.frame(records, schedule))}\n\nStudents: {how}. `kdfast table {self.name} --schedule {schedule}{self._part(cells)}`\n")
+    caption = self.caption + (f'. {self.small}' if schedule in ('smoke','cpu') and self.small else '')
+    return (f"# {self.name}, {schedule}\n\n{caption}. Accuracy after the last epoch in %, over {self._seeds(cells)}; in brackets as published.{smoke}\n\n"
+        f"{to_markdown(self.frame(records, schedule))}{left_out}\n\nStudents: {self._how(schedule, cells)}. `kdfast table {self.name} --schedule {schedule}{self._part(cells)}`\n")
 
 # %% ../nbs/16g_tables.ipynb #c03b3748
 @patch
@@ -240,7 +262,15 @@ def _seeds(self:ResearchTable, cells):
     return f"{many} seed{'s'*(many>1)}" if few==many else f"{few} to {many} seeds"
 
 @patch
+def _how(self:ResearchTable, schedule, cells):
+    "What all students on record have in common, beside their defaults"
+    runs = [self._run(schedule, row, 'alone') for row in dict.fromkeys(cells.row)]
+    common = {k:v for k,v in runs[0].settings.items() if k not in ('student','conv','params','chain','start') and all(o.settings.get(k)==v for o in runs)}
+    return ', '.join(f'{k} {v}' for k,v in common.items())
+
+@patch
 def _part(self:ResearchTable, cells):
+    "The options that make the cells on record again, and what else lies in their rows and columns"
     rows,arms,n = [o for o in self.rows if o in {*cells.row}],[o for o in self.arms if o in {*cells.arm}],cells.n.max()
     of_rows = f" --rows '{','.join(rows)}'" if len(rows)<len(self.rows) else ''
     return of_rows + (f" --arms '{','.join(arms)}'" if len(arms)<len(self.arms) else '') + (f' --seeds {n}' if n>1 else '')
@@ -323,7 +353,7 @@ def _costs(runs, limit):
 # %% ../nbs/16g_tables.ipynb #8012f996
 def estimate(
     runs:list, # `Run`s
-    limit:float=20. # Seconds to spend on measuring
+    limit:float=12. # Seconds after which no further network is measured
 ) -> pd.DataFrame: # One row a run, with the `minutes` that it is likely to take
     "What `runs` will take on this machine, without their data"
     costs = _costs(runs, limit)

@@ -1,0 +1,120 @@
+"`kdfast table`, and the tables that are committed"
+import re, shlex, pytest
+from fastai.vision.all import *
+from kdfast.all import *
+from kdfast.cli import main
+from kdfast.tables import _schedules
+
+root = Path(__file__).parent.parent
+
+def fails(message, *args):
+    with pytest.raises(SystemExit) as e: main(['table', *map(str, args)])
+    assert str(e.value).startswith('kdfast: ') and message in str(e.value), e.value
+
+bad = {'table':(['banana'], "Unknown table 'banana': choose from moonshine, best-teacher, sanity"), 'row':(['sanity','--rows','16-1 from 99-1'], 'choose from 16-1 from 16-2, 16-1 from 40-1'),
+    'arm':(['taps','--arms','AT12'], "Unknown arm 'AT12': choose from alone, AT, AT6, AT9, AT18"), 'schedule':(['sanity','--schedule','quick'], 'choose from smoke, cpu, short, full'),
+    'seeds':(['sanity','--seeds','0'], '--seeds is at least 1'), 'workers':(['sanity','--workers','0'], '--workers is at least 1'), 'imagenet on a cpu':(['imagenet','--schedule','cpu'], 'choose short or full'),
+    'no imagenet':(['imagenet'], 'pass the folder that holds its train and val'), 'no folder':(['sanity','--data','/nowhere'], '/nowhere does not exist'),
+    'nothing yet':(['sanity','--report'], 'Nothing of sanity at the schedule short is on record: kdfast table sanity'), 'out':(['sanity','--out','/proc/nothing/here'], '/proc/nothing'),
+    'rows of two':(['sanity,taps','--rows','40-1 DW'], '--rows and --arms are those of one table')}
+
+@pytest.mark.parametrize('case', bad)
+def test_bad_arguments(case, tmp_path, monkeypatch):
+    "Each is found before anything is trained"
+    args,message = bad[case]
+    monkeypatch.setattr(Learner, 'fit', lambda *args, **kwargs: pytest.fail('trained'))
+    monkeypatch.chdir(tmp_path)
+    fails(message, *args)
+    assert not [*tmp_path.rglob('*.pth')]
+
+def test_failures_are_told_and_the_rest_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('kdfast.names.methods', lambda known=__import__('kdfast.names').names.methods: {**known(), 'at':Broken})
+    fails("1 of 4 runs of sanity-smoke are not done: wrn-16-1 at from wrn-16-2, seed 0", 'sanity', '--schedule', 'smoke', '--rows', '16-1 from 16-2', '--out', tmp_path)
+    assert 'failed, ValueError: no such luck' in capsys.readouterr().out
+    monkeypatch.undo()
+    time.sleep(1.1)
+    main(['table','sanity','--schedule','smoke','--rows','16-1 from 16-2','--out',str(tmp_path),'--retry'])
+    out = capsys.readouterr().out
+    assert out.count('% in ')==1 and '| 16-1 from 16-2 |' in out and 'These numbers mean nothing' in out
+    assert {o.name for o in (tmp_path/'tables').iterdir()}=={f'sanity-smoke{o}' for o in ('.md','.csv','.svg','.png','-curves.svg','-curves.png')}
+    before = (tmp_path/'tables/sanity-smoke.md').read_bytes()
+    main(['table','sanity','--schedule','smoke','--report','--out',str(tmp_path)])
+    assert (tmp_path/'tables/sanity-smoke.md').read_bytes()==before
+    assert '% in ' not in capsys.readouterr().out
+
+class Broken(AT):
+    def term(self): raise ValueError('no such luck')
+
+@pytest.mark.parametrize('args', ['moonshine --schedule full', 'imagenet --schedule full', 'substitutions --schedule full', 'pruning --schedule cpu'])
+def test_a_dry_run_needs_neither_data_nor_half_a_minute(args, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('kdfast.data.untar_data', lambda *args: pytest.fail('downloaded'))
+    name,_,schedule = args.split()
+    n = len(with_controls(table_of(name).runs(schedule)))
+    start = time.perf_counter()
+    main(['table', *args.split(), '--dry-run'])
+    assert time.perf_counter()-start<40  # 30 on a machine that does nothing else
+    out = capsys.readouterr().out
+    assert f'{n} runs of {name} at the schedule {schedule}, about ' in out and len(re.findall(r', seed 0 ', out))==n
+    assert not [*tmp_path.iterdir()]
+
+def test_estimates_are_of_the_right_size():
+    "Against a run of this process; both are noisy"
+    run = Run(student='wrn-16-2', epochs=2)
+    start = time.perf_counter()
+    do_run(run)
+    took = time.perf_counter()-start
+    assert took/8 < 60*estimate([run]).minutes[0]+1 < took*8
+
+# --- what is published and committed
+
+def test_published_figures():
+    "Some of each table, read from the reference"
+    at = lambda table,row,arm: research[table].published[row][arm]
+    assert (at('moonshine', '40-2 DW', 'AT6+KD'),at('best-teacher', '16-2 3x3', 'AT+KD'),at('best-teacher', '40-1 3x3', 'AT6'))==(93.84, 94.12, 94.56)
+    assert (at('sanity', '16-1 from 40-1', 'AT'),at('sanity', '16-2 from 40-2', 'teacher'),at('taps', '40-1 DW', 'AT18'))==(91.81, 94.94, 91.34)
+    assert at('imagenet', 'ResNet-34 DW', 'AT')==pytest.approx(100-30.16) and at('stagewise', 'plain CNN', '5 maps')==87.24
+    assert (at('teachers', 'strong', 'KD'),at('budget-1mb', 'two groups', 'alone'),at('substitutions', 'hashed', 'KD+AT'))==(84.73, 78.59, pytest.approx(100-7.47))
+
+def test_the_full_schedule_is_the_published_one():
+    run = table_of('sanity').runs('full')[0]
+    lr = [run.lr*run.drop**sum(e/200>=o for o in run.steps) for e in (0, 59, 60, 119, 120, 159, 160, 199)]
+    assert lr==pytest.approx([.1,.1,.02,.02,.004,.004,.0008,.0008]) and (run.epochs,run.bs,run.wd,run.bf16,run.pct)==(200,128,5e-4,False,1.)
+    run = table_of('imagenet').runs('full')[0]
+    assert [run.lr*run.drop**sum(e/100>=o for o in run.steps) for e in (29, 30, 60, 99)]==pytest.approx([.1,.01,.001,.0001]) and (run.epochs,run.bs,run.wd)==(100,256,1e-4)
+
+def test_the_late_arm_is_late():
+    late, = table_of('imagenet').runs('full', ['ResNet-18'], ['AT late'])[1:]
+    from kdfast.names import terms_of
+    term, = terms_of(late.method)
+    assert (term.weight(.59),term.weight(.61))==(0., 1e3)
+
+committed = sorted((root/'results/tables').glob('*.md'))
+
+@pytest.fixture(scope='module')
+def records(tmp_path_factory):
+    store = Records(tmp_path_factory.mktemp('records')/'records.db')
+    store.take(root/'results/records.jsonl')
+    return store
+
+@pytest.mark.parametrize('file', committed, ids=lambda f: f.stem)
+def test_committed_tables_are_those_of_the_committed_records(file, records):
+    name,schedule = file.stem.rsplit('-', 1)
+    assert schedule!='smoke' and research[name].markdown(records, schedule)==file.read_text()
+    cells = pd.read_csv(file.with_suffix('.csv'))
+    pd.testing.assert_frame_equal(cells, research[name].cells(records, schedule), check_dtype=False)
+
+def test_there_are_committed_tables(): assert {'sanity-cpu','stagewise-cpu'} <= {f.stem for f in committed}
+
+def test_committed_records_name_their_commands(records):
+    for run in records.runs():
+        result = records.get(run)
+        assert result.get('command') or result['commit'], run
+        assert result['accuracy']==result['history']['accuracy'][-1] or run.chain or run.student in ('resnet10','residual_cnn','plain_cnn'), run
+
+def test_committed_teachers_are_those_that_taught(records):
+    taught = {run.teacher for run in records.runs() if run.teacher and run.data=='cifar10' and run.teacher.epochs==12}
+    for run in taught:
+        net = network_at(run, digits_dls(8))
+        about = load_network(net, root/f'results/teachers/{run.data}-{run.student}-{run.key}.pth')
+        assert records.get(run)['weights']==__import__('kdfast.experiments').experiments._digest(net) and about['key']==run.key
