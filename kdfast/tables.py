@@ -263,10 +263,10 @@ def _seeds(self:ResearchTable, cells):
 
 @patch
 def _how(self:ResearchTable, schedule, cells):
-    "What all students on record have in common, beside their defaults"
+    "How all students on record were trained"
     runs = [self._run(schedule, row, 'alone') for row in dict.fromkeys(cells.row)]
-    common = {k:v for k,v in runs[0].settings.items() if k not in ('student','conv','params','chain','start') and all(o.settings.get(k)==v for o in runs)}
-    return ', '.join(f'{k} {v}' for k,v in common.items())
+    told = {k:getattr(runs[0], k) for k in ('data','size','pct','epochs','bs','lr','wd','steps','bf16') if all(getattr(o, k)==getattr(runs[0], k) for o in runs)}
+    return ', '.join(f'{k} {v}' for k,v in told.items() if v not in (None,(),False))
 
 @patch
 def _part(self:ResearchTable, cells):

@@ -31,8 +31,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize('at', ['time','checkpoint:2','checkpoint:5','record:2'])
 def test_a_killed_command_ends_as_an_uninterrupted_one(whole, at, tmp_path):
     results,seconds = whole
-    killed,_,_,trained,wrong = kills.trial(f'time:{.5*seconds:.0f}' if at=='time' else at, tmp_path, 'sanity', few, results)
-    assert not wrong and trained==6 and (killed or at=='time')
+    killed,_,_,trained,wrong = kills.trial(f'time:{.3*seconds:.0f}' if at=='time' else at, tmp_path, 'sanity', few, results)
+    assert not wrong and killed and trained in ((5,6) if at=='time' else (6,))  # by the clock, it may die between a checkpoint and telling of it
 
 def test_kills_are_spread_and_a_quarter_of_them_within_a_write():
     at = [*kills.moments(20, 100, 40, 10)]
@@ -42,11 +42,13 @@ def test_kills_are_spread_and_a_quarter_of_them_within_a_write():
 
 # --- several processes
 
-def test_two_workers_share_one_sweep(tmp_path):
+def test_two_workers_share_one_sweep(tmp_path, capfd):
+    "Each run is told once, by whichever process did it"
     runs = [replace(o, seed=s) for s in range(2) for o in (kd,at)]
     sweep = Sweep('shared', runs, tmp_path/'two')
     table = sweep.run(workers=2)
-    assert len(table)==7==len({*table.key}) and (table.state=='done').all()
+    told = [line.split(':')[0] for line in capfd.readouterr().out.splitlines() if '% in ' in line]
+    assert sorted(told)==sorted(map(str, sweep.runs)) and (table.state=='done').all() and len(table)==7
     alone = Sweep('alone', [kd], tmp_path/'one')
     alone.run()
     assert all(sweep.records.get(o)['images']==alone.records.get(o)['images'] for o in alone.runs)
@@ -209,6 +211,41 @@ def test_other_classes_and_other_images(tmp_path):
     assert "was trained on the classes ['a', 'b'" in sweep.errors()[kd]
     sweep.records.add(at, dict(accuracy=.5, seconds=1., images=dict(training=5, validation=7, first='0')))
     with pytest.raises(ValueError, match='holds results of other images of digits'): Sweep('images', [replace(kd, seed=5)], tmp_path).run()
+
+def test_a_teacher_that_cannot_be_made_again_ends_the_sweep(tmp_path, monkeypatch):
+    "It is on record, its network is lost, and it fails: once, not for ever"
+    Sweep('teachers', [kd], tmp_path).run()
+    sweep = Sweep('teachers', [kd,at], tmp_path)
+    sweep.file_of(big).unlink()
+    calls = []
+    def broken(run, *args, **kwargs):
+        calls.append(run)
+        raise RuntimeError('CUDA out of memory')
+    monkeypatch.setattr('kdfast.sweep.do_run', broken)
+    with pytest.raises(RuntimeError, match='2 of 4 runs of teachers are not done'): sweep.run()
+    assert calls==[big] and 'CUDA out of memory' in sweep.errors()[big] and sweep.records.get(big)
+
+def test_an_export_is_never_lost(tmp_path):
+    "What others have written to the JSON lines is taken before they are written again"
+    ours,theirs = Records(tmp_path/'a/records.db'),Records(tmp_path/'b/records.db')
+    ours.add(kd, dict(accuracy=.5, seconds=1.))
+    theirs.add(at, dict(accuracy=.6, seconds=1.))
+    ours.export()
+    shutil.copy(theirs.export(), ours.exported)
+    again = Records(tmp_path/'a/records.db')
+    assert {*again.runs()}=={kd,at}
+    good = again.export().read_text()
+    again.exported.write_text(good.replace('wrn-10-2', 'banana'))
+    again.file.unlink()
+    for _ in range(2):
+        with pytest.raises(ValueError, match='holds no runs that could be taken'): Records(tmp_path/'a/records.db')
+    assert 'banana' in again.exported.read_text()
+
+def test_callbacks_with_a_state_of_their_own_are_refused(tmp_path):
+    run,file = Run(epochs=2, pct=.2),tmp_path/'a.pth'
+    watch = SaveModelCallback(monitor='accuracy', fname='best')
+    with pytest.raises(KeyboardInterrupt): do_run(run, checkpoint=file, cbs=Stop(1))
+    with pytest.raises(ValueError, match='SaveModelCallback keeps a state of its own'): do_run(run, checkpoint=file, cbs=watch)
 
 def test_what_failed_is_tried_again_on_demand(tmp_path, monkeypatch):
     sweep,calls = Sweep('retry', [kd], tmp_path),[]
