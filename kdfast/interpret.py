@@ -8,6 +8,7 @@ Docs: https://kdfast.github.io/kdfast/interpret.html.md"""
 __all__ = ['colours', 'name_lines', 'save_figure', 'plot_history', 'pareto', 'plot_tradeoff']
 
 # %% ../nbs/11_interpret.ipynb #25d4df67
+from cycler import cycler
 from fastai.vision.all import *
 from .learner import Learner, whole_file  # the recorder with `history`
 
@@ -15,21 +16,21 @@ from .learner import Learner, whole_file  # the recorder with `history`
 colours = '#0072b2','#d55e00','#009e73','#cc79a7','#e69f00','#56b4e9','#000000','#8c8c8c'
 
 def _axis(ax):
-    ax.set_prop_cycle(color=colours)
+    ax.set_prop_cycle(cycler(linestyle=['-','--',':'])*cycler(color=colours))
+    ax.spines[['top','right']].set_visible(False)
     return ax
 
 def name_lines(
     ax, # With lines that have labels
-    apart:float=.06 # Least distance of two names, as a part of the axis' height
+    apart:tuple=(80,13) # Least distances of two names, pixels
 ):
-    "Write each line's name where it ends, or a legend where two of them would touch"
+    "Write each line's name where it ends, or a legend where two of them would touch, beside the axis if it is long"
     lines = [o for o in ax.lines if not o.get_label().startswith('_') and len(o.get_xdata())]
     if not lines: return
     ax.figure.canvas.draw()
-    ends = {o: ax.transData.transform((o.get_xdata()[-1], o.get_ydata()[-1])) for o in lines}
-    at = sorted((ax.transAxes.inverted().transform(o)[1], o[0]) for o in ends.values())
-    alike = len({round(x) for _,x in at})==1
-    if len(lines)>1 and (not alike or any(b-a<apart for (a,_),(b,_) in zip(at, at[1:]))): return ax.legend(frameon=False)
+    ends = [ax.transData.transform((o.get_xdata()[-1], o.get_ydata()[-1])) for o in lines]
+    touch = any((abs(a-b)<apart).all() for i,a in enumerate(ends) for b in ends[:i])
+    if touch: return ax.legend(frameon=False, **dict(loc='upper left', bbox_to_anchor=(1,1), fontsize='small') if len(lines)>6 else {})
     for o in lines: ax.annotate(o.get_label(), (o.get_xdata()[-1], o.get_ydata()[-1]), (5,0), textcoords='offset points', va='center', color=o.get_color())
 
 # %% ../nbs/11_interpret.ipynb #34dcd26a
@@ -57,6 +58,7 @@ def plot_history(
     if axs is None: _,axs = plt.subplots(1, len(columns), figsize=(4.5*len(columns),3.2), layout='constrained', squeeze=False)
     for ax,(column,lines) in zip(np.ravel(axs), values.items()):
         for name,v in lines.items(): _line(_axis(ax) if not ax.lines else ax, name, v)
+        ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         ax.set(xlabel='epoch', ylabel=column.replace('_', ' '), yscale='log' if 'loss' in column else 'linear')
     name_lines(np.ravel(axs)[-1])
     return np.ravel(axs)[0].figure
@@ -100,7 +102,7 @@ def _draw_front(ax, cost, value):
 # %% ../nbs/11_interpret.ipynb #e8991d46
 def plot_tradeoff(
     table:pd.DataFrame, # One row a network
-    x:str='parameters', # Column of what it costs, on a logarithmic axis
+    x:str='parameters', # Column of what it costs, on a logarithmic axis unless all cost about the same
     y:str='after', # Column of what it can do
     by:str='method', # Column of names, a line for each
     before:str=None, # Column for dashed lines, such as the accuracy before training
@@ -115,8 +117,8 @@ def plot_tradeoff(
     if front: _draw_front(ax, table[x], table[y])
     for name,rows in table.groupby(by, sort=False):
         rows = rows.sort_values([x,y])
-        line, = ax.plot(rows[x], rows[y], '-o', lw=1.5, ms=4, label=name)
+        line, = ax.plot(rows[x], rows[y], marker='o', lw=1.5, ms=4, label=name)
         if before: ax.plot(rows[x], rows[before], '--o', lw=.8, ms=2.5, color=line.get_color())
-    ax.set(xscale='log', xlabel=x, ylabel='accuracy' if y in ('after','accuracy') else y)
+    ax.set(xscale='log' if table[x].max()>1.5*table[x].min() else 'linear', xlabel=x, ylabel='accuracy' if y in ('after','accuracy') else y)
     name_lines(ax)
     return ax.figure

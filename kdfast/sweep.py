@@ -125,7 +125,7 @@ def _failed(self:Sweep, run, e):
     "On record, unless the run was done before and only its network was to be made again"
     self.broken[run] = ''.join(traceback.format_exception(e))
     if not rank_distrib(): self.records.add(run, dict(error=self.broken[run], **_origin()), 'failed')
-    _say(f"{run}: failed, {type(e).__name__}: {first(str(e).splitlines())}")
+    _say(f"{run}: failed, {type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1].strip()}")
 
 # %% ../nbs/16f_sweep.ipynb #b5dfd8fc
 @patch

@@ -181,7 +181,8 @@ def cells(self:ResearchTable,
         taught = {r['teacher weights'] for results in found.values() for r in results if 'teacher weights' in r}
         if len(taught)>1: raise ValueError(f"The row {row} of {self.name} was taught by {len(taught)} teachers, since one was trained again: run it in another folder")
         if 'alone' in found: rows += [self._cell(schedule, row, arm, results) for arm,results in found.items()]
-    return pd.DataFrame(rows, columns=['row','arm','accuracy','std','n','published','parameters','MACs','seconds','images_per_second'])
+    table = pd.DataFrame(rows, columns=['row','arm','accuracy','std','n','published','parameters','MACs','seconds','images_per_second'])
+    return table.astype(dict.fromkeys(['std','published','images_per_second'], float))
 
 # %% ../nbs/16g_tables.ipynb #e1edcb3a
 @patch
@@ -200,8 +201,9 @@ def _as_published(self:ResearchTable, schedule, row): return {} if schedule in (
 @patch
 def _cell(self:ResearchTable, schedule, row, arm, results):
     accs = [100*r['accuracy'] for r in results]
-    costs = {k:results[0].get(k) for k in ('parameters','MACs','images_per_second')}
-    return dict(costs, row=row, arm=arm, accuracy=mean(accs), std=stdev(accs) if len(accs)>1 else None, n=len(accs),
+    costs = {k:results[0].get(k) for k in ('parameters','MACs')}
+    rate = max((r['images_per_second'] for r in results if r.get('images_per_second')), default=None)
+    return dict(costs, images_per_second=rate, row=row, arm=arm, accuracy=mean(accs), std=stdev(accs) if len(accs)>1 else None, n=len(accs),
         published=self._as_published(schedule, row).get(arm), seconds=min(r['seconds'] for r in results))
 
 # %% ../nbs/16g_tables.ipynb #2001ed04

@@ -45,15 +45,15 @@ def test_failures_are_told_and_the_rest_is_done(tmp_path, monkeypatch, capsys):
 class Broken(AT):
     def term(self): raise ValueError('no such luck')
 
-@pytest.mark.parametrize('args', ['moonshine --schedule full', 'imagenet --schedule full', 'substitutions --schedule full', 'pruning --schedule cpu'])
+@pytest.mark.parametrize('args', ['imagenet --schedule full', 'substitutions --schedule full', 'pruning --schedule cpu'])
 def test_a_dry_run_needs_neither_data_nor_half_a_minute(args, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('kdfast.data.untar_data', lambda *args: pytest.fail('downloaded'))
     name,_,schedule = args.split()
     n = len(with_controls(table_of(name).runs(schedule)))
-    start = time.perf_counter()
+    start = time.process_time()
     main(['table', *args.split(), '--dry-run'])
-    assert time.perf_counter()-start<40  # 30 on a machine that does nothing else
+    assert time.process_time()-start<30
     out = capsys.readouterr().out
     assert f'{n} runs of {name} at the schedule {schedule}, about ' in out and len(re.findall(r', seed 0 ', out))==n
     assert not [*tmp_path.iterdir()]
@@ -110,7 +110,7 @@ def test_committed_records_name_their_commands(records):
     for run in records.runs():
         result = records.get(run)
         assert result.get('command') or result['commit'], run
-        assert result['accuracy']==result['history']['accuracy'][-1] or run.chain or run.student in ('resnet10','residual_cnn','plain_cnn'), run
+        assert run.chain or abs(result['accuracy']-result['history']['accuracy'][-1])<1e-3, run
 
 def test_committed_teachers_are_those_that_taught(records):
     taught = {run.teacher for run in records.runs() if run.teacher and run.data=='cifar10' and run.teacher.epochs==12}
