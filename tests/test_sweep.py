@@ -277,3 +277,16 @@ def test_two_processes_train_one_network(tmp_path):
     records = Records(tmp_path/'records.db')
     assert len(records.runs())==3 and all(records.get(o)['processes']==2 for o in records.runs())
     assert sum(o.count('% in ') for o in outs)==3 and not [*(tmp_path/'.checkpoints').iterdir()]
+
+def test_a_terminal_shows_a_bar_in_a_bar(tmp_path):
+    pty = pytest.importorskip('pty')
+    ours,theirs = pty.openpty()
+    code = f"from kdfast.all import *; Sweep('bars', [Run(method='kd', teacher=Run(student='wrn-10-2', epochs=1, pct=.3), epochs=2, pct=.2, bs=32)], '{tmp_path}').run()"
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    shown = b''
+    try:
+        while chunk := os.read(ours, 4096): shown += chunk
+    except OSError: pass  # the other end is closed
+    shown = shown.decode()
+    assert p.wait(timeout=60)==0 and '3/3' in shown and '[14/14' in shown and shown.count('% in ')==3
