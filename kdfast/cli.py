@@ -29,14 +29,11 @@ from .models import wrn
 from .names import conv_of, data_of, network_of, schedule_of, steps_of, student_at, terms_of
 from .records import Records
 from .runs import _epochs_of, _fitter, _images, _learner
-from .sweep import Sweep, with_controls
+from .sweep import Sweep, _say, with_controls
 from .tables import estimate, table_of
 from .teacher import probe_batch
 
 # %% ../nbs/17_cli.ipynb #f8ae6a55
-def _say(*args):
-    if not rank_distrib(): print(*args, flush=True)
-
 def _file_of(arm): return f"student-{re.sub(r'[^.+a-z0-9-]+', '-', arm)}.pkl"
 
 def _students(folder, dls, make, arms, seeds, fit, about, quiet=False):
