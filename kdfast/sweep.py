@@ -150,7 +150,8 @@ def _left(self:Sweep):
     left = [o for o in self.runs if o not in done]
     if not left: return ''
     rate = sum(done.values())/sum(map(_work_of, done))
-    return f"; {len(left)} of {len(self.runs)} left, about {rate*sum(map(_work_of, left))/60:.0f} min"
+    seconds = rate*sum(map(_work_of, left))
+    return f"; {len(left)} of {len(self.runs)} left, about {f'{seconds/60:.0f} min' if seconds>99 else f'{seconds:.0f} s'}"
 
 # %% ../nbs/16f_sweep.ipynb #316e6af4
 @patch
@@ -172,6 +173,7 @@ def _work(self:Sweep, retry=False, quiet=True, show=None):
                     self._attempt(run, quiet, show and show(run))
                     break
         else: time.sleep(.3)
+    if show: show()
 
 # %% ../nbs/16f_sweep.ipynb #d56c7f13
 def _from_first(o=None):
@@ -223,9 +225,10 @@ def _watched(sweep):
     "What is shown where there is a terminal or a notebook: a callback for each run"
     if not (sys.stdout.isatty() or IN_NOTEBOOK): return None
     master = master_bar(range(len(sweep.runs)))
-    def show(run):
+    master.update(0)
+    def show(run=None):
         master.update(sum(map(sweep.ready, sweep.runs)))
-        return [_Batches(run.epochs, master)]
+        return [_Batches(run.epochs, master)] if run else None
     return show
 
 # %% ../nbs/16f_sweep.ipynb #e90a4db9
