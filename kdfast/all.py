@@ -8,6 +8,7 @@ from .models import *
 from .features import *
 from .cut import *
 from .data import *
+from .frozen import *
 from .teacher import *
 from .distill import *
 from .learner import *

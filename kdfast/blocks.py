@@ -15,7 +15,7 @@ from .cut import Maps, PartOf, Projection, cut_blocks, laid_out, only_learns
 from .decay import CompressedDecay, CompressionSplitter
 from .features import Taps, Truncated, adapters_of, bare_model, hint_adapter, pair_layers
 from .learner import Learner  # its recorder with `history`
-from .losses import hint_loss
+from .losses import at_least_float, hint_loss
 from .measure import eval_mode, probing
 from .teacher import DistillCallback, TeacherCallback, keep_rng, probe_batch
 from operator import itemgetter
@@ -77,7 +77,7 @@ class Staged(PartOf):
         adapters:dict, # `_key(tap)` to module; not part of the state dict, since they end with the stage
         blocks:list, # `Block`s, in order
         maps:Maps, # The student's
-        hints:Maps, # The teacher's
+        hints, # The teacher's, called with a batch
         feed:bool=False # Feed every block with the teacher's map, through its adapter, in place of what the block before puts out
     ):
         super().__init__(model, adapters, [n for b in blocks for n in b.layers])
@@ -140,10 +140,19 @@ def _projections(dls, blocks, maps, hints, n=4):
             for b in odd: seen[b.tap].append((theirs[b.hint], bool((ours[b.tap]>=0).all())))
     return {_key(b.tap): Projection(torch.cat([t for t,_ in seen[b.tap]]), b.shape[1], rectified=all(r for _,r in seen[b.tap])) for b in odd}
 
+class _Hints:
+    "The teacher's maps, by name, in float32, from a copy that stops at the last of them"
+    def __init__(self, cb, layers, device): self.frozen,self.seen = cb.freeze(layers, outputs=False, device=device),cb._seen
+    def __deepcopy__(self, memo): return self
+
+    def __call__(self, *xb):
+        _,maps = self.frozen(*self.seen(xb))
+        return {n:at_least_float(o) for n,o in maps.items()}
+
 def _staged(learn, cb, blocks, feed):
     "The model that a stage of `blocks` trains"
     student,xb = bare_model(learn.model),to_device(probe_batch(learn.dls)[0], _device(learn.dls))
-    with keep_rng(): maps,hints = Maps(student, [b.tap for b in blocks], xb),Maps(cb.network, [b.hint for b in blocks], xb, cb.tfm)
+    with keep_rng(): maps,hints = Maps(student, [b.tap for b in blocks], xb),_Hints(cb, [b.hint for b in blocks], _device(learn.dls))
     return Staged(student, _projections(learn.dls, blocks, maps, hints) if feed else _adapters(blocks), blocks, maps, hints, feed)
 
 # %% ../nbs/10_blocks.ipynb #22304ffb
@@ -206,12 +215,12 @@ def plot(self:BlockFit):
 _borrows = 'model','loss_func','metrics','splitter','opt','logger'
 
 @contextmanager
-def _borrowed(learn, cb, names, off):
+def _borrowed(learn, names, off):
     "A block in which a stage may change what a learner is made of, only the student's parameters `names` learn, and the callbacks `off` do not act"
     kept,cbs,student = {n:getattr(learn, n) for n in _borrows},[*learn.cbs],bare_model(learn.model)
     learn.opt = None
     try:
-        with eval_mode(student, cb.network), only_learns(student, names), learn.removed_cbs(off): yield
+        with eval_mode(student), only_learns(student, names), learn.removed_cbs(off): yield
     finally:
         for n,v in kept.items(): setattr(learn, n, v)
         learn.cbs = L(o for o in cbs if o in learn.cbs) + L(o for o in learn.cbs if o not in cbs)
@@ -260,7 +269,8 @@ def _one_group(learn):
 
 def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwargs):
     "Train `blocks` on the teacher's maps"
-    with _borrowed(learn, cb, {n for b in blocks for n in b.params}, [cb,*cb.terms]):
+    off = [cb, *cb.terms, *([cb.cache] if cb.cache else [])]
+    with _borrowed(learn, {n for b in blocks for n in b.params}, off):
         stage = _staged(learn, cb, blocks, mode=='parallel')
         learn.model,learn.loss_func,learn.splitter = stage,_HintsLoss(),_one_group(learn)
         learn.metrics = [_hint_of(i, b.tap) for i,b in enumerate(blocks)] if validate and len(blocks)>1 else []
@@ -273,7 +283,7 @@ def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwarg
 def _label_stage(learn, cb, run, head, unfreeze, epochs, lr, cbs, **kwargs):
     "Train the classifier, or everything, on the labels"
     student,columns = bare_model(learn.model),_label_columns(learn, cb)
-    with _borrowed(learn, cb, {n for n,_ in student.named_parameters()} if unfreeze else head.params, [] if cb.terms else [cb]):
+    with _borrowed(learn, {n for n,_ in student.named_parameters()} if unfreeze else head.params, [] if cb.terms else [cb]):
         if not unfreeze: learn.model,learn.splitter = PartOf(student, adapters_of(learn.model), head.layers),_one_group(learn)
         _fit_stage(learn, run, 'student' if unfreeze else 'classifier', epochs, lr, cbs, columns, **kwargs)
 
@@ -370,7 +380,6 @@ def fit_blocks(self:Learner,
     if cb.terms: cb.setup()
     _check_watched(self, cb, cbs, [b.tap for b in blocks])
     bare_model(self.model).to(_device(self.dls))
-    cb.place(_device(self.dls))
     with _one_file([*self.cbs,*cbs]):
         for part,n,lr in zip(parts, epochs, lrs):
             if n: _hint_stage(self, cb, run, part, mode, validate, n, lr, cbs, **kwargs)

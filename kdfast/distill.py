@@ -10,7 +10,7 @@ __all__ = ['KD', 'FeatureKD', 'AT', 'FitNet']
 # %% ../nbs/08_distill.ipynb #8d21be69
 from fastai.vision.all import *
 from .features import adapters_of, hint_adapter, pair_layers
-from .losses import at_loss, hint_loss, kd_loss
+from .losses import at_loss, attention_map, hint_loss, kd_loss
 from .teacher import DistillCallback
 
 # %% ../nbs/08_distill.ipynb #a8e452f9
@@ -62,6 +62,7 @@ class KD(DistillCallback):
 # %% ../nbs/08_distill.ipynb #80bd358e
 class FeatureKD(DistillCallback):
     "`func` of student's and teacher's features, the mean over pairs of layers"
+    reads_logits = False
     def __init__(self,
         func, # Called as `func(student's features, teacher's features)`, gives a scalar
         pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
@@ -101,9 +102,9 @@ class FeatureKD(DistillCallback):
             raise ValueError(f"{self.column} cannot compare {a!r}, {tuple(s.shape)}, with {self.layers[a]!r}, {tuple(t.shape)}: {e}; choose other pairs") from e
 
     def term(self):
-        source,adapters = self.source,adapters_of(self.learn.model)
+        taps,adapters = self.source.student_taps,adapters_of(self.learn.model)
         def one(a, b):
-            s,t,adapter = source.student_taps[a],source.taps[b],adapters[self._key(a)] if self._key(a) in adapters else noop
+            s,t,adapter = taps[a],self.target(b),adapters[self._key(a)] if self._key(a) in adapters else noop
             return self.scale(s, t)*self.func(adapter(s), t)
         return sum(one(a, b) for a,b in self.layers.items())/len(self.layers)
 
@@ -123,6 +124,8 @@ class AT(FeatureKD):
     def scale(self, s, t):
         positions = min(s[0,0].numel(), t[0,0].numel())
         return 3*(min(1, positions/49) if self.area else 1)
+
+    def compact(self, features): return attention_map(features).sqrt().view(-1, 1, *features.shape[2:])
 
 # %% ../nbs/08_distill.ipynb #4f0ec6a3
 class FitNet(FeatureKD):

@@ -32,6 +32,21 @@ def kd_loss(
     return T**2 * F.kl_div(s, t, reduction='none', log_target=True).sum(axis).mean()
 
 # %% ../nbs/00_losses.ipynb #2303a2ff
+class _MeanSquare(torch.autograd.Function):
+    "Mean square over channels, which keeps nothing but its input"
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        if x.is_contiguous(): return at_least_float(x).square().mean(1)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.linalg.vector_norm(x, dim=1, dtype=dtype).square_().div_(x.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        return x*(grad*(2/x.shape[1])).unsqueeze(1).to(x.dtype)
+
+# %% ../nbs/00_losses.ipynb #694c1238
 def attention_map(
     x:Tensor, # Activations, `(bs,c,h,w)`; raises `ValueError` for another number of axes
     p:int=2, # Power: the larger it is, the more the strongest activations dominate
@@ -39,7 +54,7 @@ def attention_map(
 ) -> Tensor: # One unit-length map per image, `(bs,h*w)`
     "Where `x` looks: `|x|**p` averaged over channels, flattened and normalized (arXiv:1612.03928)"
     if x.ndim!=4: raise ValueError(f"Attention is read off maps (bs,c,h,w), got shape {tuple(x.shape)}: choose a convolution or a stage")
-    a = at_least_float(x).abs().pow(p).mean(1)
+    a = _MeanSquare.apply(x.as_subclass(Tensor)) if p==2 and x.is_floating_point() else at_least_float(x).abs().pow(p).mean(1)
     if size is not None and a.shape[1:]!=size: a = F.adaptive_avg_pool2d(a, size)
     return F.normalize(a.flatten(1))
 

@@ -21,7 +21,7 @@ from torch.ao.quantization.fake_quantize import FusedMovingAvgObsFakeQuantize
 from torch.ao.quantization.fx.custom_config import PrepareCustomConfig
 from torch.ao.quantization.fx.tracer import QuantizationTracer
 from .distill import FeatureKD
-from .features import adapters_of, bare_model
+from .features import adapters_of, bare_model, get_layer
 from .measure import probing
 from .structured import Structured
 from .swap import _patterns
@@ -235,6 +235,45 @@ def quantize(self:Learner,
     model,report = quantize(bare_model(self.model), dls or self.dls, n, keep)
     _retire(self, model)
     return report
+
+# %% ../nbs/14_quantize.ipynb #e4572294
+class _Telling(nn.Module):
+    "Puts out what `net` and its `layers` do, in a list, so that it can be traced"
+    def __init__(self, net, layers, outputs):
+        super().__init__()
+        self.net,self.layers,self.outputs,self.seen = net,layers,outputs,{}
+        for n in layers:
+            net.set_submodule(n, nn.Sequential(get_layer(net, n)))  # tracing goes round the hooks of layers that it does not go into
+            get_layer(net, n).register_forward_hook(partial(self._keep, n))
+
+    def _keep(self, name, m, args, out): self.seen[name] = out
+
+    def forward(self, x):
+        out = self.net(x)
+        return [out]*self.outputs + [self.seen[n] for n in self.layers]
+
+class _FrozenInt8:
+    "As `Frozen`, in integers"
+    def __init__(self, net, layers, outputs): store_attr()
+
+    def __call__(self, x):
+        with torch.no_grad(), torch.autocast('cpu', enabled=False): outs = self.net(x.as_subclass(Tensor).float())
+        return outs[0] if self.outputs else None,dict(zip(self.layers, outs[self.outputs:]))
+
+# %% ../nbs/14_quantize.ipynb #5cb3cbc1
+@patch
+def _freeze_int8(self:TeacherCallback, layers, outputs, xb, n=8):
+    if xb[0].device.type!='cpu': raise ValueError(f"precision='int8' computes on a CPU, and this learner is on {xb[0].device}: use 'auto', or learn.dls.cpu()")
+    if len(xb)>1: raise ValueError("precision='int8' takes networks of one input: use 'auto'")
+    batches = [tuple(o.as_subclass(Tensor).float() for o in self._seen(b)) for b in _plain_batches(self.dls, n)]
+    telling = _Telling(deepcopy(self.network).cpu().eval(), layers, outputs)
+    prepared = _prepared(telling, batches, _why_float(telling, ()))
+    with probing(prepared):
+        for b in batches: prepared(*b)
+    with _quiet(): net = quantize_fx.convert_fx(prepared)
+    net.graph.eliminate_dead_code()
+    net.recompile()
+    return _FrozenInt8(net, layers, outputs)
 
 # %% ../nbs/14_quantize.ipynb #ae8fbc00
 class _Rounding(FusedMovingAvgObsFakeQuantize):

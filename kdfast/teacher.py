@@ -11,7 +11,9 @@ __all__ = ['keep_rng', 'probe_batch', 'first_batches', 'TeacherCallback', 'Disti
 from contextlib import ExitStack
 from fastai.vision.all import *
 from .features import Adapted, Taps, adapters_of, bare_model
-from .measure import eval_mode, probing
+from .frozen import Frozen, autocast_dtype, fingerprint
+from .losses import at_least_float
+from .measure import probing
 
 # %% ../nbs/06_teacher.ipynb #655669d7
 @contextmanager
@@ -46,14 +48,16 @@ def first_batches(
 class TeacherCallback(Callback):
     "Runs a teacher once on every training batch, for all the `DistillCallback`s of a learner"
     order,run_valid = Recorder.order+1,False
-    _stateattrs = ('network','tfm','known','clones','stack','taps','student_taps','out','finite')
-    network,tfm,known,clones,stack,taps,student_taps,out,finite = (None,)*9
+    _stateattrs = ('network','tfm','known','clones','example','stack','frozen','frozen_key','taps','student_taps','out','finite')
+    network,tfm,known,clones,example,stack,frozen,frozen_key,taps,student_taps,out,finite = (None,)*12
     def __init__(self,
-        teacher:nn.Module, # A trained network, left as it is: weights, mode and `requires_grad`
-        tfm=None # Applied to the student's inputs before the teacher sees them, for instance to normalize them otherwise
+        teacher:nn.Module, # A trained network, left as it is: a copy is asked, anew in each epoch if its weights have changed
+        tfm=None, # Applied to the student's inputs before the teacher sees them, for instance to normalize them otherwise
+        precision:str='auto', # What the copy computes in: 'auto', 'float32', 'bf16', 'fp16' or 'int8'; None asks the teacher itself, for one that changes while it teaches
+        compile:bool=False # Compile the copy with `torch.compile`
     ):
         if not isinstance(teacher, nn.Module): raise TypeError(f"The teacher must be a module, got a {type(teacher).__name__}: pass learn.model, or use distill_learner")
-        self.network,self.tfm = teacher,tfm
+        self.network,self.tfm,self.precision,self.compile = teacher,tfm,precision,compile
 
     def after_create(self): self.setup()
     def before_fit(self): self._name_columns()
@@ -63,8 +67,7 @@ class TeacherCallback(Callback):
     def after_pred(self):
         spoilt = self.student_taps.overwritten()
         if spoilt: raise ValueError(f"Training overwrites what the student's {', '.join(spoilt)} put out, by a dropout in place: use inplace=False there, or tap another layer")
-        with torch.no_grad(): self.out = self.see(*self.learn.xb)
-        self.finite &= torch.isfinite(self.out).all()
+        if any(t.acts(t.now) for t in self.terms): self.out,self.taps = self.answer(*self.learn.xb)
 
     def after_loss(self): self._forget()
     def after_train(self):
@@ -73,20 +76,13 @@ class TeacherCallback(Callback):
     def after_epoch(self): self._release()
 
     def __deepcopy__(self, memo):
-        memo[id(self)] = new = type(self)(self.network, self.tfm)
+        memo[id(self)] = new = type(self)(self.network, self.tfm, self.precision, self.compile)
         new.learn = deepcopy(self.learn, memo)
         return new
 
 _remedy = "check its weights, that it is given inputs normalized as in its training, and if it runs in half precision try float32"
 
 # %% ../nbs/06_teacher.ipynb #25851458
-@patch
-def see(self:TeacherCallback,
-    *xb:Tensor # The student's inputs
-) -> Tensor: # The teacher's output
-    "The teacher's forward"
-    return self.network(*(xb if self.tfm is None else tuplify(self.tfm(*xb))))
-
 @patch
 def _release(self:TeacherCallback): self.learn.__dict__.pop('_do_epoch_train', None)
 
@@ -102,12 +98,57 @@ def _epoch(self:TeacherCallback):
 
 # %% ../nbs/06_teacher.ipynb #32ff1ea6
 @patch
-def _forget(self:TeacherCallback):
-    self.out = None
-    for taps in (self.taps,self.student_taps): taps.clear()
+def _seen(self:TeacherCallback, xb): return xb if self.tfm is None else tuplify(self.tfm(*xb))
 
 @patch
-def place(self:TeacherCallback, device): self.network.to(device, memory_format=torch.channels_last if hasattr(self.learn, 'channels_last') else torch.preserve_format)
+def see(self:TeacherCallback,
+    *xb:Tensor # The student's inputs
+) -> Tensor: # The teacher's output
+    "The forward of the teacher itself"
+    return self.network(*self._seen(xb))
+
+@patch
+def freeze(self:TeacherCallback,
+    layers, # Names of the teacher's layers to read
+    outputs:bool=True, # Read its outputs as well
+    device=None # Where it runs; by default where the student is
+) -> Frozen: # To be called with what `tfm` makes of a batch
+    "A copy of the teacher to ask"
+    xb = self._seen(to_device(self.example, device or next(bare_model(self.learn.model).parameters()).device))
+    if self.precision=='int8': return self._freeze_int8(layers, outputs, xb)
+    return Frozen(self.network, xb, layers, outputs, self.precision, self.compile)
+
+# %% ../nbs/06_teacher.ipynb #0e28fa7a
+@patch
+def answer(self:TeacherCallback,
+    *xb:Tensor # The student's inputs
+) -> tuple: # Logits, None if no term reads them, and features by layer
+    "What the teacher says to a batch"
+    if self.cache: return self.cache.recall(*xb)
+    with torch.no_grad(): out,maps = self.frozen(*self._seen(xb))
+    self.finite &= torch.isfinite(last(maps.values()) if out is None else out).all()
+    return None if out is None else at_least_float(out),maps
+
+@patch(as_prop=True)
+def cache(self:TeacherCallback): return first(cb for cb in self.learn.cbs if hasattr(cb, 'recall'))
+
+@patch
+def refreeze(self:TeacherCallback):
+    "Make the copy anew if the teacher, or what is read of it, has changed"
+    watched = self.watched
+    layers,outputs = sorted({n for t in watched for n in t.layers.values()}),any(t.reads_logits for t in watched)
+    device = next(bare_model(self.learn.model).parameters()).device
+    key = (fingerprint(self.network), layers, outputs, device, self.precision, self.compile)
+    if key!=self.frozen_key: self.frozen,self.frozen_key = self.freeze(layers, outputs),key
+
+# %% ../nbs/06_teacher.ipynb #ede7e23a
+@patch(as_prop=True)
+def watched(self:TeacherCallback): return [t for t in self.terms if callable(t.weight) or t.acts(t.weight)]
+
+@patch
+def _forget(self:TeacherCallback):
+    self.out,self.taps = None,{}
+    self.student_taps.clear()
 
 @patch
 def _watch(self:TeacherCallback):
@@ -118,17 +159,15 @@ def _watch(self:TeacherCallback):
     self.setup()
     self._own_adapters()
     student = bare_model(self.learn.model)
-    device = next(student.parameters()).device
-    self.place(device)
-    self.finite = torch.ones((), dtype=torch.bool, device=device)
-    self.student_taps,self.taps = (Taps(m, *o) for m,o in zip((student,self.network), self.clones))
-    for o in (eval_mode(self.network),self.student_taps,self.taps): self.stack.enter_context(o)
+    if not self.cache and self.watched: self.refreeze()
+    self.finite = torch.ones((), dtype=torch.bool, device=next(student.parameters()).device)
+    self.student_taps = self.stack.enter_context(Taps(student, {n for t in self.watched for n in t.layers}, self.clones))
     self.stack.callback(self._forget)
 
-# %% ../nbs/06_teacher.ipynb #0e28fa7a
+# %% ../nbs/06_teacher.ipynb #513ee1f6
 class DistillCallback(Callback):
     "Adds `weight` times what `term` computes to the loss of every training batch"
-    order,run_valid,layers,label,now,value,total,count = 1,False,{},None,None,None,0.,0
+    order,run_valid,layers,reads_logits,label,now,value,total,count = 1,False,{},True,None,None,None,0.,0
     def __init__(self,
         weight:float=1. # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`
     ): self.weight = weight
@@ -141,6 +180,7 @@ class DistillCallback(Callback):
 
     def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's, to those that the term reads"
     def prepare(self, probe): return {}
+    def compact(self, features): return at_least_float(features)
     def term(self): raise NotImplementedError("A DistillCallback computes a `term`")
 
     def before_fit(self):
@@ -151,9 +191,11 @@ class DistillCallback(Callback):
         if not self.source: raise ValueError(f"{type(self).__name__} has no teacher: use distill_learner, or add TeacherCallback(teacher) to the learner's callbacks")
         self.total,self.count = 0.,0
 
+    def before_batch(self): self.now = self.weight(self.pct_train) if callable(self.weight) else self.weight
+
     def after_loss(self):
-        n,self.now = find_bs(self.learn.xb),self.weight(self.pct_train) if callable(self.weight) else self.weight
-        added = self.now*self.term()
+        n = find_bs(self.learn.xb)
+        added = self.now*self.term() if self.acts(self.now) else self.learn.loss.new_zeros(())
         self.value = added.detach()
         self.total,self.count = self.total + n*self.value,self.count+n
         self.learn.loss_grad = self.learn.loss_grad + added
@@ -164,6 +206,27 @@ class DistillCallback(Callback):
             missing = self.recorder.metric_names.index(self.label)-len(log)  # columns of a validation that was skipped
             self.recorder.log = log + [None]*missing + [maybe_gather(self.total/self.count).item()]
         self.total,self.count = 0.,0
+
+# %% ../nbs/06_teacher.ipynb #33307e49
+@patch
+def acts(self:DistillCallback,
+    weight:float # What it would weigh
+) -> bool: # Whether it has to be computed
+    "Does the term change a step?"
+    return weight!=0 or num_distrib()>1 and any(k.startswith(f'{self.label}_') for k in adapters_of(self.learn.model))
+
+@patch
+def target(self:DistillCallback,
+    layer:str # One of the teacher's that the term reads
+) -> Tensor: # What `compact` makes of its features
+    "What the teacher shows at `layer`, just now or from a cache"
+    taps,part = self.source.taps,self.part(layer)
+    return taps[part] if part in taps else self.compact(taps[layer])
+
+@patch
+def part(self:DistillCallback, layer:str) -> str:
+    "Under which name a cache keeps what the term needs of `layer`"
+    return f'{type(self).compact.__qualname__} {layer}'
 
 # %% ../nbs/06_teacher.ipynb #5d7eb38f
 @patch(as_prop=True)
@@ -208,6 +271,7 @@ def setup(self:TeacherCallback):
     if self.network is None or _same(self.known, known): return
     if {*map(id, student.parameters())} & {*map(id, self.network.parameters())}: raise ValueError(
         "Teacher and student share parameters, so the student would change its own teacher: pass deepcopy(student) as teacher")
+    if self.precision not in (None,'int8'): autocast_dtype(self.precision, torch.device(getattr(self.dls, 'device', None) or default_device()))
     probe,clones = self._probe(student, terms)
     self._label(terms)
     adapters = {}
@@ -218,7 +282,8 @@ def setup(self:TeacherCallback):
 
 @patch
 def _probe(self:TeacherCallback, student, terms):
-    xb,yb = probe_batch(self.dls)
+    self.example,yb = probe_batch(self.dls)
+    xb = self.example
     xs,xt = (to_device(xb, next(m.parameters(), xb[0]).device) for m in (student,self.network))
     with keep_rng(), probing(student, self.network):
         for t in terms: t.choose(student, self.network, self.tfm, xs)
@@ -227,7 +292,7 @@ def _probe(self:TeacherCallback, student, terms):
             pred,target = student(*xs),self.see(*xt)
             _check_outputs(pred, target)
             probe = Probe(pred, target, *({n:o[n] for n in o.layers} for o in (s,t)), yb)
-            return probe,[(names, o.overwritten()) for names,o in zip(layers, (s,t))]
+            return probe,s.overwritten()
 
 # %% ../nbs/06_teacher.ipynb #d11216eb
 class AdaptedSplitter:
