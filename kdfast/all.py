@@ -10,6 +10,7 @@ from .cut import *
 from .data import *
 from .frozen import *
 from .teacher import *
+from .cache import *
 from .distill import *
 from .learner import *
 from .decay import *
