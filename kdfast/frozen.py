@@ -179,10 +179,11 @@ class _Calls(Taps):
 @patch
 def _trial(self:Frozen, xb):
     self.ask = self.net
-    with _Calls(self.net, self.layers) as t, eval_mode(self.net): self(*xb)
-    missed = {*self.layers}.difference(t.calls)
-    if missed: raise ValueError(f"The network does not come to {min(missed)!r}: choose a layer that it calls")
-    return t.calls,t.overwritten()
+    with _Calls(self.net, self.layers) as t, eval_mode(self.net):
+        self(*xb)
+        missed = {*self.layers}.difference(t.calls)
+        if missed: raise ValueError(f"The network does not come to {min(missed)!r}: choose a layer that it calls")
+        return t.calls,t.overwritten()
 
 @patch
 def _make(self:Frozen, model, xb):

@@ -144,7 +144,7 @@ def test_however_a_fit_ends(event, exc, dls, quiet):
     except (KeyboardInterrupt,RuntimeError,CancelTrainException,CancelEpochException): pass
     assert n_hooks(teacher, student)==0 and snapshot(teacher)==modes and all(p.requires_grad for p in learn.model.parameters())
     assert '_do_epoch_train' not in vars(learn)
-    assert learn.teacher.out is None and not learn.teacher.taps.outs and not learn.teacher.student_taps.outs
+    assert learn.teacher.out is None and not learn.teacher.taps and not learn.teacher.student_taps.outs
     quiet(learn, 1, 1e-3)
     assert all(v>0 for v in learn.recorder.values[0][2:])
 

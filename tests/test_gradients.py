@@ -41,7 +41,7 @@ def task_of(y, mix):
 
 def relative_error(terms, cbs, dls, teacher, quiet):
     capture = Capture()
-    learn = distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[*terms, *cbs, capture])
+    learn = distill_learner(dls, teacher, partial(wrn, 10, 1), cbs=[*terms, *cbs, capture], precision='float32')
     quiet(learn, 1, 1e-3)
     net,n = capture.net,sum(len(x) for x,*_ in capture.batches)
     teacher.eval()
