@@ -9,6 +9,7 @@ __all__ = ['TeacherCache']
 
 # %% ../nbs/07_cache.ipynb #df63b4bf
 import hashlib, json, os, shutil
+from contextlib import nullcontext
 from filelock import FileLock
 from fastai.vision.all import *
 from torch import distributed
@@ -282,7 +283,7 @@ def _ask(self:TeacherCache, maps, v):
         if not all(o.abs().max()<65504 for k,o in kept.items() if k!='sums'): raise ValueError("The teacher puts out NaN, or more than half precision holds: "
             "check its weights, and that it is given inputs as in its training")
         if self.views: kept.update({f'batch {i}':o for i,o in enumerate(b)})
-        for k,o in kept.items(): maps[k][v,at:at+n] = o.detach().cpu().numpy().astype(maps[k].dtype)
+        for k,o in kept.items(): maps[k][v,at:at+n] = (o.float() if o.is_floating_point() else o).detach().cpu().numpy()
         at += n
     if at!=share.stop: raise ValueError(f"The loader gave {at-share.start} of {len(share)} samples, so they cannot be told apart: a cache takes loaders that skip none")
 

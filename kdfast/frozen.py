@@ -133,14 +133,14 @@ class Frozen:
         precision:str='auto', # As for `autocast_dtype`; None asks `model` itself, as it is at that moment, in the precision around it
         compile:bool=False # Compile the copy with `torch.compile`, which takes its time at the first batch
     ):
-        store_attr('layers,outputs,precision,compile')
+        store_attr('layers,outputs,compile')
         self.device,floats = xb[0].device,{p.dtype for p in model.parameters() if p.is_floating_point()}
-        self.dtype = autocast_dtype(precision, self.device) if precision and floats<={torch.float32} else None
-        try: self._make(model, xb)
-        except Exception:
-            if precision!='auto' or self.dtype is None: raise
-            self.dtype = None  # it holds something that only float32 has
-            self._make(model, xb)
+        dtype = autocast_dtype(precision, self.device) if precision and floats<={torch.float32} else None
+        ways = [(dtype, True), (None, True), (None, False)] if precision=='auto' else [(dtype, precision is not None)]
+        for i,(self.dtype,self.own) in enumerate(ways):
+            try: return self._make(model, xb)
+            except Exception:
+                if i==len(ways)-1: raise
 
     def __call__(self, *xb):
         autocast = nullcontext() if self.dtype is None else torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype!=torch.float32)
@@ -187,14 +187,14 @@ def _trial(self:Frozen, xb):
 
 @patch
 def _make(self:Frozen, model, xb):
-    half,own = self.dtype in (torch.bfloat16,torch.float16),self.precision is not None
-    self.last = own and (half or self.device.type=='cpu')
-    self.net = self._copy(model, xb, half) if own else model.to(self.device)
+    half = self.dtype in (torch.bfloat16,torch.float16)
+    self.last = self.own and (half or self.device.type=='cpu')
+    self.net = self._copy(model, xb, half) if self.own else model.to(self.device)
     calls,clone = self._trial(xb)
     self.taps = Taps(self.net, self.layers, clone)
     self.run = self.net if self.outputs or len(calls)>len({*calls}) else Truncated(self.net, calls[-1])
-    if own: self.taps.__enter__()
-    self.ask = torch.compile(self._read) if self.compile else self._read if own else self._borrow
+    if self.own: self.taps.__enter__()
+    self.ask = self._borrow if not self.own else torch.compile(self._read) if self.compile else self._read
 
 # %% ../nbs/05b_frozen.ipynb #7047ed86
 @patch

@@ -130,7 +130,7 @@ def answer(self:TeacherCallback,
     return None if out is None else at_least_float(out),maps
 
 @patch(as_prop=True)
-def cache(self:TeacherCallback): return first(cb for cb in self.learn.cbs if hasattr(cb, 'recall'))
+def cache(self:TeacherCallback): return first(cb for cb in self.learn.cbs if getattr(cb, 'recall', None))
 
 @patch
 def refreeze(self:TeacherCallback):

@@ -59,6 +59,28 @@ def test_a_plain_learner_in_two_processes(tmp_path):
     a,b = trained('plain', 2, tmp_path)
     for k,v in learnt(a['after']).items(): assert torch.equal(v, b['after'][k]) and not torch.equal(v, a['before'][k]), k
 
+@pytest.mark.parametrize('n', [2,4])
+def test_a_cache_is_made_and_read_by_all(n, tmp_path):
+    "Each process writes its part of the samples, and finds what any of them has written"
+    states = trained('cached', n, tmp_path)
+    for o in states[1:]:
+        for k,v in learnt(states[0]['after']).items(): assert torch.equal(v, o['after'][k]), k
+    assert all(o['history']['kd']==states[0]['history']['kd'] for o in states)
+    parts = {o.name for o in (tmp_path/'cached-cache').iterdir()}
+    assert 'meta.json' in parts and not [*tmp_path.glob('.*part')]
+    logits = np.load(tmp_path/'cached-cache'/'1.npy')
+    assert logits.shape==(2,400,10) and (np.abs(logits).sum(-1)>0).all()
+
+def test_four_processes_end_with_one_student(tmp_path):
+    states = trained('synced', 4, tmp_path)
+    for o in states[1:]:
+        for k,v in learnt(states[0]['after']).items(): assert torch.equal(v, o['after'][k]), k
+
+@pytest.mark.skipif(torch.cuda.device_count()<2, reason='needs two GPUs')
+def test_sync_batchnorm_on_gpus(tmp_path):
+    a,b = trained('gpus', 2, tmp_path)
+    assert all(torch.equal(v, b['after'][k]) for k,v in a['after'].items()) and a['sync']==b['sync']>0
+
 @pytest.mark.parametrize('mode', ['stagewise','parallel'])
 def test_blocks_in_two_processes(mode, tmp_path):
     a,b = trained(mode, 2, tmp_path)

@@ -15,11 +15,17 @@ class Alone(Callback):
     order = 12
     def before_fit(self): self.learn.model.require_backward_grad_sync = False
 
+class CountSynced(Callback):
+    "Batch norms that are synchronized while it trains"
+    n = 0
+    def before_batch(self): self.n = sum(isinstance(m, nn.SyncBatchNorm) for m in self.learn.model.modules())
+
 def weights(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
 
 def main(how, file):
     n,whole = max(1, num_distrib()),how=='norms'
     set_seed(0)
+    if how=='gpus': torch.cuda.set_device(rank_distrib())
     dls = digits_dls(64//n, per_class=40, seed=1, pad=0 if whole else 4)
     if whole: dls = tensor_dls(*((first64(dls)),)*2, bs=64//n, stats=digits_stats)
     teacher = wrn(10, 2)
@@ -27,13 +33,15 @@ def main(how, file):
     learn = Learner(dls, wrn(10, 1)) if how=='plain' else distill_learner(dls, teacher, wrn(10, 1), cbs=terms, opt_func=SGD, metrics=accuracy)
     if whole: learn.add_cb(FreezeNorms())
     if how=='alone': learn.add_cb(Alone())
+    learn.add_cb(CountSynced())
+    if how=='cached': learn.add_cb(TeacherCache(f'{file}-cache', views=2))
     dls.train.rng.seed(rank_distrib())
     before = weights(learn.model)
     with learn.no_bar(), learn.no_logging():
         with learn.distrib_ctx(sync_bn=False, cpu=True) if how=='alone' else all_processes(learn):
             if how in ('stagewise','parallel'): learn.fit_blocks(1, head=1, mode=how)
             else: learn.fit(2, 2e-4 if whole else 1e-3)
-    torch.save(dict(before=before, after=weights(learn.model), history=learn.recorder.history.to_dict('list'), kept=type(learn.model).__name__), f'{file}.{rank_distrib()}')
+    torch.save(dict(before=before, after=weights(learn.model), history=learn.recorder.history.to_dict('list'), kept=type(learn.model).__name__, sync=learn.count_synced.n), f'{file}.{rank_distrib()}')
 
 def first64(dls):
     xs,ys = dls.train_ds.tls

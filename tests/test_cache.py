@@ -1,0 +1,207 @@
+"A cached fit is the fit without a cache, or is refused"
+import errno, json, shutil, pytest
+from conftest import n_hooks
+from fastai.vision.all import *
+from kdfast.all import *
+
+class Live(TeacherCache):
+    "The views of a cache, with the teacher asked about each"
+    recall = None
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.student.parameters()])
+
+def far(a, b): return ((a-b).norm()/b.norm()).item()
+
+def apart(a, b):
+    "How far from each other two learners are, as a part of the way that they have come from the same start"
+    set_seed(0)
+    start = torch.cat([p.detach().flatten() for p in wrn(10, 1).parameters()])
+    return far(weights(a)-start, weights(b)-start)
+
+def fit(teacher, *cbs, dls=None, terms=(KD,AT), pad=0, epochs=3, precision='float32', **kwargs):
+    set_seed(0)
+    student,dls = wrn(10, 1),dls or digits_dls(20, per_class=8, pad=pad)
+    learn = distill_learner(dls, teacher, student, cbs=[*(t() for t in terms), *cbs], precision=precision, opt_func=SGD, **kwargs)
+    dls.train.rng.seed(0)
+    set_seed(1)
+    with learn.no_bar(), learn.no_logging(): learn.fit(epochs, 1e-3)
+    return learn
+
+def counted(net):
+    calls = []
+    net.register_forward_hook(lambda m,i,o: calls.append(len(i[0])) if len(i[0])>2 else None)
+    return calls
+
+@pytest.fixture(scope='module')
+def trained():
+    set_seed(0)
+    learn = Learner(digits_dls(32, per_class=32), wrn(10, 2))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
+    return learn.model
+
+@pytest.fixture
+def moved(trained):
+    "A teacher that says something"
+    return deepcopy(trained)
+
+@pytest.fixture
+def exact(monkeypatch):
+    "Keep answers in float32, so that nothing is left to rounding"
+    half = TeacherCache._arrays
+    monkeypatch.setattr(TeacherCache, '_arrays', lambda *a: {k:(shape, 'float32' if dtype=='float16' else dtype) for k,(shape,dtype) in half(*a).items()})
+
+@pytest.mark.parametrize('terms', [(KD,), (AT,), (KD,AT), (KD,AT,FitNet), (partial(FeatureKD, hint_loss, {'fc':'fc'}),)], ids=['KD','AT','KD+AT','KD+AT+FitNet','FeatureKD'])
+@pytest.mark.parametrize('views', [0,2])
+def test_a_cached_fit_is_the_fit_without(terms, views, moved, tmp_path, exact):
+    "Shuffled, with augmentation where there are views"
+    calls,pad = counted(moved.stem),4*bool(views)
+    cached = fit(moved, TeacherCache(tmp_path/'c', views), terms=terms, pad=pad)
+    n = len(calls)
+    again = fit(moved, TeacherCache(tmp_path/'c', views), terms=terms, pad=pad)
+    assert n==4*max(1, views)==len(calls)
+    plain = fit(moved, *([Live(tmp_path/'c', views)] if views else []), terms=terms, pad=pad)
+    assert torch.equal(weights(cached), weights(again))
+    assert apart(cached, plain)<1e-5 and apart(cached, fit(None, terms=()))>2
+    assert cached.recorder.history.values==pytest.approx(plain.recorder.history.values, rel=1e-4)
+
+@pytest.mark.parametrize('terms', [(KD,), (KD,AT)], ids=['KD','KD+AT'])
+def test_half_precision_rounds(terms, moved, tmp_path):
+    cached,plain = fit(moved, TeacherCache(tmp_path/'c'), terms=terms),fit(moved, terms=terms)
+    assert 0<apart(cached, plain)<.2 and cached.recorder.history.values==pytest.approx(plain.recorder.history.values, rel=1e-2, abs=1e-3)
+
+def test_views_are_pixel_by_pixel_what_the_teacher_saw(moved, tmp_path):
+    "Found in the first epochs, met again in later ones in another order"
+    seen = {}
+    class See(Callback):
+        order,run_valid = 100,False
+        def after_pred(self):
+            for x,y,t in zip(self.x, self.y, self.learn.teacher.out): seen.setdefault((self.epoch%3, x.sum().item()), []).append((x.clone(), y.item(), t.clone()))
+    fit(moved, TeacherCache(tmp_path/'c', 3), See(), pad=4, epochs=6)
+    assert len(seen)==3*80 and all(len(v)==2 for v in seen.values())
+    for a,b in seen.values(): assert torch.equal(a[0], b[0]) and a[1]==b[1] and torch.equal(a[2], b[2])
+    x,t = torch.stack([v[0][0] for v in seen.values()]),torch.stack([v[0][2] for v in seen.values()])
+    with torch.no_grad(): assert far(t, moved.eval()(x.as_subclass(Tensor)))<1e-3
+
+@pytest.fixture
+def files(tmp_path):
+    "A folder of images, loaded by worker processes"
+    raw = digits_dls(1, per_class=9).train
+    for part,keep in (('train',range(8)),('test',range(8, 9))):
+        for i,(x,y) in enumerate(raw.dataset):
+            if i%9 in keep:
+                dest = tmp_path/part/str(int(y))
+                dest.mkdir(parents=True, exist_ok=True)
+                to_image(x).save(dest/f'{i}.png')
+    return tmp_path
+
+def file_dls(path, item_tfms=None, batch_tfms=None):
+    block = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, splitter=GrandparentSplitter('train', 'test'), get_y=parent_label, item_tfms=item_tfms, batch_tfms=batch_tfms)
+    return block.dataloaders(path, bs=20, num_workers=2, device='cpu')
+
+def test_files_loaded_by_workers(moved, files, exact):
+    cached = fit(moved, TeacherCache(files/'c'), dls=file_dls(files))
+    assert apart(cached, fit(moved, dls=file_dls(files)))<1e-5
+
+@pytest.mark.parametrize('item,batch', [(RandomResizedCrop(32, min_scale=.5),None), (None,aug_transforms())], ids=['item','batch'])
+def test_fastai_augmentation(item, batch, moved, files, exact):
+    "Refused without views, which keep whatever it does"
+    with pytest.raises(ValueError, match=r'views=4'): fit(moved, TeacherCache(files/'c'), dls=file_dls(files, item, batch))
+    assert not (files/'c').exists()
+    cached = fit(moved, TeacherCache(files/'c', 2), dls=file_dls(files, item, batch))
+    assert apart(cached, fit(moved, Live(files/'c', 2), dls=file_dls(files, item, batch)))<1e-5
+
+@pytest.mark.parametrize('cb', [MixUp,CutMix,partial(Callback, before_batch=lambda cb: setattr(cb.learn, 'xb', (cb.xb[0].flip(-1),)))], ids=['MixUp','CutMix','a flip'])
+@pytest.mark.parametrize('views', [0,2])
+def test_other_images_are_refused(cb, views, moved, tmp_path):
+    with pytest.raises(ValueError, match='other images than the teacher was asked about'): fit(moved, TeacherCache(tmp_path/'c', views), cb())
+
+def test_a_wrong_order_is_refused(moved, tmp_path):
+    "A loader that does not keep to the numbers that it gives out"
+    dls = digits_dls(20, per_class=8, pad=0)
+    fit(moved, TeacherCache(tmp_path/'c'), dls=dls)
+    create = dls.train.create_batches
+    dls.train.create_batches = lambda samps: create(reversed([*samps]))
+    with pytest.raises(ValueError, match='other images|another data set'): fit(moved, TeacherCache(tmp_path/'c'), dls=dls)
+
+def other_tfms(): return digits_dls(20, per_class=8, pad=3)
+
+@pytest.mark.parametrize('change,match', [('teacher','another teacher'), ('data','another data set'), ('labels','another data set'), ('stats','another data set'), ('pipeline','another data set'), ('views','views=2, not 3'), ('terms','lacks DistillCallback.compact')])
+def test_another_cache_is_refused(change, match, moved, tmp_path):
+    fit(moved, TeacherCache(tmp_path/'c', 2), pad=4)
+    with torch.no_grad():
+        if change=='teacher': moved.fc.bias[0] += .01
+    dls = digits_dls(20, per_class=8, seed=int(change=='data'), pad=3 if change=='pipeline' else 4)
+    if change=='labels': dls.train_ds.tls[1].tfms.fs[0].labels[5] = '9' if dls.train_ds.tls[1].tfms.fs[0].labels[5]!='9' else '8'
+    if change=='stats': dls.train.after_batch.fs[-1].mean += .01
+    before = {f.name:f.read_bytes() for f in (tmp_path/'c').iterdir()}
+    with pytest.raises(ValueError, match=match) as e: fit(moved, TeacherCache(tmp_path/'c', 3 if change=='views' else 2), dls=dls, terms=(KD,FitNet) if change=='terms' else (KD,AT))
+    assert str(tmp_path/'c') in str(e.value) and before=={f.name:f.read_bytes() for f in (tmp_path/'c').iterdir()}
+
+@pytest.mark.parametrize('damage', ['cut','gone','header','meta','file'])
+def test_a_damaged_cache(damage, moved, tmp_path):
+    path = tmp_path/'c'
+    fit(moved, TeacherCache(path))
+    f = path/'1.npy'
+    if damage=='cut': f.write_bytes(f.read_bytes()[:-100])
+    if damage=='gone': f.unlink()
+    if damage=='header': f.write_bytes(b'')
+    if damage=='meta': (path/'meta.json').write_text('{"views')
+    if damage=='file':
+        shutil.rmtree(path)
+        path.write_text('hello')
+    with pytest.raises(ValueError, match='cut off or damaged|no cache') as e: fit(moved, TeacherCache(path))
+    assert 'delete' in str(e.value)
+
+def test_no_room(moved, tmp_path, monkeypatch):
+    "Before anything is written, and while it is"
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage._replace(free=1000))
+    with pytest.raises(OSError, match='does not fit on the disk'): fit(moved, TeacherCache(tmp_path/'c'))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage)
+    def full(*a): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    with pytest.raises(OSError, match='No space left'): fit(moved, TeacherCache(tmp_path/'c'))
+    assert {f.name for f in tmp_path.iterdir()}<={'c.lock'}
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt,RuntimeError])
+def test_an_interrupt_while_it_is_made(error, moved, tmp_path):
+    calls = []
+    def stop(m, i, o):
+        calls.append(len(i[0]))
+        if calls.count(20)==2: raise error('stop')
+    handle = moved.stem.register_forward_hook(stop)
+    with pytest.raises(error): fit(moved, TeacherCache(tmp_path/'c', 2), pad=4)
+    handle.remove()
+    assert {f.name for f in tmp_path.iterdir()}<={'c.lock'} and n_hooks(moved)==0
+    assert apart(fit(moved, TeacherCache(tmp_path/'c', 2), pad=4), fit(moved, Live(tmp_path/'c', 2), pad=4))<.2
+
+def test_making_it_changes_no_random_number(moved, tmp_path):
+    "The batches of a first fit are those of a second"
+    sums = lambda learn: learn.recorder.history.values.tolist()
+    assert sums(fit(moved, TeacherCache(tmp_path/'c')))==sums(fit(moved, TeacherCache(tmp_path/'c')))
+
+def test_what_is_misused(moved, tmp_path):
+    for views in (-1,1.5,'2'):
+        with pytest.raises(ValueError, match='whole number'): TeacherCache(tmp_path/'c', views)
+    with pytest.raises(ValueError, match='what a teacher says'): fit(None, TeacherCache(tmp_path/'c'), terms=())
+    broken = deepcopy(moved)
+    nn.init.constant_(broken.fc.bias, 1e6)
+    with pytest.raises(ValueError, match='more than half precision holds'): fit(broken, TeacherCache(tmp_path/'c'))
+    assert not (tmp_path/'c').exists()
+
+def test_validation_export_and_lr_find(moved, tmp_path):
+    learn = fit(moved, TeacherCache(tmp_path/'c', 2), pad=4, path=tmp_path)
+    assert len(learn.validate())==1 and learn.get_preds()[0].shape[1]==10
+    with learn.no_bar(): learn.lr_find(num_it=12, show_plot=False)
+    learn.export()
+    back = load_learner(tmp_path/'export.pkl')
+    assert back.teacher_cache.files is None and (tmp_path/'export.pkl').stat().st_size<1e6
+
+def test_blocks_ask_the_teacher_themselves(moved, tmp_path, quiet):
+    learn = distill_learner(digits_dls(20, per_class=8, pad=4), moved, wrn(10, 1), cbs=[KD(), TeacherCache(tmp_path/'c', 2)])
+    quiet(learn, 1, head=1, how='fit_blocks')
+    assert json.loads((tmp_path/'c'/'meta.json').read_text())['views']==2
+
+def test_half_the_precision_and_accumulation(moved, tmp_path):
+    a,b = (fit(moved, GradientAccumulation(40), *o, precision='auto') for o in ((TeacherCache(tmp_path/'c'),), ()))
+    assert apart(a, b)<.2
