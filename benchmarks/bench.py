@@ -1,0 +1,296 @@
+"""What distillation costs: a step, an epoch, a cached epoch, a start, and how it grows. One table, all figures ratios
+
+    python benchmarks/bench.py --cifar CIFAR --imagenette IMAGENETTE
+
+Contestants of a row's group run in turns in one process, and medians are shown. The loop by hand returns features from its forward, has no hooks, asks its teacher in float32, and computes the same losses; before
+anything is timed, kdfast's gradients with precision='float32' are compared with the loop's, and where they differ by more than 1e-5 nothing is printed. fasterai takes one callback a term and runs the teacher in
+each; torchdistill has its own training box; both keep the formulas of their libraries. FitNet adapters are kdfast's and the loop's alone. Memory is the peak of what torch allocates in the first two steps of one
+contestant, the copy of the teacher included. A machine with a GPU runs the same, on it."""
+import itertools, json, os, subprocess, sys, warnings
+from argparse import ArgumentParser
+from importlib.metadata import version
+from statistics import median
+from time import perf_counter
+warnings.filterwarnings('ignore')
+os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # the profiler's own messages
+from fastai.vision.all import *
+from fasterai.distill.all import Attention, KnowledgeDistillationCallback, SoftTarget
+from torch.profiler import ProfilerActivity, profile
+from torchdistill.core.distillation import DistillationBox
+from kdfast.all import *
+
+class Steps:
+    "A loader that gives one batch `n` times"
+    def __init__(self, batch, n): self.batch,self.n = batch,n
+    def __len__(self): return self.n
+    def __iter__(self): return (self.batch for _ in range(self.n))
+
+# What is computed: networks, methods, and the loop by hand
+
+class Work:
+    "A teacher, a student and a batch"
+    def __init__(self, name, teacher, student, size, bs, groups, device=None):
+        self.name,self.groups,self.device = name,groups,device or default_device()
+        self.teacher,self.student = teacher.to(self.device),student.to(self.device)
+        self.batch = torch.randn(bs, 3, size, size, device=self.device),torch.randint(0, 10, (bs,), device=self.device)
+
+    def features(self, net, x):
+        "Logits and the outputs of the groups, without a hook"
+        feats = []
+        for n,m in net.named_children():
+            x = m(x)
+            if n in self.groups: feats.append(x)
+        return x,feats
+
+def works(): return [Work('WRN-40-2 to WRN-16-1, 32 px', wrn(40, 2), wrn(16, 1), 32, 64, ['group1','group2','group3']),
+    Work('ResNet-34 to ResNet-10, 128 px', resnet(34), resnet(10), 128, 16, ['layer1','layer2','layer3','layer4'])]
+
+methods = {'KD':(KD,), 'AT':(AT,), 'KD+AT':(KD,AT), 'FitNet':(FitNet,)}
+
+def loop_loss(work, method, student, adapters, x, y):
+    (out,feats),n = work.features(student, x),len(work.groups)
+    with torch.no_grad(): t_out,t_feats = work.features(work.teacher, x)
+    loss = F.cross_entropy(out, y)
+    if 'KD' in method: loss = .1*loss + .9*kd_loss(out, t_out)
+    if 'AT' in method: loss = loss + sum(3000/n*min(1, s[0,0].numel()/49)*at_loss(s, t) for s,t in zip(feats, t_feats))
+    if 'FitNet' in method: loss = loss + sum(100/n*hint_loss(a(s) if a else s, t) for a,s,t in zip(adapters, feats, t_feats))
+    return loss
+
+def sgd(params, **kwargs): return SGD(params, lr=1e-5, mom=.9)
+
+# Who computes it: each is called with a number of steps
+
+class Loop:
+    "Training written by hand"
+    def __init__(self, work, loss, adapters=()):
+        self.work,self.student,self.adapters,self.loss = work,deepcopy(work.student),[deepcopy(a) for a in adapters],loss
+        self.opt = sgd([*self.student.parameters(), *(p for a in self.adapters if a for p in a.parameters())])
+        work.teacher.eval()
+
+    def __call__(self, n):
+        self.student.train()
+        for _ in range(n):
+            self.loss(self.student, self.adapters, *self.work.batch).backward()
+            self.opt.step()
+            self.opt.zero_grad()
+
+class Fastai:
+    "Training by a learner"
+    def __init__(self, work, teacher=None, cbs=(), half=False, **kwargs):
+        dls = DataLoaders(Steps(work.batch, 1), Steps(work.batch, 0))
+        dls.c,self.batch = 10,work.batch
+        self.learn = distill_learner(dls, teacher, deepcopy(work.student), cbs=cbs, opt_func=sgd, loss_func=CrossEntropyLossFlat(), **kwargs)
+        if half:
+            self.learn.to_bf16()
+            self.learn.model.to(memory_format=torch.channels_last)
+
+    def __call__(self, n):
+        self.learn.dls.loaders[0] = Steps(self.batch, n)
+        with self.learn.no_bar(), self.learn.no_logging(): self.learn.fit(1, 1e-5)
+
+def fasterai_terms(work, method):
+    "Its callbacks, the teacher frozen by hand so that it has no graph"
+    teacher = deepcopy(work.teacher).requires_grad_(False)
+    soft = KnowledgeDistillationCallback(teacher, partial(SoftTarget, T=4), weight=.9)
+    attention = KnowledgeDistillationCallback(teacher, Attention, [f'model.{g}' for g in work.groups], [*work.groups], weight=.5)
+    return [soft]*('KD' in method) + [attention]*('AT' in method)
+
+class Torchdistill:
+    "Its training box"
+    def __init__(self, work, method):
+        path = lambda n: dict(io='output', path=n)
+        pairs = {g: dict(teacher=path(g), student=path(g), weight=1) for g in work.groups}
+        ends = dict(student_module_path='fc', student_module_io='output', teacher_module_path='fc', teacher_module_io='output')
+        terms = {}
+        if 'KD' in method: terms['kd'] = dict(criterion=dict(key='KDLoss', kwargs=dict(**ends, temperature=4, alpha=.1)), weight=1)
+        else: terms['ce'] = dict(criterion=dict(key='CrossEntropyLoss', kwargs={}), criterion_wrapper=dict(key='SimpleLossWrapper', kwargs=dict(input=dict(is_from_teacher=False, module_path='fc', io='output'),
+            target=dict(uses_label=True))), weight=1)
+        if 'AT' in method: terms['at'] = dict(criterion=dict(key='ATLoss', kwargs=dict(at_pairs=pairs)), weight=1000)
+        hooks = dict(forward_hook=dict(input=[], output=['fc', *(work.groups if 'AT' in method else [])]))
+        config = dict(num_epochs=1, teacher=dict(hooks, forward_proc='forward_batch_only', requires_grad=False), student=dict(hooks, forward_proc='forward_batch_only', requires_grad=True), optimizer=dict(key='SGD', kwargs=dict(lr=1e-5, momentum=.9)),
+            criterion=dict(key='WeightedSumLoss', kwargs=dict(sub_terms=terms)))
+        self.batch,self.box = work.batch,DistillationBox(deepcopy(work.teacher), deepcopy(work.student), {}, config, work.device, None, False, 1)
+
+    def __call__(self, n):
+        self.box.pre_epoch_process(epoch=0)
+        for _ in range(n): self.box.post_forward_process(self.box.forward_process(self.batch[0], targets=self.batch[1], supp_dict=None))
+
+# Equal work, or nothing
+
+class Keep(Callback):
+    "The gradients of the first step"
+    def before_step(self):
+        self.grads = torch.cat([p.grad.flatten() for p in self.learn.student.parameters()])
+        raise CancelFitException
+
+def gradient_error(work, method):
+    "Relative difference of kdfast's gradients from the loop's, both in float32"
+    keep = Keep()
+    ours = Fastai(work, work.teacher, [*(t() for t in methods[method]), keep], precision='float32')
+    ours(1)
+    hand = Loop(work, None, adapters_for(work, ours.learn))
+    loop_loss(work, method, hand.student.train(), hand.adapters, *work.batch).backward()
+    grads = torch.cat([p.grad.flatten() for p in hand.student.parameters()])
+    return ((keep.grads-grads).norm()/grads.norm()).item()
+
+def adapters_for(work, learn):
+    made = adapters_of(learn.model)
+    return [made[k] if (k := f'fitnet_{g}') in made else None for g in work.groups]
+
+# How it is measured
+
+def seconds(f, n, device):
+    sync = torch.cuda.synchronize if device.type=='cuda' else noop
+    sync()
+    start = perf_counter()
+    f(n)
+    sync()
+    return (perf_counter()-start)/n
+
+def peak(f, device):
+    "Bytes at the highest point of two steps, beyond those before"
+    if device.type=='cuda':
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        f(2)
+        return torch.cuda.max_memory_allocated()-before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: f(2)
+    events = sorted((o for o in prof.profiler.kineto_results.events() if o.name()=='[memory]'), key=lambda o: o.start_ns())
+    return max(itertools.accumulate(o.nbytes() for o in events))
+
+def interleaved(ways, n, turns, device):
+    "Seconds a step, a list of turns each"
+    times = [{k:seconds(f, n, device) for k,f in ways.items()} for _ in range(turns)]
+    return {k:[t[k] for t in times] for k in ways}
+
+def ratio(times, a, b): return median(x/y for x,y in zip(times[a], times[b]))
+
+def rows(part, work, times, of, memory={}, over=None):
+    "One row a contestant"
+    above = lambda k: median((x-p)/t for x,p,t in zip(times[k], times[over[0]], times[over[1]])) if over and k not in over else None
+    return [dict(part=part, work=work, who=k, ms=1e3*median(v), ratio=ratio(times, k, of), of=of, above=above(k), mb=memory[k]/1e6 if k in memory else None) for k,v in times.items()]
+
+# The parts
+
+def step_ways(work, method):
+    "Contestant to what runs it"
+    terms,ours = methods[method],{}
+    kd = lambda **kwargs: Fastai(work, work.teacher, [t() for t in terms], **kwargs)
+    def look(n):
+        with torch.no_grad(): return [work.teacher.eval()(work.batch[0]) for _ in range(n)] and None
+    exact = kd(precision='float32')
+    exact.learn.teacher.setup()
+    res = {'plain student': Loop(work, lambda s,a,x,y: F.cross_entropy(s(x), y)), 'teacher forward': look,
+        'loop by hand': Loop(work, partial(loop_loss, work, method), adapters_for(work, exact.learn)), 'kdfast, float32':exact, 'kdfast':kd(), 'kdfast, int8':kd(precision='int8'),
+        'kdfast, student in bf16':kd(half=True), 'plain student in bf16':Fastai(work, half=True)}
+    if work.device.type=='cuda': res.pop('kdfast, int8')
+    if method=='KD+AT': res['kdfast, compiled'] = kd(compile=True)
+    if method!='FitNet': res.update({'torchdistill':Torchdistill(work, method), 'fasterai':Fastai(work, cbs=fasterai_terms(work, method))})
+    return res
+
+def step_part(steps, turns):
+    for work,method in itertools.product(works(), methods):
+        err = gradient_error(work, method)
+        if not err<1e-5: sys.exit(f"{work.name}, {method}: kdfast's gradients differ from the loop's by {err:.1e}: there is nothing to compare")
+        ways = step_ways(work, method)
+        memory = {k:peak(f, work.device) for k,f in ways.items()}  # before any has taken a step, so that what it keeps counts
+        yield from rows('step', f'{work.name}, {method}', interleaved(ways, steps, turns, work.device), 'loop by hand', memory, ('plain student','teacher forward'))
+
+def fit_way(make, half=True):
+    "A function that trains one epoch"
+    learn = make()
+    if half:
+        learn.to_bf16()
+        learn.model.to(memory_format=torch.channels_last)
+    def fit(n):
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(n, 1e-3)
+    fit(1)
+    return fit
+
+def epoch_part(cifar, imagenette, turns, pct=.1):
+    "Whole epochs, validation included, from files and in memory, alone and distilled"
+    data = {'CIFAR-10, a tenth, WRN-40-2 to WRN-16-1':(partial(cifar10_dls, cifar, pct=pct), wrn(40, 2), partial(wrn, 16, 1)),
+        'Imagenette, a tenth, 64 px, ResNet-34 to ResNet-10':(partial(imagenette_dls, imagenette, size=64, pct=pct), resnet(34), partial(resnet, 10))}
+    for name,(make,teacher,student) in data.items():
+        dls = {o:make(in_memory=o=='in memory') for o in ('from files','in memory')}
+        ways = {f'{k}, {who}': fit_way(partial(distill_learner, o, t, student, cbs=[KD(), AT()] if t else None)) for k,o in dls.items() for who,t in (('alone',None), ('KD+AT',teacher))}
+        yield from rows('epoch', name, interleaved(ways, 1, turns, dls['in memory'].device), 'from files, KD+AT')
+
+class NoValidation(Callback):
+    order = 100
+    def before_validate(self): raise CancelValidException
+
+def cache_part(cifar, turns, folder, pct=.1):
+    "The training part of epochs on two views of each image"
+    dls = cifar10_dls(cifar, pct=pct, in_memory=True)
+    for half in (False,True):
+        teacher,student = wrn(40, 2),partial(wrn, 16, 1)
+        arm = lambda t,*cbs: fit_way(partial(distill_learner, dls, t, student, cbs=[*cbs, NoValidation()]), half)
+        ways = {'plain student':arm(None), **{f'{name}, cached':arm(teacher, *(t() for t in methods[name]), TeacherCache(folder/f'{name} {half}', views=2)) for name in ('KD','KD+AT')}, 'KD+AT':arm(teacher, KD(), AT())}
+        yield from rows('cached epoch', f"CIFAR-10, WRN-40-2 to WRN-16-1, student in {'bf16' if half else 'float32'}", interleaved(ways, 1, turns, dls.device), 'plain student')
+
+def imports(turns):
+    "Seconds that an import takes in a process of its own"
+    lines = {'fastai.vision.all':'from fastai.vision.all import *', 'and kdfast.all':'from fastai.vision.all import *; from kdfast.all import *'}
+    run = lambda line: float(subprocess.run([sys.executable, '-W', 'ignore', '-c', f'import time; s=time.perf_counter(); {line}; print(time.perf_counter()-s)'], capture_output=True, text=True, check=True).stdout)
+    return {k:[run(o) for _ in range(turns)] for k,o in lines.items()}
+
+def start_part(turns):
+    yield from rows('start', 'import', imports(turns), 'fastai.vision.all')
+    work,device = works()[0],default_device()
+    def first_batch(**kwargs): return lambda n: Fastai(work, **kwargs)(1)
+    ways = {'plain learner':first_batch(), 'kdfast, KD+AT':lambda n: Fastai(work, work.teacher, [KD(), AT()])(1)}
+    yield from rows('start', 'learner made and first batch trained', interleaved(ways, 1, turns, device), 'plain learner')
+
+def growth_part(steps, turns):
+    device = default_device()
+    def ours(work, *terms): return Fastai(work, work.teacher, [*terms])
+    def look(work):
+        def f(n):
+            with torch.no_grad(): return [work.teacher.eval()(work.batch[0]) for _ in range(n)] and None
+        return f
+    groups = ['group1','group2','group3']
+    deep = Work('', wrn(40, 2), wrn(40, 1), 32, 64, groups)
+    taps = {'teacher forward':look(deep), **{f'AT, {3*n} taps':ours(deep, AT(per_stage=n)) for n in (1,2,3,6)}}
+    yield from rows('growth', 'taps, WRN-40-2 to WRN-40-1', interleaved(taps, steps, turns, device), 'teacher forward')
+    small = Work('', wrn(40, 2), wrn(16, 1), 32, 64, groups)
+    terms = {'1 term':ours(small, KD()), **{f'{n} terms':ours(small, KD(), *(AT() for _ in range(n-1))) for n in (2,4,8)}}
+    yield from rows('growth', 'terms, WRN-40-2 to WRN-16-1', interleaved(terms, steps, turns, device), '1 term')
+    for what,sizes in {'batch':[(32,32),(32,64),(32,128),(32,256)], 'image':[(32,32),(64,32),(96,32)]}.items():
+        for size,bs in sizes:
+            work = Work('', wrn(40, 2), wrn(16, 1), size, bs, groups)
+            ways = {'loop by hand':Loop(work, partial(loop_loss, work, 'KD+AT')), 'kdfast':ours(work, KD(), AT())}
+            yield from rows('growth', f'{what} size: {bs} images of {size} px', interleaved(ways, max(1, steps//2), turns, device), 'loop by hand')
+
+# The table
+
+def markdown(rows):
+    cell = lambda v: '' if v is None else f'{v:.2f}'
+    line = lambda o: f"| {o['part']} | {o['work']} | {o['who']} | {o['ms']:,.1f} | {o['ratio']:.2f} | {o['of']} | {cell(o['above'])} | {'' if o['mb'] is None else round(o['mb'])} |"
+    return '\n'.join(['| part | work | who | ms | times | of | teacher forwards above plain | peak MB |', '|---|---|---|---|---|---|---|---|', *map(line, rows)])
+
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--cifar')
+    parser.add_argument('--imagenette')
+    parser.add_argument('--steps', type=int, default=8, help="Steps a turn")
+    parser.add_argument('--turns', type=int, default=5)
+    parser.add_argument('--parts', default='step,epoch,cache,start,growth')
+    parser.add_argument('--out', type=Path, help="A folder for bench.md and bench.json; printed where there is none")
+    args,device = parser.parse_args(argv),default_device()
+    with tempfile.TemporaryDirectory() as folder:
+        parts = dict(step=lambda: step_part(args.steps, args.turns), epoch=lambda: epoch_part(args.cifar, args.imagenette, min(3, args.turns)), cache=lambda: cache_part(args.cifar, args.turns, Path(folder)),
+            start=lambda: start_part(args.turns), growth=lambda: growth_part(args.steps, args.turns))
+        found = []
+        for k in args.parts.split(','):
+            set_seed(0)
+            found += parts[k]()
+            print(f'{k}: {len(found)} rows', file=sys.stderr, flush=True)
+    where = torch.cuda.get_device_name() if device.type=='cuda' else f'{torch.get_num_threads()} threads, bfloat16 {"native" if native_bf16(device) else "not native"}'
+    told = f"`make bench`: {where}, torch {version('torch')}, fasterai {version('fasterai')}, torchdistill {version('torchdistill')}"
+    text = f'{told}\n\n{markdown(found)}\n'
+    if args.out is None: return print(text)
+    (args.out/'bench.md').write_text(text)
+    (args.out/'bench.json').write_text(json.dumps(dict(where=told, rows=found), indent=0))
+
+if __name__=='__main__': main()
