@@ -45,6 +45,9 @@ tables: .venv/developing
 bench: .venv/developing
 	$(BIN)/python benchmarks/loader.py --cifar $(CIFAR) --imagenette $(IMAGENETTE) | tee results/loader.md
 	$(BIN)/python benchmarks/step_cost.py | tee results/step_cost.md
+	$(BIN)/python benchmarks/bench.py --cifar $(CIFAR) --imagenette $(IMAGENETTE) --out results
+	$(BIN)/python benchmarks/scaling.py | tee results/scaling.md
+	$(BIN)/python benchmarks/precision.py --data $(CIFAR)
 	$(BIN)/python benchmarks/block_cost.py --turns 5 --steps 3 | tee results/block_cost.md
 	$(BIN)/python benchmarks/conv_cost.py --turns 9 | tee results/conv_cost.md
 	$(BIN)/python benchmarks/int8_cost.py | tee results/int8_cost.md

@@ -262,6 +262,23 @@ def growth_part(steps, turns):
             ways = {'loop by hand':Loop(work, partial(loop_loss, work, 'KD+AT')), 'kdfast':ours(work, KD(), AT())}
             yield from rows('growth', f'{what} size: {bs} images of {size} px', interleaved(ways, max(1, steps//2), turns, device), 'loop by hand')
 
+def floor_part(turns):
+    "What a teacher's forward consists of in its own precision, and what its multiplications alone would take at the rate of a large matrix product"
+    for work in works():
+        frozen = Frozen(work.teacher, (work.batch[0][:2],), work.groups)
+        a = torch.randn(2048, 2048, device=work.device, dtype=frozen.dtype or torch.float32)
+        def exact(n):
+            with torch.no_grad(): return [work.teacher.eval()(work.batch[0]) for _ in range(n)] and None
+        ways = {'teacher forward, float32':exact, 'frozen':lambda n: [frozen(work.batch[0]) for _ in range(n)] and None, 'matrix product':lambda n: [a@a for _ in range(n)] and None}
+        times = interleaved(ways, 3, turns, work.device)
+        with profile(activities=[ProfilerActivity.CPU]+[ProfilerActivity.CUDA]*(work.device.type=='cuda')) as prof: ways['frozen'](3)
+        events = prof.key_averages()
+        share = sum(o.self_cpu_time_total for o in events if 'convolution' in o.key)/sum(o.self_cpu_time_total for o in events)
+        product,macs = times.pop('matrix product'),count_macs(work.teacher, work.batch[0].shape[-1])*len(work.batch[0])
+        times['its convolutions'] = [share*t for t in times['frozen']]
+        times['its multiplications as one matrix product'] = [t*macs/2048**3 for t in product]
+        yield from rows('floor', work.name, times, 'teacher forward, float32')
+
 # The table
 
 def markdown(rows):
@@ -275,22 +292,22 @@ def main(argv=None):
     parser.add_argument('--imagenette')
     parser.add_argument('--steps', type=int, default=8, help="Steps a turn")
     parser.add_argument('--turns', type=int, default=5)
-    parser.add_argument('--parts', default='step,epoch,cache,start,growth')
-    parser.add_argument('--out', type=Path, help="A folder for bench.md and bench.json; printed where there is none")
+    parser.add_argument('--parts', default='step,epoch,cache,start,growth,floor')
+    parser.add_argument('--out', type=Path, help="A folder for bench.md and bench.json, in which the rows of these parts are replaced; printed where there is none")
     args,device = parser.parse_args(argv),default_device()
     with tempfile.TemporaryDirectory() as folder:
         parts = dict(step=lambda: step_part(args.steps, args.turns), epoch=lambda: epoch_part(args.cifar, args.imagenette, min(3, args.turns)), cache=lambda: cache_part(args.cifar, args.turns, Path(folder)),
-            start=lambda: start_part(args.turns), growth=lambda: growth_part(args.steps, args.turns))
+            start=lambda: start_part(args.turns), growth=lambda: growth_part(args.steps, args.turns), floor=lambda: floor_part(args.turns))
         found = []
         for k in args.parts.split(','):
             set_seed(0)
             found += parts[k]()
-            print(f'{k}: {len(found)} rows', file=sys.stderr, flush=True)
     where = torch.cuda.get_device_name() if device.type=='cuda' else f'{torch.get_num_threads()} threads, bfloat16 {"native" if native_bf16(device) else "not native"}'
     told = f"`make bench`: {where}, torch {version('torch')}, fasterai {version('fasterai')}, torchdistill {version('torchdistill')}"
-    text = f'{told}\n\n{markdown(found)}\n'
-    if args.out is None: return print(text)
-    (args.out/'bench.md').write_text(text)
-    (args.out/'bench.json').write_text(json.dumps(dict(where=told, rows=found), indent=0))
+    if args.out is None: return print(f'{told}\n\n{markdown(found)}')
+    file,new = args.out/'bench.json',{o['part'] for o in found}
+    if file.exists(): found = [o for o in json.loads(file.read_text())['rows'] if o['part'] not in new] + found
+    file.write_text(json.dumps(dict(where=told, rows=found), indent=0))
+    (args.out/'bench.md').write_text(f'{told}\n\n{markdown(found)}\n')
 
 if __name__=='__main__': main()

@@ -149,10 +149,10 @@ class _Hints:
         _,maps = self.frozen(*self.seen(xb))
         return {n:at_least_float(o) for n,o in maps.items()}
 
-def _staged(learn, cb, blocks, feed):
+def _staged(learn, hints, blocks, feed):
     "The model that a stage of `blocks` trains"
     student,xb = bare_model(learn.model),to_device(probe_batch(learn.dls)[0], _device(learn.dls))
-    with keep_rng(): maps,hints = Maps(student, [b.tap for b in blocks], xb),_Hints(cb, [b.hint for b in blocks], _device(learn.dls))
+    with keep_rng(): maps = Maps(student, [b.tap for b in blocks], xb)
     return Staged(student, _projections(learn.dls, blocks, maps, hints) if feed else _adapters(blocks), blocks, maps, hints, feed)
 
 # %% ../nbs/10_blocks.ipynb #22304ffb
@@ -269,9 +269,10 @@ def _one_group(learn):
 
 def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwargs):
     "Train `blocks` on the teacher's maps"
+    with keep_rng(): hints = _Hints(cb, [b.hint for b in blocks], _device(learn.dls))
     off = [cb, *cb.terms, *([cb.cache] if cb.cache else [])]
     with _borrowed(learn, {n for b in blocks for n in b.params}, off):
-        stage = _staged(learn, cb, blocks, mode=='parallel')
+        stage = _staged(learn, hints, blocks, mode=='parallel')
         learn.model,learn.loss_func,learn.splitter = stage,_HintsLoss(),_one_group(learn)
         learn.metrics = [_hint_of(i, b.tap) for i,b in enumerate(blocks)] if validate and len(blocks)>1 else []
         columns = ['train_loss', *['valid_loss', *learn.metrics.attrgot('name')]*validate]
@@ -283,7 +284,7 @@ def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwarg
 def _label_stage(learn, cb, run, head, unfreeze, epochs, lr, cbs, **kwargs):
     "Train the classifier, or everything, on the labels"
     student,columns = bare_model(learn.model),_label_columns(learn, cb)
-    with _borrowed(learn, {n for n,_ in student.named_parameters()} if unfreeze else head.params, [] if cb.terms else [cb]):
+    with _borrowed(learn, {n for n,_ in student.named_parameters()} if unfreeze else head.params, [] if cb.terms else [cb, *([cb.cache] if cb.cache else [])]):
         if not unfreeze: learn.model,learn.splitter = PartOf(student, adapters_of(learn.model), head.layers),_one_group(learn)
         _fit_stage(learn, run, 'student' if unfreeze else 'classifier', epochs, lr, cbs, columns, **kwargs)
 

@@ -14,13 +14,13 @@ from filelock import FileLock
 from fastai.vision.all import *
 from torch import distributed
 from .features import bare_model
-from .frozen import fingerprint
+from .frozen import autocast_dtype, fingerprint
 from .teacher import TeacherCallback, keep_rng
 
 # %% ../nbs/07_cache.ipynb #7f6eaf1c
-def _direction(shape, device):
+def _direction(n, device):
     g = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=g).to(device)
+    return torch.randn(n, generator=g).to(device)
 
 class _CheckSums:
     "Two numbers for every image of a batch: its product with a random direction, and its norm"
@@ -31,11 +31,10 @@ class _CheckSums:
     ) -> Tensor: # `(bs,2)`, in float32
         total = 0
         for i,x in enumerate(xb):
-            x = x.detach().as_subclass(Tensor).float()
-            key = i,tuple(x.shape[1:]),x.device
-            if key not in self.directions: self.directions[key] = _direction(x.shape[1:], x.device)
-            axes = tuple(range(1, x.ndim))
-            total = total + torch.stack([(x*self.directions[key]).sum(axes), x.square().sum(axes).sqrt()], 1)
+            x = x.detach().as_subclass(Tensor).float().reshape(len(x), -1)
+            key = i,x.shape[1],x.device
+            if key not in self.directions: self.directions[key] = _direction(x.shape[1], x.device)
+            total = total + torch.stack([(x*self.directions[key]).sum(1), x.norm(dim=1)], 1)  # no matrix product, which autocast would round
         return total
 
 def _same_sums(
@@ -48,7 +47,8 @@ def _same_sums(
 # %% ../nbs/07_cache.ipynb #1de40481
 def _plain(v):
     if isinstance(v, Tensor): return v.tolist() if v.numel()<1000 else [tuple(v.shape), str(v.dtype)]
-    if isinstance(v, (list,tuple,L)): return [_plain(o) for o in v]
+    if isinstance(v, (list,tuple,L,range,np.ndarray)): return [_plain(o) for o in v]
+    if isinstance(v, pd.DataFrame): return [len(v), *pd.util.hash_pandas_object(v).astype(str)]
     if isinstance(v, Path): return f'{v.parent.name}/{v.name}'
     return v if isinstance(v, (int,float,str,bool,type(None))) else type(v).__qualname__
 
@@ -65,13 +65,14 @@ def _transforms(dl):
 # %% ../nbs/07_cache.ipynb #210cac68
 def _these(dl, idxs, **kwargs):
     "A loader like `dl` of the samples `idxs`, in their order"
-    return dl.new(shuffle=False, drop_last=False, get_idxs=lambda: idxs, **kwargs)
+    return dl.new(shuffle=False, drop_last=False, get_idxs=partial(noop, idxs), **kwargs)
 
 def _drawn(dl, idxs, seed=0):
     "A batch of the samples `idxs`, as training would see it after `seed`"
     with keep_rng(dl):
-        for f in (random.seed,np.random.seed,torch.manual_seed): f(seed)
-        return tuplify(first(_these(dl, idxs, num_workers=0)))
+        these = _these(dl, idxs, bs=len(idxs), num_workers=0)
+        for f in (random.seed,np.random.seed,torch.manual_seed): f(seed)  # when it is made, it may look at a sample first
+        return tuplify(first(these))
 
 # %% ../nbs/07_cache.ipynb #025c93dc
 def _numbers(o): return [round(float(x), 4) for t in o for x in (t.float().mean(), t.float().std() if t.numel()>1 else 0)]
@@ -82,8 +83,8 @@ def _data_print(
 ) -> dict: # To be compared by `_same_data`
     "What tells a set of samples and its pipeline from another"
     n = len(dl.dataset)
-    b = _drawn(dl, [*range(0, n, max(1, n//32))][:min(32, dl.bs)])
-    said = json.dumps([[_said(t) for t in _transforms(dl)], _plain([*getattr(dl.dataset, 'items', ())])])
+    b = _drawn(dl, [*range(0, n, max(1, n//32))][:32])
+    said = json.dumps([[_said(t) for t in _transforms(dl)], _plain(getattr(dl.dataset, 'items', ()))])
     pipeline,seen = hashlib.blake2b(said.encode(), digest_size=12).hexdigest(),_CheckSums()(*b[:n_inp])
     return dict(n=n, pipeline=pipeline, seen=seen.flatten().tolist(), targets=_numbers(b[n_inp:]))
 
@@ -122,12 +123,12 @@ def _whole_folder(
 
 # %% ../nbs/07_cache.ipynb #20bc39e9
 class TeacherCache(Callback):
-    "Asks the teacher once about every image, keeps what its terms need of the answers on disk, and reads them afterwards"
+    "Asks the teacher once about every image, keeps what the terms need of its answers on disk, with `views` the images and their targets as well, and reads them afterwards"
     order,run_valid = TeacherCallback.order+1,False
-    _stateattrs = ('files','sums','same','replay')
-    files,sums,same,replay = (None,)*4
+    _stateattrs = ('files','sums','same','replay','kinds')
+    files,sums,same,replay,kinds,passed = (None,)*5+(0,)
     def __init__(self,
-        path, # A folder for this teacher and these data, made in the first fit if it is not there
+        path, # A folder for this teacher, these data and these terms, made in the first fit if it is not there; several processes must see the same one
         views:int=0 # Augmented views kept of every image; 0 where the pipeline shows each image the same way every time
     ):
         self.path,self.views = Path(path),views
@@ -139,12 +140,13 @@ class TeacherCache(Callback):
     @property
     def _n_inp(self): return getattr(self.dls, 'n_inp', 1)
 
-    def before_fit(self): self.files,self.sums = None,_CheckSums()
+    def before_fit(self): self.files,self.same,self.sums = None,None,_CheckSums()
 
     def before_train(self):
         if not self.source: raise ValueError("A cache keeps what a teacher says: use distill_learner with a teacher, or leave TeacherCache out")
         if not self.source.watched: return
         if self.files is None: self._open()
+        self._check_lacking(self.files)
         self.same = torch.ones((), dtype=torch.bool, device=next(bare_model(self.learn.model).parameters()).device)
         self.replay = _Replay(self.dl, self) if self.views else None
         if self.views: self.learn.dl = self.replay
@@ -152,7 +154,9 @@ class TeacherCache(Callback):
     def after_train(self):
         if self.same is not None and not self.same: raise ValueError(_otherwise)
 
-    def after_fit(self): self.files = self.replay = None
+    def after_fit(self):
+        self.passed += self.n_epoch
+        self.files = self.replay = None
 
 _otherwise = ("The student sees other images than the teacher was asked about, because they are mixed, resized or augmented after the loader, or because the pipeline augments at random: "
     "leave that callback out, or use TeacherCache(views=4), which keeps views that are already augmented")
@@ -172,6 +176,7 @@ def _wanted(self:TeacherCache):
 def _answers(self:TeacherCache, frozen, xb):
     "What is to be kept of a batch"
     source = self.source
+    xb = to_device(xb, next(bare_model(self.learn.model).parameters()).device)
     out,maps = frozen(*source._seen(xb))
     logits = {} if out is None else {'logits':out}
     return {'sums':self.sums(*xb), **logits, **{k:t.compact(maps[o]) for k,(t,o) in self._wanted().items()}}
@@ -179,8 +184,11 @@ def _answers(self:TeacherCache, frozen, xb):
 # %% ../nbs/07_cache.ipynb #8ebf5a23
 @patch
 def _meta(self:TeacherCache):
-    source,tfm = self.source,self.source.tfm
-    return dict(teacher=[fingerprint(source.network), _said(tfm) if tfm else None], data=_data_print(self._loader, self._n_inp), views=self.views)
+    source,data = self.source,_data_print(self._loader, self._n_inp)
+    xb = _drawn(self._loader, [0,1])
+    self.kinds = [(type(o), o.dtype) for o in xb]
+    seen = self.sums(*source._seen(xb[:self._n_inp])).flatten().tolist()
+    return dict(teacher=fingerprint(source.network), precision=[source.precision, str(autocast_dtype('auto', xb[0].device))], seen=seen, data=data, views=self.views)
 
 # %% ../nbs/07_cache.ipynb #0d36af25
 def _wait():
@@ -197,10 +205,15 @@ def _agreed(flag):
 def _check(self:TeacherCache, kept, now):
     remedy = f"delete {self.path}, or choose another folder"
     if kept['teacher']!=now['teacher']: raise ValueError(f"The cache in {self.path} was made with another teacher: {remedy}")
+    if kept['precision']!=now['precision']: raise ValueError(f"The cache in {self.path} was made with a teacher in precision {kept['precision']}, not {now['precision']}: {remedy}")
     if not _same_data(kept['data'], now['data']): raise ValueError(f"The cache in {self.path} was made with another data set or another pipeline: {remedy}")
     if kept['views']!=now['views']: raise ValueError(f"The cache in {self.path} holds views={kept['views']}, not {now['views']}: use that, or {remedy}")
-    lacking = {*self._wanted(), *(['logits'] if any(t.reads_logits for t in self.source.watched) else [])}.difference(kept['files'])
-    if lacking: raise ValueError(f"The cache in {self.path} was made for other terms and lacks {', '.join(sorted(lacking))}: {remedy}")
+    if not _same_sums(*(tensor(o['seen']).view(-1, 2) for o in (kept,now))).all(): raise ValueError(f"The cache in {self.path} was made with a teacher that sees images otherwise, by its tfm: {remedy}")
+
+@patch
+def _check_lacking(self:TeacherCache, files):
+    lacking = {*self._wanted(), *(['logits'] if any(t.reads_logits for t in self.source.watched) else [])}.difference(files)
+    if lacking: raise ValueError(f"The cache in {self.path} was made for other terms and lacks {', '.join(sorted(lacking))}: delete it, or choose another folder")
 
 @patch
 def _read(self:TeacherCache, name, file):
@@ -210,6 +223,9 @@ def _read(self:TeacherCache, name, file):
 # %% ../nbs/07_cache.ipynb #d651b057
 @patch
 def _open(self:TeacherCache):
+    if not all(hasattr(self._loader, o) for o in ('new','create_batches')) or not self._loader.bs or not hasattr(self._loader.dataset, '__len__'): raise ValueError(
+        f"A cache must know which samples are in a batch, which a {type(self._loader).__name__} like this does not tell: use fastai's DataLoaders over a dataset with a length, and a batch size")
+    if self.source.precision is None: raise ValueError("precision=None is for a teacher that changes while it teaches, whose answers cannot be kept: use 'auto', or leave TeacherCache out")
     now = self._meta()
     self.path.parent.mkdir(parents=True, exist_ok=True)
     if _agreed(not self.path.exists()):
@@ -233,7 +249,7 @@ def _arrays(self:TeacherCache, frozen):
     dl,n_inp = self._loader,self._n_inp
     b,n = _drawn(dl, [0,1]),(max(1, self.views),len(dl.dataset))
     res = {k:((*n,*o.shape[1:]), 'float32' if k=='sums' else 'float16') for k,o in self._answers(frozen, b[:n_inp]).items()}
-    if self.views: res.update({f'batch {i}':((*n,*o.shape[1:]), 'float16' if o.is_floating_point() else str(o.dtype).split('.')[1]) for i,o in enumerate(b)})
+    if self.views: res.update({f'batch {i}':((*n,*o.shape[1:]), 'float16' if i<n_inp and o.is_floating_point() else str(o.dtype).split('.')[1]) for i,o in enumerate(b)})
     return res
 
 # %% ../nbs/07_cache.ipynb #1539ab63
@@ -270,7 +286,7 @@ def _write(self:TeacherCache, arrays, meta):
         _wait()
 
 # %% ../nbs/07_cache.ipynb #adba4e9b
-def _rounded(b): return tuple(o.half().float() if o.is_floating_point() else o for o in b)
+def _rounded(b, n_inp): return tuple(o.half().to(o.dtype) if i<n_inp and o.is_floating_point() else o for i,o in enumerate(b))
 
 @patch
 def _ask(self:TeacherCache, maps, v):
@@ -278,12 +294,12 @@ def _ask(self:TeacherCache, maps, v):
     share = self._share()
     at = share.start
     for b in map(tuplify, _these(self._loader, [*share])):
-        b = _rounded(b) if self.views else b
+        b = _rounded(b, self._n_inp) if self.views else b
         n,kept = find_bs(b),self._answers(self.source.frozen, b[:self._n_inp])
-        if not all(o.abs().max()<65504 for k,o in kept.items() if k!='sums'): raise ValueError("The teacher puts out NaN, or more than half precision holds: "
+        if not all(o.abs().max()<65504 for o in [*b[:self._n_inp], *(o for k,o in kept.items() if k!='sums')]): raise ValueError("The teacher puts out NaN, or more than half precision holds: "
             "check its weights, and that it is given inputs as in its training")
         if self.views: kept.update({f'batch {i}':o for i,o in enumerate(b)})
-        for k,o in kept.items(): maps[k][v,at:at+n] = (o.float() if o.is_floating_point() else o).detach().cpu().numpy()
+        for k,o in kept.items(): maps[k][v,at:at+n] = (o.float() if o.dtype==torch.bfloat16 else o).detach().cpu().numpy()
         at += n
     if at!=share.stop: raise ValueError(f"The loader gave {at-share.start} of {len(share)} samples, so they cannot be told apart: a cache takes loaders that skip none")
 
@@ -291,16 +307,17 @@ def _ask(self:TeacherCache, maps, v):
 class _Replay(GetAttr):
     "What a loader gives, from a cache"
     _default = 'dl'
-    def __init__(self, dl, cache): self.dl,self.cache,self.ids,self.view = dl,cache,None,cache.epoch%cache.views
+    def __init__(self, dl, cache): self.dl,self.cache,self.ids,self.view = dl,cache,None,(cache.passed+cache.epoch)%cache.views
     def __len__(self): return len(self.dl)
 
     def __iter__(self):
         dl,files = self.dl,self.cache.files
         kept = [files[f'batch {i}'] for i in range(sum(k.startswith('batch ') for k in files))]
         dl.randomize()
+        dl.before_iter()
         for self.ids in chunked(dl.get_idxs(), dl.bs, dl.drop_last):
-            b = tuple(torch.from_numpy(o[self.view,self.ids]) for o in kept)
-            yield to_device(tuple(o.float() if o.dtype==torch.float16 else o for o in b), dl.device)
+            b = zip(kept, self.cache.kinds)
+            yield to_device(tuple(torch.from_numpy(o[self.view,self.ids]).to(dtype).as_subclass(kind) for o,(kind,dtype) in b), dl.device)
 
 # %% ../nbs/07_cache.ipynb #e870cf7a
 @patch

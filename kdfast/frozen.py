@@ -81,12 +81,13 @@ def _followers(model, xb, taps):
 # %% ../nbs/05b_frozen.ipynb #d699673c
 def _random_like(xb):
     g = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(o.shape, generator=g).to(o) if o.is_floating_point() else o for o in xb)
+    numbers = lambda o: torch.randint(256, o.shape, generator=g) if o.dtype==torch.uint8 else torch.randn(o.shape, generator=g)
+    return tuple(numbers(o).to(o) if o.is_floating_point() or o.dtype==torch.uint8 else o for o in xb)
 
 def _says(model, xb, taps):
     with probing(model), Taps(model, taps) as t: return [model(*xb), *(t[n] for n in taps)]
 
-def _close(a, b): return all((x-y).norm()<=1e-4*(y.norm()+1) for x,y in zip(a, b))
+def _close(a, b): return all((x-y).norm()<=(5e-3 if y.is_cuda else 1e-4)*(y.norm()+1) for x,y in zip(a, b))  # GPUs round convolutions to TF32
 
 # %% ../nbs/05b_frozen.ipynb #266ba64e
 def fold_norms(
@@ -107,9 +108,9 @@ def fold_norms(
 # %% ../nbs/05b_frozen.ipynb #63e850d1
 def fingerprint(
     model:nn.Module # Any network
-) -> str: # The same for the same class, names and values, in any process
+) -> str: # The same for the same layers, names and values, in any process
     "A digest of what `model` is"
-    h = hashlib.blake2b(type(model).__qualname__.encode(), digest_size=12)
+    h = hashlib.blake2b(repr(model).encode(), digest_size=12)
     for n,t in model.state_dict().items():
         if not isinstance(t, Tensor): continue
         h.update(f'{n} {tuple(t.shape)} {t.dtype}'.encode())
@@ -127,18 +128,19 @@ def _cast(net, dtype):
 class Frozen:
     "A copy of a trained network that can only be asked: called with a batch, gives its outputs and what `layers` put out"
     def __init__(self,
-        model:nn.Module, # Left as it is: weights, mode, device and `requires_grad`
+        model:nn.Module, # Left as it is: weights, mode and `requires_grad`; one that is asked itself is moved to the device
         xb:tuple, # A batch to try it on, on the device where it is to run
         layers=(), # Names of the layers to read; a wrong one raises `ValueError`
         outputs:bool=True, # Without them it stops at the last of `layers`
-        precision:str='auto', # As for `autocast_dtype`; None asks `model` itself, as it is at that moment, in the precision around it
-        compile:bool=False # Compile the copy with `torch.compile`, which takes its time at the first batch
+        precision:str='auto', # As for `autocast_dtype`, for a `model` in float32; None asks `model` itself, as it is at that moment, in the precision around it
+        compile:bool=False # Compile the copy, if there is one, with `torch.compile`, which takes its time at the first batch
     ):
         store_attr('layers,outputs,compile')
         self.device,floats = xb[0].device,{p.dtype for p in model.parameters() if p.is_floating_point()}
         dtype = autocast_dtype(precision, self.device) if precision and floats<={torch.float32} else None
-        ways = [(dtype, True), (None, True), (None, False)] if precision=='auto' else [(dtype, precision is not None)]
-        for i,(self.dtype,self.own) in enumerate(ways):
+        own,last = precision is not None,self.device.type=='cpu' or dtype in (torch.bfloat16,torch.float16)
+        ways = [(dtype, own, last and own), (dtype, own, False)] + [(None, True, False), (None, False, False)]*(precision=='auto')
+        for i,(self.dtype,self.own,self.last) in enumerate(ways):
             try: return self._make(model, xb)
             except Exception:
                 if i==len(ways)-1: raise
@@ -153,7 +155,8 @@ def laid(self:Frozen,
     xb:tuple # A batch
 ) -> tuple: # Plain tensors of the same values
     "Images in the order in memory that the copy's weights are in"
-    return tuple(o.as_subclass(Tensor).contiguous(memory_format=torch.channels_last if self.last and o.ndim==4 else torch.preserve_format) for o in xb)
+    plain = (o.as_subclass(Tensor) for o in xb)
+    return tuple(o.contiguous(memory_format=torch.channels_last) if self.last and o.ndim==4 else o for o in plain)
 
 @patch
 def _read(self:Frozen, *xb):
@@ -189,11 +192,11 @@ def _trial(self:Frozen, xb):
 @patch
 def _make(self:Frozen, model, xb):
     half = self.dtype in (torch.bfloat16,torch.float16)
-    self.last = self.own and (half or self.device.type=='cpu')
     self.net = self._copy(model, xb, half) if self.own else model.to(self.device)
     calls,clone = self._trial(xb)
     self.taps = Taps(self.net, self.layers, clone)
-    self.run = self.net if self.outputs or len(calls)>len({*calls}) else Truncated(self.net, calls[-1])
+    whole = self.outputs or self.compile or not calls or len(calls)>len({*calls})  # what nobody reads is not compiled
+    self.run = self.net if whole else Truncated(self.net, calls[-1])
     if self.own: self.taps.__enter__()
     self.ask = self._borrow if not self.own else torch.compile(self._read) if self.compile else self._read
 

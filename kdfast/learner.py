@@ -103,23 +103,23 @@ def all_processes(
 class LoaderHint(Callback):
     "Says after the first epoch if training waits for its images"
     order,run_valid,told,at = 1000,False,False,None
-    def before_train(self): self.at = None
+    def before_train(self): self.at,self.n,self.waited,self.stepped = None,0,0.,0.
 
     def before_batch(self):
         now = perf_counter()
-        if self.at is None: self.n,self.waited,self.stepped = 0,0.,0.
-        else: self.waited += now-self.at
+        if self.at is not None: self.waited += now-self.at
         self.at = now
 
     def after_batch(self):
         now = perf_counter()
-        if self.iter: self.n,self.stepped = self.n+find_bs(self.learn.yb or self.learn.xb),self.stepped+now-self.at
+        if self.iter and self.at is not None: self.n,self.stepped = self.n+find_bs(self.learn.yb or self.learn.xb),self.stepped+now-self.at
         self.at = now
 
     def after_train(self):
-        if self.told or self.at is None or self.iter<3 or isinstance(getattr(self.dl, 'dl', self.dl), TensorDL): return
+        dl = vars(self.dl).get('dl', self.dl)
+        if self.told or not self.stepped or not isinstance(self.dl, DataLoader) or isinstance(dl, TensorDL): return
         self.told = True
-        loader = self.n/(self.waited + self.stepped*bool(getattr(self.dl, 'num_workers', 0)))  # workers load while the step runs
+        loader = self.n/(self.waited + self.stepped*bool(dl.fake_l.num_workers))  # workers load while the step runs
         if loader<.9*self.n/self.stepped: warnings.warn(f"Training waits for its images: the loader gives {loader:,.0f} a second, the step takes {self.n/self.stepped:,.0f}. "
             "Keep them in memory, with in_memory=True or tensor_dls, or raise num_workers")
 

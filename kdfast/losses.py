@@ -44,7 +44,9 @@ class _MeanSquare(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, = ctx.saved_tensors
-        return x*(grad*(2/x.shape[1])).unsqueeze(1).to(x.dtype)
+        grad = (grad*(2/x.shape[1])).unsqueeze(1)
+        if torch.is_grad_enabled() or grad.dtype==x.dtype: return (x*grad).to(x.dtype)
+        return torch.mul(x, grad, out=torch.empty_like(x))  # multiplied in float32, so that nothing is lost before
 
 # %% ../nbs/00_losses.ipynb #694c1238
 def attention_map(

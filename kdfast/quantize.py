@@ -242,7 +242,7 @@ class _Telling(nn.Module):
     def __init__(self, net, layers, outputs):
         super().__init__()
         self.net,self.layers,self.outputs,self.seen = net,layers,outputs,{}
-        for n in layers:
+        for n in sorted(layers, key=lambda n: -n.count('.')):  # a child before what it is in, whose name would change
             net.set_submodule(n, nn.Sequential(get_layer(net, n)))  # tracing goes round the hooks of layers that it does not go into
             get_layer(net, n).register_forward_hook(partial(self._keep, n))
 

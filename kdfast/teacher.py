@@ -76,7 +76,8 @@ class TeacherCallback(Callback):
     def after_epoch(self): self._release()
 
     def __deepcopy__(self, memo):
-        memo[id(self)] = new = type(self)(self.network, self.tfm, self.precision, self.compile)
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__dict__.update({k:v for k,v in vars(self).items() if k in ('network','tfm','precision','compile','run')})
         new.learn = deepcopy(self.learn, memo)
         return new
 
@@ -114,6 +115,7 @@ def freeze(self:TeacherCallback,
     device=None # Where it runs; by default where the student is
 ) -> Frozen: # To be called with what `tfm` makes of a batch
     "A copy of the teacher to ask"
+    if self.example is None: self.example = probe_batch(self.dls)[0]
     xb = self._seen(to_device(self.example, device or next(bare_model(self.learn.model).parameters()).device))
     if self.precision=='int8': return self._freeze_int8(layers, outputs, xb)
     return Frozen(self.network, xb, layers, outputs, self.precision, self.compile)
@@ -138,7 +140,7 @@ def refreeze(self:TeacherCallback):
     watched = self.watched
     layers,outputs = sorted({n for t in watched for n in t.layers.values()}),any(t.reads_logits for t in watched)
     device = next(bare_model(self.learn.model).parameters()).device
-    key = (fingerprint(self.network), layers, outputs, device, self.precision, self.compile)
+    key = (fingerprint(self.network), layers, outputs, device, self.precision, self.compile, id(self.tfm), self.precision=='int8' and id(self.dls))
     if key!=self.frozen_key: self.frozen,self.frozen_key = self.freeze(layers, outputs),key
 
 # %% ../nbs/06_teacher.ipynb #ede7e23a
@@ -225,7 +227,7 @@ def target(self:DistillCallback,
 
 @patch
 def part(self:DistillCallback, layer:str) -> str:
-    "Under which name a cache keeps what the term needs of `layer`"
+    "Under which name a cache keeps what the term needs of `layer`: that of `compact`, which therefore depends on nothing but the features"
     return f'{type(self).compact.__qualname__} {layer}'
 
 # %% ../nbs/06_teacher.ipynb #5d7eb38f

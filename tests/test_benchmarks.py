@@ -10,34 +10,41 @@ def script(name):
     spec.loader.exec_module(module)
     return module
 
-step_cost,block_cost,conv_cost,int8_cost = map(script, ('step_cost','block_cost','conv_cost','int8_cost'))
+bench,block_cost,conv_cost,int8_cost,scaling = map(script, ('bench','block_cost','conv_cost','int8_cost','scaling'))
+results = Path(__file__).parent.parent/'results'
 
 @pytest.fixture
-def work():
-    batch = torch.randn(4, 3, 32, 32),torch.randint(0, 10, (4,))
-    return wrn(16, 2),wrn(10, 1),batch
+def work(): return bench.Work('small', wrn(16, 2), wrn(10, 1), 32, 32, ['group1','group2','group3'])
 
-def test_gradients_are_those_of_the_loop(work):
-    teacher,student,batch = work
-    assert step_cost.gradient_error(student, teacher, batch)<1e-5
+@pytest.mark.parametrize('method', bench.methods)
+def test_gradients_are_those_of_the_loop(work, method): assert bench.gradient_error(work, method)<1e-5
 
-@pytest.mark.parametrize('name', ['kd_loss','at_loss'])
-def test_it_refuses_to_print_where_they_are_not(name, monkeypatch, capsys):
+@pytest.mark.parametrize('name', ['kd_loss','at_loss','hint_loss'])
+def test_it_refuses_to_print_where_they_are_not(name, work, monkeypatch, capsys):
     "The loop is given another loss than kdfast has"
-    right = getattr(step_cost, name)
-    monkeypatch.setattr(step_cost, name, lambda *args: 1.001*right(*args))
-    with pytest.raises(SystemExit, match='gradients differ'): step_cost.main(['--turns','1','--steps','1'])
+    right = getattr(bench, name)
+    monkeypatch.setattr(bench, 'works', lambda: [work])
+    monkeypatch.setattr(bench, 'methods', {k:v for k,v in bench.methods.items() if k==dict(kd_loss='KD', at_loss='AT', hint_loss='FitNet')[name]})
+    monkeypatch.setattr(bench, name, lambda *args: 1.001*right(*args))
+    with pytest.raises(SystemExit, match='gradients differ'): bench.main(['--turns','1','--steps','1','--parts','step'])
     assert not capsys.readouterr().out
 
 def test_each_way_trains_and_kdfast_takes_no_memory_of_its_own(work):
-    teacher,student,batch = work
-    times,memory = step_cost.measure(teacher, student, batch, 1, 1)
-    assert memory['kdfast']<1.1*memory['loop by hand'] and memory['plain student']<memory['loop by hand']<memory['fasterai, two terms']
-    lines = step_cost.table(times, memory).splitlines()
-    assert len(lines)==2+len(times) and all(line.count('|')==6 for line in lines)
+    ways = bench.step_ways(work, 'KD+AT')
+    memory = {k:bench.peak(f, work.device) for k,f in ways.items() if k!='kdfast, compiled'}
+    assert memory['kdfast']<1.1*memory['loop by hand'] and memory['plain student']<memory['loop by hand']<memory['fasterai']
+    times = bench.interleaved({k:ways[k] for k in memory}, 1, 1, work.device)
+    lines = bench.markdown(bench.rows('step', 'small', times, 'loop by hand', memory, ('plain student','teacher forward'))).splitlines()
+    assert len(lines)==2+len(memory) and all(line.count('|')==9 for line in lines)
+
+def test_the_parts_on_small_work(work, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, 'works', lambda: [work])
+    monkeypatch.setattr(bench, 'imports', lambda turns: {'fastai.vision.all':[2.], 'and kdfast.all':[2.5]})
+    rows = [*bench.start_part(1)]
+    assert [round(o['ratio'], 2) for o in rows[:2]]==[1,1.25] and rows[3]['ratio']>1
 
 def test_the_committed_table_keeps_the_promise():
-    rows = {r.split('|')[1].strip(): r.split('|') for r in (Path(__file__).parent.parent/'results/step_cost.md').read_text().splitlines() if r.startswith('|')}
+    rows = {r.split('|')[1].strip(): r.split('|') for r in (results/'step_cost.md').read_text().splitlines() if r.startswith('|')}
     assert float(rows['kdfast'][3])<=1.05<float(rows['fasterai, two terms'][3])
 
 @pytest.fixture
