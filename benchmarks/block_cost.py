@@ -45,8 +45,8 @@ class Keep(Callback):
         self.grads = {n:p.grad.clone() for n,p in self.learn.student.named_parameters() if p.grad is not None}
         raise CancelFitException("enough")
 
-def fitted(student, teacher, batch, n, epochs, head=0, cbs=(), **kwargs):
-    learn = distill_learner(loaders(batch, n), teacher, student, loss_func=CrossEntropyLossFlat())
+def fitted(student, teacher, batch, n, epochs, head=0, cbs=(), precision='auto', **kwargs):
+    learn = distill_learner(loaders(batch, n), teacher, student, precision=precision, loss_func=CrossEntropyLossFlat())
     learn.remove_cb(KD)
     with learn.no_bar(), learn.no_logging(): learn.fit_blocks(epochs, head=head, cbs=cbs, validate=False, **kwargs)
 
@@ -89,7 +89,7 @@ def gradient_error(student, teacher, blocks, batch):
     "The largest relative difference of a block's gradients, kdfast's from the loop's"
     def error(i):
         keep,n = Keep(),len(blocks)-1
-        fitted(deepcopy(student), teacher, batch, 1, one(i, n), cbs=keep)
+        fitted(deepcopy(student), teacher, batch, 1, one(i, n), cbs=keep, precision='float32')
         hand = Whole(deepcopy(student), teacher, blocks, i, batch).grads()
         ours,theirs = (torch.cat([o[k].flatten() for k in sorted(hand)]) for o in (keep.grads,hand))
         return ((ours-theirs).norm()/theirs.norm()).item() if keep.grads.keys()==hand.keys() else math.inf
