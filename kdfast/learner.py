@@ -102,7 +102,7 @@ def all_processes(
 # %% ../nbs/09_learner.ipynb #4a6ccd82
 class LoaderHint(Callback):
     "Says after the first epoch if training waits for its images"
-    order,run_valid,told,at = 1000,False,False,None
+    order,run_valid,told,at,n,waited,stepped = 1000,False,False,None,0,0.,0.
     def before_train(self): self.at,self.n,self.waited,self.stepped = None,0,0.,0.
 
     def before_batch(self):

@@ -208,3 +208,74 @@ def test_blocks_ask_the_teacher_themselves(moved, tmp_path, quiet):
 def test_half_the_precision_and_accumulation(moved, tmp_path):
     a,b = (fit(moved, GradientAccumulation(40), *o, precision='auto') for o in ((TeacherCache(tmp_path/'c'),), ()))
     assert apart(a, b)<.2
+
+# What a review found
+
+def test_targets_keep_their_numbers(moved, tmp_path):
+    "Of a regression, beyond what half precision holds"
+    x,y = torch.randn(40, 3, 8, 8),torch.linspace(1e4, 1e6, 40)
+    dls = Datasets([*range(40)], [[x.__getitem__], [y.__getitem__]]).dataloaders(bs=8, num_workers=0, device='cpu')
+    seen,net = set(),lambda: nn.Sequential(OrderedDict(a=nn.Conv2d(3, 4, 3), flat=nn.Flatten(), fc=nn.Linear(144, 1)))
+    class See(Callback):
+        run_valid = False
+        def after_pred(self): seen.update(self.y.tolist())
+    learn = distill_learner(dls, net(), net(), cbs=[AT({'a':'a'}), TeacherCache(tmp_path/'c', 2), See()], loss_func=MSELossFlat())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-9)
+    assert seen<={*y.tolist()} and len(seen)==len(dls.train)*8
+
+def test_views_go_on_in_the_next_fit(moved, tmp_path):
+    views = []
+    class See(Callback):
+        order,run_valid = 100,False
+        def before_train(self): views.append(self.dl.view)
+    learn = fit(moved, TeacherCache(tmp_path/'c', 3), See(), pad=4, epochs=2)
+    with learn.no_bar(), learn.no_logging():
+        for _ in range(3): learn.fit(1, 1e-3)
+    assert views==[0,1,2,0,1]
+
+@pytest.mark.parametrize('precision,match', [(None,'changes while it teaches'), ('auto','in precision')])
+def test_precision_of_a_cache(precision, match, moved, tmp_path):
+    fit(moved, TeacherCache(tmp_path/'c'))
+    with pytest.raises(ValueError, match=match): fit(moved, TeacherCache(tmp_path/'c'), precision=precision)
+
+def test_a_teacher_that_sees_otherwise(moved, tmp_path):
+    "Two functions of one name"
+    def arm(k):
+        dls = digits_dls(20, per_class=8, pad=0)
+        learn = Learner(dls, wrn(10, 1), cbs=[TeacherCallback(moved, lambda x: x*k), KD(), TeacherCache(tmp_path/'c')])
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    arm(1.)
+    arm(1.)
+    with pytest.raises(ValueError, match='sees images otherwise'): arm(2.)
+
+def test_labels_in_a_table(moved, files):
+    "Another label in the data frame from which they come"
+    frame = pd.DataFrame(dict(name=[str(o) for o in get_image_files(files)], label=[o.parent.name for o in get_image_files(files)]))
+    make = lambda df: ImageDataLoaders.from_df(df, path='/', fn_col=0, label_col=1, valid_pct=.1, seed=0, bs=20, num_workers=0, device='cpu')
+    fit(moved, TeacherCache(files/'c', 1), dls=make(frame))
+    other = frame.copy()
+    other.loc[:60,'label'] = '3'
+    with pytest.raises(ValueError, match='another data set'): fit(moved, TeacherCache(files/'c', 1), dls=make(other))
+
+def test_a_loader_that_does_not_tell_its_samples(moved, tmp_path):
+    data = [(torch.randn(3,32,32), i%10) for i in range(40)]
+    dls = DataLoaders(*(torch.utils.data.DataLoader(data, batch_size=8) for _ in range(2)))
+    dls.c = 10
+    learn = distill_learner(dls, moved, wrn(10, 1), cbs=[KD(), TeacherCache(tmp_path/'c')], loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match="which samples are in a batch"), learn.no_bar(), learn.no_logging(): learn.fit(1)
+
+def test_blocks_without_terms(moved, tmp_path, quiet):
+    learn = distill_learner(digits_dls(20, per_class=8), moved, wrn(10, 1), cbs=TeacherCache(tmp_path/'c'))
+    learn.remove_cb(KD)
+    quiet(learn, 1, head=1, how='fit_blocks')
+    assert not (tmp_path/'c').exists()
+
+def test_another_batch_size_is_the_same_data(moved, tmp_path):
+    fit(moved, TeacherCache(tmp_path/'c', 2), dls=digits_dls(20, per_class=8))
+    fit(moved, TeacherCache(tmp_path/'c', 2), dls=digits_dls(10, per_class=8))
+
+def test_after_a_refusal_the_next_fit_is_free(moved, tmp_path):
+    learn = fit(moved, TeacherCache(tmp_path/'c'))
+    with pytest.raises(ValueError, match='other images'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=MixUp())
+    learn.kd.weight = learn.at.weight = 0.
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)

@@ -204,6 +204,53 @@ def test_int8_needs_a_cpu_and_one_input(dls, teacher):
     learn.teacher.example = tuple(o.to('meta') for o in learn.teacher.example)
     with pytest.raises(ValueError, match='computes on a CPU'): learn.teacher.freeze([], device='meta')
 
+def test_int8_reads_the_layer_that_is_named(dls, quiet):
+    "A stage and its first block, one in the other"
+    teacher = moved(wrn(16, 2))
+    learn = distill_learner(dls, teacher, wrn(16, 1), cbs=AT(per_stage=2), precision='int8')
+    names,x = sorted(learn.at.layers.values()),dls.valid.one_batch()[0].as_subclass(Tensor)
+    _,ours = learn.teacher.freeze(names)(x)
+    _,theirs = Frozen(teacher, (x[:2],), names, precision='float32')(x)
+    gaps = {n:far(ours[n], theirs[n]) for n in names}
+    assert len(names)==6 and max(gaps.values())<.5<min(far(theirs[f'{n}.0'], theirs[n]) for n in ('group2','group3')), gaps
+
+@pytest.mark.parametrize('mode', ['stagewise','parallel'])
+def test_int8_gives_hints_to_blocks(mode, dls, teacher, quiet):
+    learn = distill_learner(dls, teacher, wrn(10, 1), precision='int8')
+    run = quiet(learn, 1, head=1, how='fit_blocks', mode=mode)
+    assert learn.recorder.values and n_hooks(teacher)==0
+
+# Inputs and networks of other kinds
+
+def test_a_network_that_wants_its_images_in_one_order():
+    "`view` after a convolution does not take channels-last maps"
+    class Lenet(nn.Sequential):
+        def forward(self, x): return self[1](self[0](x).view(len(x), -1))
+    net = Lenet(nn.Conv2d(3, 4, 5, 4), nn.Linear(196, 10)).eval()
+    for precision in ('auto','float32'):
+        frozen = Frozen(net, (x32[:2],), precision=precision)
+        assert frozen.own and not frozen.last
+        with torch.no_grad(): assert far(frozen(x32)[0], net(x32))<.05
+
+@pytest.mark.parametrize('precision', ['float32',None])
+def test_images_that_do_not_lie_in_order(precision, teacher):
+    moved(teacher)
+    wide = torch.randn(8, 3, 40, 40)
+    frozen = Frozen(teacher, (x32[:2],), precision=precision)
+    for x in (wide[..., :32, :32], wide[..., 4:36, 4:36].permute(0,1,3,2), x32.contiguous(memory_format=torch.channels_last)):
+        with torch.no_grad(): assert far(frozen(x)[0], teacher(x))<1e-4
+
+def test_another_forward_is_another_network(teacher):
+    other = deepcopy(teacher)
+    other.act = nn.GELU()
+    assert fingerprint(other)!=fingerprint(teacher)==fingerprint(deepcopy(teacher))
+
+def test_a_loaded_learner_can_be_copied(dls, teacher, quiet, tmp_path):
+    learn = distill_learner(dls, teacher, wrn(10, 1), path=tmp_path, precision='float32')
+    learn.export()
+    back = deepcopy(load_learner(tmp_path/'export.pkl'))
+    assert back.teacher.network is None and deepcopy(learn).teacher.network is teacher and deepcopy(learn).teacher.precision=='float32'
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_on_a_gpu(teacher, quiet):
     dls = digits_dls(20, per_class=8, device='cuda')
