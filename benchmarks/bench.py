@@ -6,7 +6,7 @@ Contestants of a row's group run in turns in one process, and medians are shown.
 anything is timed, kdfast's gradients with precision='float32' are compared with the loop's, and where they differ by more than 1e-5 nothing is printed. fasterai takes one callback a term and runs the teacher in
 each; torchdistill has its own training box; both keep the formulas of their libraries. FitNet adapters are kdfast's and the loop's alone. Memory is the peak of what torch allocates in the first two steps of one
 contestant, the copy of the teacher included. A machine with a GPU runs the same, on it."""
-import itertools, json, os, subprocess, sys, warnings
+import gc, itertools, json, os, subprocess, sys, warnings
 from argparse import ArgumentParser
 from importlib.metadata import version
 from statistics import median
@@ -149,6 +149,7 @@ def seconds(f, n, device):
 
 def peak(f, device):
     "Bytes at the highest point of two steps, beyond those before"
+    gc.collect()  # so that nothing of before is freed meanwhile
     if device.type=='cuda':
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -182,7 +183,7 @@ def step_ways(work, method):
     exact.learn.teacher.setup()
     res = {'plain student': Loop(work, lambda s,a,x,y: F.cross_entropy(s(x), y)), 'teacher forward': look,
         'loop by hand': Loop(work, partial(loop_loss, work, method), adapters_for(work, exact.learn)), 'kdfast, float32':exact, 'kdfast':kd(), 'kdfast, int8':kd(precision='int8'),
-        'kdfast, student in bf16':kd(half=True), 'plain student in bf16':Fastai(work, half=True)}
+        **({'kdfast, student in bf16':kd(half=True), 'plain student in bf16':Fastai(work, half=True)} if native_bf16(work.device) else {})}
     if work.device.type=='cuda': res.pop('kdfast, int8')
     if method=='KD+AT': res['kdfast, compiled'] = kd(compile=True)
     if method!='FitNet': res.update({'torchdistill':Torchdistill(work, method), 'fasterai':Fastai(work, cbs=fasterai_terms(work, method))})
@@ -196,10 +197,10 @@ def step_part(steps, turns):
         memory = {k:peak(f, work.device) for k,f in ways.items()}  # before any has taken a step, so that what it keeps counts
         yield from rows('step', f'{work.name}, {method}', interleaved(ways, steps, turns, work.device), 'loop by hand', memory, ('plain student','teacher forward'))
 
-def fit_way(make, half=True):
-    "A function that trains one epoch"
+def fit_way(make, half=None):
+    "A function that trains one epoch, in bfloat16 where that is native"
     learn = make()
-    if half:
+    if native_bf16(default_device()) if half is None else half:
         learn.to_bf16()
         learn.model.to(memory_format=torch.channels_last)
     def fit(n):
@@ -223,7 +224,7 @@ class NoValidation(Callback):
 def cache_part(cifar, turns, folder, pct=.1):
     "The training part of epochs on two views of each image"
     dls = cifar10_dls(cifar, pct=pct, in_memory=True)
-    for half in (False,True):
+    for half in (False,True)[:1+native_bf16(dls.device)]:
         teacher,student = wrn(40, 2),partial(wrn, 16, 1)
         arm = lambda t,*cbs: fit_way(partial(distill_learner, dls, t, student, cbs=[*cbs, NoValidation()]), half)
         ways = {'plain student':arm(None), **{f'{name}, cached':arm(teacher, *(t() for t in methods[name]), TeacherCache(folder/f'{name} {half}', views=2)) for name in ('KD','KD+AT')}, 'KD+AT':arm(teacher, KD(), AT())}

@@ -17,7 +17,7 @@ from .features import Taps, Truncated, adapters_of, bare_model, hint_adapter, pa
 from .learner import Learner  # its recorder with `history`
 from .losses import at_least_float, hint_loss
 from .measure import eval_mode, probing
-from .teacher import DistillCallback, TeacherCallback, keep_rng, probe_batch
+from .teacher import DistillCallback, TeacherCallback, keep_rng, probe_batch, split_batch
 from operator import itemgetter
 
 # %% ../nbs/10_blocks.ipynb #5a8bebd5
@@ -127,7 +127,7 @@ def _adapters(blocks):
 
 def _device(dls): return torch.device(getattr(dls, 'device', None) or default_device())
 
-def _inputs(dls, b): return to_device(tuplify(b)[:getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)], _device(dls))
+def _inputs(dls, b): return to_device(split_batch(dls, tuplify(b))[0], _device(dls))
 
 # %% ../nbs/10_blocks.ipynb #263dd356
 def _projections(dls, blocks, maps, hints, n=4):

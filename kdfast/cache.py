@@ -9,7 +9,7 @@ __all__ = ['TeacherCache']
 
 # %% ../nbs/07_cache.ipynb #df63b4bf
 import hashlib, json, os, shutil
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from filelock import FileLock
 from fastai.vision.all import *
 from torch import distributed
@@ -106,12 +106,14 @@ def _check_space(path, size):
     free = shutil.disk_usage(path).free
     if size>free: raise OSError(f"A cache of {size/1e9:.2f} GB does not fit on the disk of {path}, which has {free/1e9:.2f} GB left: choose another folder, fewer views, or terms that keep less, such as KD and AT")
 
+def _part(dest): return dest.with_name(f'.{dest.name}.part')
+
 @contextmanager
 def _whole_folder(
     dest:Path # Its parent is made if it is not there
 ): # Gives a folder beside it, to write to
     "A block that writes `dest` whole or not at all"
-    part = dest.with_name(f'.{dest.name}.part')
+    part = _part(dest)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -138,7 +140,7 @@ class TeacherCache(Callback):
     def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
 
     @property
-    def _n_inp(self): return getattr(self.dls, 'n_inp', 1)
+    def _n_inp(self): return len(self.source.example)
 
     def before_fit(self): self.files,self.same,self.sums = None,None,_CheckSums()
 
@@ -173,11 +175,11 @@ def _wanted(self:TeacherCache):
     return {t.part(o):(t,o) for t in self.source.watched for o in t.layers.values()}
 
 @patch
-def _answers(self:TeacherCache, frozen, xb):
+def _answers(self:TeacherCache, xb):
     "What is to be kept of a batch"
     source = self.source
     xb = to_device(xb, next(bare_model(self.learn.model).parameters()).device)
-    out,maps = frozen(*source._seen(xb))
+    out,maps = source.frozen(*source._seen(xb))
     logits = {} if out is None else {'logits':out}
     return {'sums':self.sums(*xb), **logits, **{k:t.compact(maps[o]) for k,(t,o) in self._wanted().items()}}
 
@@ -191,14 +193,22 @@ def _meta(self:TeacherCache):
     return dict(teacher=fingerprint(source.network), precision=[source.precision, str(autocast_dtype('auto', xb[0].device))], seen=seen, data=data, views=self.views)
 
 # %% ../nbs/07_cache.ipynb #0d36af25
-def _wait():
-    if num_distrib()>1: distributed.barrier()
-
 def _agreed(flag):
     "What the first process thinks"
     flags = [flag]
     if num_distrib()>1: distributed.broadcast_object_list(flags, src=0)
     return flags[0]
+
+@contextmanager
+def _together():
+    "A block that all processes leave at the same time, with an error if any of them has one"
+    error,told = None,[None]*max(1, num_distrib())
+    try: yield
+    except Exception as e: error = e
+    if num_distrib()>1: distributed.all_gather_object(told, error and f'{type(error).__name__}: {error}')
+    if error: raise error
+    for rank,e in enumerate(told):
+        if e: raise RuntimeError(f"Process {rank} could not make or read the cache ({e})")
 
 # %% ../nbs/07_cache.ipynb #8d709bc2
 @patch
@@ -231,10 +241,14 @@ def _open(self:TeacherCache):
     if _agreed(not self.path.exists()):
         with nullcontext() if rank_distrib() else FileLock(f'{self.path}.lock'):
             if _agreed(not self.path.exists()): self._make(now)
+    with _together(): self.files = self._kept(now)
+
+@patch
+def _kept(self:TeacherCache, now):
     try: kept = json.loads((self.path/'meta.json').read_text())
     except (OSError,ValueError) as e: raise ValueError(f"{self.path} is no cache ({e}): choose a folder that is not there yet, or delete it") from e
     self._check(kept, now)
-    self.files = {k:self._read(k, o) for k,o in kept['files'].items()}
+    return {k:self._read(k, o) for k,o in kept['files'].items()}
 
 # %% ../nbs/07_cache.ipynb #01ec2009
 @patch
@@ -244,11 +258,13 @@ def _share(self:TeacherCache):
     return range(n*rank//world, n*(rank+1)//world)
 
 @patch
-def _arrays(self:TeacherCache, frozen):
+def _arrays(self:TeacherCache):
     "Name to shape and type of what is to be kept"
     dl,n_inp = self._loader,self._n_inp
+    if not self.views: self._check_repeats(dl)
+    self.source.refreeze()
     b,n = _drawn(dl, [0,1]),(max(1, self.views),len(dl.dataset))
-    res = {k:((*n,*o.shape[1:]), 'float32' if k=='sums' else 'float16') for k,o in self._answers(frozen, b[:n_inp]).items()}
+    res = {k:((*n,*o.shape[1:]), 'float32' if k=='sums' else 'float16') for k,o in self._answers(b[:n_inp]).items()}
     if self.views: res.update({f'batch {i}':((*n,*o.shape[1:]), 'float16' if i<n_inp and o.is_floating_point() else str(o.dtype).split('.')[1]) for i,o in enumerate(b)})
     return res
 
@@ -263,27 +279,27 @@ def _check_repeats(self:TeacherCache, dl):
 @patch
 def _make(self:TeacherCache, meta):
     "Ask the teacher about everything, and write the folder"
-    if not self.views: self._check_repeats(self._loader)
-    with keep_rng(self._loader):
-        self.source.refreeze()
-        arrays = self._arrays(self.source.frozen)
-        _check_space(self.path.parent, _size(arrays))
-        self._write(arrays, {**meta, 'files':{k:f'{i}.npy' for i,k in enumerate(arrays)}})
+    with keep_rng(self._loader), ExitStack() as stack:
+        with _together():
+            arrays = self._arrays()
+            files = {k:f'{i}.npy' for i,k in enumerate(arrays)}
+            if not rank_distrib(): self._reserve(stack.enter_context(_whole_folder(self.path)), arrays, {**meta, 'files':files})
+        with _together(): self._write(files)
+        with _together(): stack.close()
     self.source.frozen = self.source.frozen_key = None
-    _wait()
 
 @patch
-def _write(self:TeacherCache, arrays, meta):
-    files,part = meta['files'],self.path.with_name(f'.{self.path.name}.part')
-    with nullcontext() if rank_distrib() else _whole_folder(self.path):
-        if not rank_distrib():
-            for k,o in arrays.items(): _claim(part/files[k], *o)
-            (part/'meta.json').write_text(json.dumps(meta))
-        _wait()
-        maps = {k:np.load(part/o, mmap_mode='r+') for k,o in files.items()}
-        for v in range(max(1, self.views)): self._ask(maps, v)
-        for o in maps.values(): o.flush()
-        _wait()
+def _reserve(self:TeacherCache, folder, arrays, meta):
+    "Files of the size that they will have"
+    _check_space(folder, _size(arrays))
+    for k,o in arrays.items(): _claim(folder/meta['files'][k], *o)
+    (folder/'meta.json').write_text(json.dumps(meta))
+
+@patch
+def _write(self:TeacherCache, files):
+    maps = {k:np.load(_part(self.path)/o, mmap_mode='r+') for k,o in files.items()}
+    for v in range(max(1, self.views)): self._ask(maps, v)
+    for o in maps.values(): o.flush()
 
 # %% ../nbs/07_cache.ipynb #adba4e9b
 def _rounded(b, n_inp): return tuple(o.half().to(o.dtype) if i<n_inp and o.is_floating_point() else o for i,o in enumerate(b))
@@ -295,7 +311,7 @@ def _ask(self:TeacherCache, maps, v):
     at = share.start
     for b in map(tuplify, _these(self._loader, [*share])):
         b = _rounded(b, self._n_inp) if self.views else b
-        n,kept = find_bs(b),self._answers(self.source.frozen, b[:self._n_inp])
+        n,kept = find_bs(b),self._answers(b[:self._n_inp])
         if not all(o.abs().max()<65504 for o in [*b[:self._n_inp], *(o for k,o in kept.items() if k!='sums')]): raise ValueError("The teacher puts out NaN, or more than half precision holds: "
             "check its weights, and that it is given inputs as in its training")
         if self.views: kept.update({f'batch {i}':o for i,o in enumerate(b)})

@@ -32,9 +32,9 @@ _dtypes = dict(float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 def autocast_dtype(
     precision:str, # 'auto', 'float32', 'bf16' or 'fp16'; raises `ValueError` for another, and for one that the device cannot compute
     device:torch.device # Where a network is to run
-) -> torch.dtype: # None for 'auto' where bfloat16 is not native: as around it
+) -> torch.dtype: # None for 'auto' on a GPU that has no bfloat16: as around it
     "What `device` computes in under `precision`"
-    if precision=='auto': return torch.bfloat16 if native_bf16(device) else None
+    if precision=='auto': return torch.bfloat16 if native_bf16(device) else torch.float32 if device.type=='cpu' else None
     if precision not in _dtypes: raise ValueError(f"precision is 'auto', {', '.join(map(repr, _dtypes))} or 'int8', got {precision!r}")
     cannot = precision=='bf16' and not native_bf16(device) or precision=='fp16' and device.type=='cpu'
     if cannot: raise ValueError(f"This {device.type} does not compute {precision} itself: use precision='auto', which takes what it does, or 'float32'")

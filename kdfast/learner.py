@@ -15,6 +15,7 @@ from fastai.vision.all import *
 from .data import TensorDL
 from .distill import KD
 from .features import bare_model
+from .frozen import native_bf16
 from .teacher import AdaptedSplitter, DistillCallback, TeacherCallback, keep_rng
 
 # %% ../nbs/09_learner.ipynb #34808b26
@@ -219,5 +220,7 @@ class BF16(MixedPrecision):
 # %% ../nbs/09_learner.ipynb #bb5c34c0
 @patch
 def to_bf16(self:Learner):
-    "Compute in bfloat16 where that is safe, on the learner's own device; `to_fp32` takes it back"
+    "Compute in bfloat16 where that is safe, on the learner's own device; `to_fp32` takes it back; warns where the device only emulates it"
+    device = torch.device(getattr(self.dls, 'device', None) or default_device())
+    if not native_bf16(device): warnings.warn(f"This {device.type} only emulates bfloat16, which takes longer than float32: leave to_bf16 out")
     return self.add_cb(BF16())

@@ -25,7 +25,7 @@ from .features import adapters_of, bare_model, get_layer
 from .measure import probing
 from .structured import Structured
 from .swap import _patterns
-from .teacher import DistillCallback, TeacherCallback, first_batches, keep_rng, probe_batch
+from .teacher import DistillCallback, TeacherCallback, first_batches, keep_rng, probe_batch, split_batch
 
 # %% ../nbs/14_quantize.ipynb #2dc46aa8
 def _made(m): return isinstance(m, Structured) or isinstance(m, (nn.Linear,nn.modules.conv._ConvNd)) and not isinstance(m._parameters.get('weight'), nn.Parameter)
@@ -96,7 +96,7 @@ def _prepared(model, batches, floats, aware=False):
 
 # %% ../nbs/14_quantize.ipynb #0bf307c9
 def _plain_batches(dls, n):
-    batches = [tuple(o.as_subclass(Tensor).cpu().float() for o in b[:getattr(dls, 'n_inp', 1)]) for b in first_batches(dls, n)]
+    batches = [tuple(o.as_subclass(Tensor).cpu().float() for o in split_batch(dls, b)[0]) for b in first_batches(dls, n)]
     if not batches: raise ValueError("Nothing to calibrate on: these DataLoaders give no training batch, or n is 0")
     return batches
 

@@ -71,6 +71,12 @@ def test_a_cache_is_made_and_read_by_all(n, tmp_path):
     logits = np.load(tmp_path/'cached-cache'/'1.npy')
     assert logits.shape==(2,400,10) and (np.abs(logits).sum(-1)>0).all()
 
+def test_what_fails_in_one_process_fails_in_all(tmp_path):
+    "Instead of waiting for it until the group's time is out"
+    with pytest.raises(AssertionError) as e: trained('failing', 2, tmp_path)
+    assert 'RuntimeError: a broken teacher' in str(e.value) and 'Process 1 could not make or read the cache (RuntimeError: a broken teacher)' in str(e.value)
+    assert not [*tmp_path.glob('*cache')] and not [*tmp_path.glob('.*part')]
+
 def test_four_processes_end_with_one_student(tmp_path):
     states = trained('synced', 4, tmp_path)
     for o in states[1:]:

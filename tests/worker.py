@@ -20,6 +20,9 @@ class CountSynced(Callback):
     n = 0
     def before_batch(self): self.n = sum(isinstance(m, nn.SyncBatchNorm) for m in self.learn.model.modules())
 
+def fail(m, args, out):
+    if len(out)>2: raise RuntimeError('a broken teacher')
+
 def weights(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
 
 def main(how, file):
@@ -34,7 +37,8 @@ def main(how, file):
     if whole: learn.add_cb(FreezeNorms())
     if how=='alone': learn.add_cb(Alone())
     learn.add_cb(CountSynced())
-    if how=='cached': learn.add_cb(TeacherCache(f'{file}-cache', views=2))
+    if how in ('cached','failing'): learn.add_cb(TeacherCache(f'{file}-cache', views=2))
+    if how=='failing' and rank_distrib(): teacher.register_forward_hook(fail)
     dls.train.rng.seed(rank_distrib())
     before = weights(learn.model)
     with learn.no_bar(), learn.no_logging():
