@@ -44,7 +44,6 @@ tables: .venv/developing
 # CIFAR=path IMAGENETTE=path make bench
 bench: .venv/developing
 	$(BIN)/python benchmarks/loader.py --cifar $(CIFAR) --imagenette $(IMAGENETTE) | tee results/loader.md
-	$(BIN)/python benchmarks/step_cost.py | tee results/step_cost.md
 	$(BIN)/python benchmarks/bench.py --cifar $(CIFAR) --imagenette $(IMAGENETTE) --out results
 	$(BIN)/python benchmarks/scaling.py | tee results/scaling.md
 	$(BIN)/python benchmarks/precision.py --data $(CIFAR)

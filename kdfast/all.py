@@ -1,5 +1,8 @@
 "Everything: `from kdfast.all import *`, after `from fastai.vision.all import *`"
 from .losses import *
+from .losses_logits import *
+from .losses_features import *
+from .losses_relations import *
 from .measure import *
 from .convs import *
 from .structured import *
@@ -12,6 +15,9 @@ from .frozen import *
 from .teacher import *
 from .cache import *
 from .distill import *
+from .distill_logits import *
+from .distill_features import *
+from .distill_relations import *
 from .learner import *
 from .decay import *
 from .blocks import *

@@ -9,7 +9,9 @@ __all__ = ['Ensemble', 'assist']
 
 # %% ../nbs/15_assist.ipynb #9f140d78
 from fastai.vision.all import *
+from .features import seen_by
 from .learner import distill_learner, student_of, teacher_of
+from .losses import soften
 from .measure import count_params, probing
 from .teacher import keep_rng, probe_batch
 
@@ -19,18 +21,21 @@ class Ensemble(nn.Module):
     def __init__(self,
         dls:DataLoaders, # The student's; raises `ValueError` where a teacher has other classes
         *teachers, # As `distill_learner` takes one: modules, `Learner`s, or paths of exported learners, each of which gets inputs normalized as it is used to
-        T:float=1. # Temperature at which probabilities are averaged: with that of `KD` the mean is of softened ones
+        T:float=1., # Temperature at which probabilities are averaged: with that of `KD` the mean is of softened ones
+        weights:tuple=None # How much each teacher counts, positive numbers; raises `ValueError` unless one a teacher. Equal by default
     ):
         if len(teachers)<2: raise ValueError(f"An ensemble has at least two teachers, got {len(teachers)}: pass a single one itself")
+        weights = tuple(weights or (1.,)*len(teachers))
+        if len(weights)!=len(teachers) or not all(0<w<math.inf for w in weights): raise ValueError(f"An ensemble has one positive weight for each of its {len(teachers)} teachers, got {weights}")
         super().__init__()
         nets,self.tfms = zip(*(teacher_of(o, dls) for o in teachers))
-        self.networks,self.T = nn.ModuleList(nets),T
+        self.networks,self.T,self.shares = nn.ModuleList(nets),T,[w/sum(weights) for w in weights]
 
     def forward(self, *xb):
-        outs = [net(*(xb if tfm is None else tuplify(tfm(*xb)))) for net,tfm in zip(self.networks, self.tfms)]
+        outs = [net(*seen_by(tfm, xb)) for net,tfm in zip(self.networks, self.tfms)]
         if len({o.shape for o in outs})>1: raise ValueError(f"The teachers of an ensemble have outputs of one shape, got {', '.join(str(tuple(o.shape[1:])) for o in outs)}")
-        logs = torch.stack([F.log_softmax(o.as_subclass(Tensor).float()/self.T, 1) for o in outs])
-        return self.T*(logs.logsumexp(0) - math.log(len(outs)))
+        logs = torch.stack([soften(o, self.T) + math.log(w) for o,w in zip(outs, self.shares)])
+        return self.T*logs.logsumexp(0)
 
 # %% ../nbs/15_assist.ipynb #e0908ccc
 def _outputs(model, dls):

@@ -17,7 +17,7 @@ from .features import Taps, Truncated, adapters_of, bare_model, hint_adapter, pa
 from .learner import Learner  # its recorder with `history`
 from .losses import at_least_float, hint_loss
 from .measure import eval_mode, probing
-from .teacher import DistillCallback, TeacherCallback, keep_rng, probe_batch, split_batch
+from .teacher import DistillCallback, TeacherCallback, device_of, keep_rng, probe_batch, split_batch
 from operator import itemgetter
 
 # %% ../nbs/10_blocks.ipynb #5a8bebd5
@@ -125,9 +125,8 @@ def _adapters(blocks):
     with torch.random.fork_rng(): made = {_key(b.tap): hint_adapter(b.shape, b.hint_shape) for b in blocks}
     return {k:m for k,m in made.items() if m is not None}
 
-def _device(dls): return torch.device(getattr(dls, 'device', None) or default_device())
 
-def _inputs(dls, b): return to_device(split_batch(dls, tuplify(b))[0], _device(dls))
+def _inputs(dls, b): return to_device(split_batch(dls, tuplify(b))[0], device_of(dls))
 
 # %% ../nbs/10_blocks.ipynb #263dd356
 def _projections(dls, blocks, maps, hints, n=4):
@@ -151,7 +150,7 @@ class _Hints:
 
 def _staged(learn, hints, blocks, feed):
     "The model that a stage of `blocks` trains"
-    student,xb = bare_model(learn.model),to_device(probe_batch(learn.dls)[0], _device(learn.dls))
+    student,xb = bare_model(learn.model),to_device(probe_batch(learn.dls)[0], device_of(learn.dls))
     with keep_rng(): maps = Maps(student, [b.tap for b in blocks], xb)
     return Staged(student, _projections(learn.dls, blocks, maps, hints) if feed else _adapters(blocks), blocks, maps, hints, feed)
 
@@ -269,7 +268,7 @@ def _one_group(learn):
 
 def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwargs):
     "Train `blocks` on the teacher's maps"
-    with keep_rng(): hints = _Hints(cb, [b.hint for b in blocks], _device(learn.dls))
+    with keep_rng(): hints = _Hints(cb, [b.hint for b in blocks], device_of(learn.dls))
     off = [cb, *cb.terms, *([cb.cache] if cb.cache else [])]
     with _borrowed(learn, {n for b in blocks for n in b.params}, off):
         stage = _staged(learn, hints, blocks, mode=='parallel')
@@ -289,7 +288,7 @@ def _label_stage(learn, cb, run, head, unfreeze, epochs, lr, cbs, **kwargs):
         _fit_stage(learn, run, 'student' if unfreeze else 'classifier', epochs, lr, cbs, columns, **kwargs)
 
 # %% ../nbs/10_blocks.ipynb #06d6b96a
-def _precision(learn): return torch.autocast(_device(learn.dls).type, torch.bfloat16, enabled=hasattr(learn, 'mixed_precision'))
+def _precision(learn): return torch.autocast(device_of(learn.dls).type, torch.bfloat16, enabled=hasattr(learn, 'mixed_precision'))
 
 def _feed_itself(learn, stage):
     "Give the blocks' batch norms the statistics of what the student feeds itself"
@@ -380,7 +379,7 @@ def fit_blocks(self:Learner,
     _check_trainable(self, [b for part,n in zip([*parts, [] if unfreeze else [last]], epochs) for b in part if n])
     if cb.terms: cb.setup()
     _check_watched(self, cb, cbs, [b.tap for b in blocks])
-    bare_model(self.model).to(_device(self.dls))
+    bare_model(self.model).to(device_of(self.dls))
     with _one_file([*self.cbs,*cbs]):
         for part,n,lr in zip(parts, epochs, lrs):
             if n: _hint_stage(self, cb, run, part, mode, validate, n, lr, cbs, **kwargs)

@@ -11,10 +11,10 @@ __all__ = ['Block', 'only_learns', 'cut_blocks', 'laid_out', 'PartOf', 'Maps', '
 import itertools, torch, torch.nn.functional as F
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from fastcore.basics import store_attr, tuplify
+from fastcore.basics import store_attr
 from functools import partial
 from torch import nn
-from .features import Adapted, Taps, Truncated, get_layer
+from .features import Adapted, Taps, Truncated, get_layer, seen_by
 from .measure import eval_mode, probing
 
 # %% ../nbs/04b_cut.ipynb #9e4d7cc3
@@ -174,7 +174,7 @@ class Maps:
     ):
         self.model,self.short,self.layers,self.tfm = (model,),(Truncated(model, layers[-1]),),layers,tfm
         with probing(model), Taps(model, layers) as t:
-            self.short[0](*self._seen(xb))
+            self.short[0](*seen_by(tfm, xb))
             self.clone = t.overwritten()
 
     def __deepcopy__(self, memo):
@@ -183,12 +183,10 @@ class Maps:
         new.short = (Truncated(*new.model, self.layers[-1]),)
         return new
 
-    def _seen(self, xb): return xb if self.tfm is None else tuplify(self.tfm(*xb))
-
     def __call__(self, *xb, feed=None):
         taps = Taps if feed is None else partial(_Fed, feed=feed)
         with taps(*self.model, self.layers, self.clone) as t:
-            self.short[0](*self._seen(xb))
+            self.short[0](*seen_by(self.tfm, xb))
             spoilt = t.overwritten()
             if spoilt: raise ValueError(f"Training overwrites what {', '.join(spoilt)} put out, by a dropout in place: use inplace=False there, or choose other pairs")
             return dict(t.outs)

@@ -16,7 +16,7 @@ from .data import TensorDL
 from .distill import KD
 from .features import bare_model
 from .frozen import native_bf16
-from .teacher import AdaptedSplitter, DistillCallback, TeacherCallback, keep_rng
+from .teacher import AdaptedSplitter, DistillCallback, TeacherCallback, device_of, keep_rng
 
 # %% ../nbs/09_learner.ipynb #34808b26
 class Renormalize:
@@ -97,7 +97,7 @@ def all_processes(
     "A block in which all processes that were launched train `learn` together; it changes nothing where there is one"
     if num_distrib()<2: return nullcontext()
     _any_device()
-    device = learn.dls.device.type
+    device = device_of(learn.dls).type
     return learn.distrib_ctx(sync_bn=device=='cuda', cpu=device=='cpu', mixed_precision='no')  # precision is the learner's own affair
 
 # %% ../nbs/09_learner.ipynb #4a6ccd82
@@ -221,6 +221,6 @@ class BF16(MixedPrecision):
 @patch
 def to_bf16(self:Learner):
     "Compute in bfloat16 where that is safe, on the learner's own device; `to_fp32` takes it back; warns where the device only emulates it"
-    device = torch.device(getattr(self.dls, 'device', None) or default_device())
+    device = device_of(self.dls)
     if not native_bf16(device): warnings.warn(f"This {device.type} only emulates bfloat16, which takes longer than float32: leave to_bf16 out")
     return self.add_cb(BF16())

@@ -11,7 +11,7 @@ __all__ = ['Agreement', 'show_attention', 'calibration_error', 'agreement', 'lin
 import itertools
 from collections import namedtuple
 from fastai.vision.all import *
-from .features import Taps, bare_model, pair_layers, stage_taps
+from .features import Taps, bare_model, pair_layers, seen_by, stage_taps
 from .losses import attention_map
 from .measure import probing
 from .teacher import TeacherCallback, keep_rng
@@ -28,9 +28,7 @@ def _networks(learn, control):
     nets = dict(teacher=(cb.network,cb.tfm), student=(bare_model(learn.model),None))
     return dict(nets, control=(bare_model(control.model if isinstance(control, Learner) else control),None)) if control is not None else nets
 
-def _seen(net, tfm, xb):
-    xb = to_device(xb, next(net.parameters()).device)
-    return xb if tfm is None else tuplify(tfm(*xb))
+def _seen(net, tfm, xb): return seen_by(tfm, to_device(xb, next(net.parameters()).device))
 
 # %% ../nbs/11b_look.ipynb #765a6865
 def _maps(net, tfm, x, layers):

@@ -14,7 +14,7 @@ from statistics import mean, stdev
 from fastai.vision.all import *
 from .interpret import plot_history, plot_tradeoff
 from .measure import count_macs
-from .names import conv_of, network_of, student_at
+from .names import conv_of, methods, network_of, student_at
 from .runs import Run
 
 # %% ../nbs/16g_tables.ipynb #5f5a4122
@@ -24,7 +24,7 @@ _short10,_cpu10 = dict(epochs=15, bs=128, lr=1e-2, bf16=True),dict(epochs=12, bs
 _nette = dict(bs=64, lr=3e-3, bf16=True)
 _schedules = {('full','cifar10'):_steps10, ('full','imagenet'):_steps_imagenet, ('full','imagenette'):dict(_nette, epochs=100, size=128),
     ('short','cifar10'):_short10, ('short','imagenet'):dict(_short10, bs=256, lr=3e-3), ('short','imagenette'):dict(_nette, epochs=15, size=128),
-    ('cpu','cifar10'):_cpu10, ('cpu','imagenette'):dict(_nette, epochs=20, size=64)}
+    **{(o,'digits'):dict(epochs=20, bs=20, lr=1e-2) for o in ('full','short','cpu')}, ('cpu','cifar10'):_cpu10, ('cpu','imagenette'):dict(_nette, epochs=20, size=64)}
 _n_images = dict(digits=(1198,599), cifar10=(50_000,10_000), imagenette=(9469,3925), imagenet=(1_281_167,50_000))
 schedule_names = 'smoke','cpu','short','full'
 
@@ -50,6 +50,7 @@ class ResearchTable:
     arms:dict # Label to method; 'alone', the control, is always there
     published:dict = field(default_factory=dict) # Label of a row to accuracies in percent by label of an arm, `teacher` among them
     small:str = '' # What differs at the schedules smoke and cpu, for the caption
+    tall:bool = False # Print an arm a line
 
     def __post_init__(self): object.__setattr__(self, 'arms', dict(alone='control', **{k:v for k,v in self.arms.items() if k!='alone'}))
 
@@ -155,7 +156,14 @@ _megabyte = ResearchTable('budget-1mb', "About a megabyte of parameters each, on
 _pruned = {f'{how} {rate}':dict(student='resnet34', start='teacher', chain=f'prune:{rate}:{how}', epochs=3, lr=1e-3, **_34) for how in ('l1','l2','taylor','scale','random') for rate in ('.25','.5','.75')}
 _pruning = ResearchTable('pruning', "A ResNet-34 without a part of its channels", 'imagenette', _pruned, dict(KD='kd'))
 
-research = {o.name:o for o in (_moonshine, _best_teacher, _sanity, _taps, _imagenet, _substitutions, _stagewise, _compression, _teachers, _megabyte, _pruning)}
+# %% ../nbs/16g_tables.ipynb #f6878bd5
+_every = {k:k for k in methods() if k!='sigmoidkd'}
+_every.update({'kd standardized':'kd:T=2:scale=10:standardize=True', 'kd+at':'kd+at', 'kd+at+sp':'kd+at+sp'})
+_methods = ResearchTable('methods', "Every method with its defaults, on a fifth of scikit-learn's digits; the teacher has seen all", 'digits', {'10-1 from 16-2':_taught('10-1', '16-2')}, _every, tall=True)
+_methods_cifar = ResearchTable('methods-cifar10', "Every method with its defaults", 'cifar10', {'16-1 from 40-2':_taught('16-1', '40-2')}, _every, tall=True)
+
+_tables = (_methods,_methods_cifar,_moonshine,_best_teacher,_sanity,_taps,_imagenet,_substitutions,_stagewise,_compression,_teachers,_megabyte,_pruning)
+research = {o.name:o for o in _tables}
 
 def table_of(
     name:str # 'sanity'; raises `ValueError` with the list of names for an unknown one
@@ -243,6 +251,9 @@ def to_markdown(
     return '\n'.join(f"| {' | '.join(o)} |" for o in lines)
 
 @patch
+def _laid(self:ResearchTable, frame): return frame.T if self.tall else frame
+
+@patch
 def markdown(self:ResearchTable,
     records, # `Records`
     schedule:str # As for `recipe`
@@ -255,7 +266,7 @@ def markdown(self:ResearchTable,
     smoke = '\n\n**A smoke test: a few epochs on digits. These numbers mean nothing.**' if schedule=='smoke' else ''
     caption = self.caption + (f'. {self.small}' if schedule in ('smoke','cpu') and self.small else '')
     return (f"# {self.name}, {schedule}\n\n{caption}. Accuracy after the last epoch in %, over {self._seeds(cells)}; in brackets as published.{smoke}\n\n"
-        f"{to_markdown(self.frame(records, schedule))}{left_out}\n\nStudents: {self._how(schedule, cells)}. `kdfast table {self.name} --schedule {schedule}{self._part(cells)}`\n")
+        f"{to_markdown(self._laid(self.frame(records, schedule)))}{left_out}\n\nStudents: {self._how(schedule, cells)}. `kdfast table {self.name} --schedule {schedule}{self._part(cells)}`\n")
 
 # %% ../nbs/16g_tables.ipynb #c03b3748
 @patch

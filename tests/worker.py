@@ -29,7 +29,7 @@ def main(how, file):
     n,whole = max(1, num_distrib()),how=='norms'
     set_seed(0)
     if how=='gpus': torch.cuda.set_device(rank_distrib())
-    dls = digits_dls(64//n, per_class=40, seed=1, pad=0 if whole else 4)
+    dls = digits_dls(64//n, per_class=40, seed=1, pad=0 if whole else 4, device='cpu' if how=='synced' else None)  # a string, as users give it
     if whole: dls = tensor_dls(*((first64(dls)),)*2, bs=64//n, stats=digits_stats)
     teacher = wrn(10, 2)
     terms = [KD(), AT(), FitNet()]

@@ -1,0 +1,402 @@
+"Every loss against an independent computation, and every method alone and together"
+import inspect, itertools, pytest
+from torch.autograd import gradcheck
+from conftest import n_hooks
+from fastai.vision.all import *
+from kdfast.all import *
+from kdfast.names import methods, terms_of
+
+# By hand, in NumPy
+
+def soft(z, T=1., axis=1):
+    e = np.exp(z/T - (z/T).max(axis, keepdims=True))
+    return e/e.sum(axis, keepdims=True)
+
+def kl(p, q): return sum(a*(np.log(a)-np.log(b)) for a,b in zip(p, q) if a>0)
+
+def mean_of(f, *arrays): return np.mean([f(*o) for o in zip(*arrays)])
+
+def unit(x, axis=-1): return x/np.maximum(np.linalg.norm(x, axis=axis, keepdims=True), 1e-12)
+
+def pooled(x): return x.reshape(*x.shape[:2], -1).mean(2)
+
+def corr(a, b): return np.corrcoef(a, b)[0,1]
+
+def by_hand_kd(s, t, T=4.): return T**2*mean_of(lambda a,b: kl(soft(b[None], T)[0], soft(a[None], T)[0]), s, t)
+
+def by_hand_dkd(s, t, y, alpha=1., beta=8., T=4.):
+    def one(a, b, y):
+        p,q = soft(b[None], T)[0],soft(a[None], T)[0]
+        rest = [i for i in range(len(p)) if i!=y]
+        return alpha*kl([p[y],p[rest].sum()], [q[y],q[rest].sum()]) + beta*kl(p[rest]/p[rest].sum(), q[rest]/q[rest].sum())
+    return T**2*mean_of(one, s, t, y)
+
+def by_hand_nkd(s, t, y, gamma=1.5, T=1.):
+    def one(a, b, y):
+        rest = [i for i in range(len(a)) if i!=y]
+        p,q = soft(b[None,rest], T)[0],soft(a[None,rest], T)[0]
+        return -soft(b[None])[0,y]*np.log(soft(a[None])[0,y]) - gamma*T**2*(p*np.log(q)).sum()
+    return mean_of(one, s, t, y)
+
+def by_hand_dist(s, t, tau=4.):
+    p,q = soft(s, tau),soft(t, tau)
+    return tau**2*((1-mean_of(corr, p, q)) + (1-mean_of(corr, p.T, q.T)))
+
+def by_hand_mlkd(s, t, T=(2.,3.,4.,5.,6.)):
+    res = 0
+    for o in T:
+        p,q = soft(s, o),soft(t, o)
+        res += by_hand_kd(s, t, o) + ((p.T@p-q.T@q)**2).sum()/s.shape[1] + ((p@p.T-q@q.T)**2).sum()/len(s)
+    return res
+
+def by_hand_sigmoid(s, t, T=2.):
+    p,q = (1/(1+np.exp(-o/T)) for o in (t,s))
+    return T**2*(p*np.log(p/q) + (1-p)*np.log((1-p)/(1-q))).mean()
+
+def by_hand_at(s, t):
+    look = lambda x: unit((x**2).mean(1).reshape(len(x), -1))
+    return ((look(s)-look(t))**2).mean()
+
+def by_hand_sp(s, t):
+    gram = lambda x: unit(np.array([[(a*b).sum() for b in x] for a in x]))
+    return ((gram(s)-gram(t))**2).sum()/len(s)**2
+
+def by_hand_pkt(s, t):
+    def p(x):
+        x = unit(pooled(x))
+        k = np.array([[(a@b+1)/2 for b in x] for a in x])
+        return k/k.sum(1, keepdims=True)
+    return (p(t)*np.log((p(t)+1e-7)/(p(s)+1e-7))).mean()
+
+def by_hand_cc(s, t, gamma=.4):
+    k = lambda x: np.array([[np.exp(-gamma*((a-b)**2).sum()) for b in unit(pooled(x))] for a in unit(pooled(x))])
+    return ((k(s)-k(t))**2).mean()
+
+def huber(x): return np.where(np.abs(x)<1, x**2/2, np.abs(x)-.5).mean()
+
+def by_hand_rkd(s, t):
+    def distances(x):
+        d = np.array([[np.linalg.norm(a-b) for b in x] for a in x])
+        return d/d[d>0].mean()
+    def angles(x): return np.array([[[unit(b-a)@unit(c-a) for c in x] for b in x] for a in x])
+    s,t = pooled(s),pooled(t)
+    return 25*huber(distances(s)-distances(t)) + 50*huber(angles(s)-angles(t))
+
+def by_hand_nst(s, t):
+    def mmd(a, b):
+        a,b = (unit(o.reshape(len(o), -1)) for o in (a,b))
+        k = lambda u,v: np.mean([(x@y)**2 for x in u for y in v])
+        return k(a, a) + k(b, b) - 2*k(a, b)
+    return mean_of(mmd, s, t)
+
+def by_hand_ickd(s, t):
+    def g(x):
+        x = x.reshape(len(x), -1)
+        return unit(np.array([[(a*b).sum() for b in x] for a in x]))
+    return mean_of(lambda a,b: ((g(a)-g(b))**2).mean(), s, t)
+
+def by_hand_pyramid(s, t):
+    def pool(x, n):
+        k = x.shape[2]//n
+        return x.reshape(*x.shape[:2], n, k, n, k).mean((3,5))
+    at = [((s-t)**2).mean()] + [((pool(s, n)-pool(t, n))**2).mean() for n in (4,2,1) if n<s.shape[2]]
+    w = [.5**i for i in range(len(at))]
+    return np.dot(w, at)/sum(w)
+
+def by_hand_vid(s, t):
+    var = np.array([.5,1.,2.])
+    return np.mean([((s[:,c]-t[:,c])**2/v + np.log(v)).mean()/2 for c,v in enumerate(var)])
+
+y = torch.tensor([3,0,4,1,1])
+of_logits = {'kd':(kd_loss,by_hand_kd), 'logits':(logits_loss,lambda s,t: ((s-t)**2).mean()), 'sigmoid':(partial(sigmoid_kd_loss, T=2.),by_hand_sigmoid), 'dkd':(partial(dkd_loss, y=y),lambda s,t: by_hand_dkd(s, t, y.numpy())),
+    'nkd':(partial(nkd_loss, y=y, T=2.),lambda s,t: by_hand_nkd(s, t, y.numpy(), T=2.)), 'dist':(dist_loss,by_hand_dist), 'mlkd':(mlkd_loss,by_hand_mlkd),
+    'standardized':(lambda s,t: kd_loss(standardize(s), standardize(t)),lambda s,t: by_hand_kd(*((o-o.mean(1, keepdims=True))/o.std(1, ddof=1, keepdims=True) for o in (s,t))))}
+of_maps = {'at':(at_loss,by_hand_at), 'hint':(hint_loss,lambda s,t: ((s-t)**2).mean()), 'sp':(sp_loss,by_hand_sp), 'pkt':(pkt_loss,by_hand_pkt), 'cc':(cc_loss,by_hand_cc), 'rkd':(rkd_loss,by_hand_rkd), 'nst':(nst_loss,by_hand_nst),
+    'ickd':(ickd_loss,by_hand_ickd), 'pyramid':(pyramid_loss,by_hand_pyramid), 'vid':(lambda s,t: vid_loss(s, torch.tensor([.5,1.,2.]).to(s), t),by_hand_vid)}
+losses = {**of_logits, **of_maps}
+
+def inputs(name, dtype=torch.float64): return [o.to(dtype) for o in ((torch.randn(5,5), 3*torch.randn(5,5)) if name in of_logits else (torch.randn(5,3,4,4), torch.randn(5,3,4,4)))]
+
+@pytest.mark.parametrize('name', losses)
+def test_by_hand(name):
+    loss,hand = losses[name]
+    s,t = inputs(name)
+    assert loss(s, t).dtype==torch.float64 and loss(s, t).item()==pytest.approx(hand(s.numpy(), t.numpy()), rel=1e-5)
+
+@pytest.mark.parametrize('name', losses)
+def test_gradients(name):
+    s,t = inputs(name)
+    assert gradcheck(lambda x: losses[name][0](x, t), s.requires_grad_())
+
+@pytest.mark.parametrize('name', losses)
+def test_no_less_than_float32(name):
+    "Half precision and another order in memory give what the values give"
+    loss,(s,t) = losses[name][0],inputs(name, torch.bfloat16)
+    assert loss(s, t).dtype==torch.float32
+    torch.testing.assert_close(loss(s, t), loss(s.float(), t.float()))
+    if name in of_maps: torch.testing.assert_close(loss(*(o.float().contiguous(memory_format=torch.channels_last) for o in (s,t))), loss(s.float(), t.float()))
+
+extremes = {'zeros':lambda x: torch.zeros_like(x), 'equal rows':lambda x: x[:1].expand_as(x).clone(), 'saturated':lambda x: 1e4*x.sign(), 'one image':lambda x: x[:1]}
+
+@pytest.mark.parametrize('name', losses)
+@pytest.mark.parametrize('extreme', extremes)
+def test_nothing_is_nan(name, extreme):
+    f = extremes[extreme]
+    for a,b in ((f,f),(f,noop),(noop,f)):
+        s,t = inputs(name, torch.float32)
+        s,t = a(s),b(t)
+        n = min(len(s), len(t))
+        s,t = s[:n].requires_grad_(),t[:n]
+        loss = losses[name][0]
+        if isinstance(loss, partial) and 'y' in loss.keywords: loss = partial(loss, y=y[:n])
+        v = loss(s, t)
+        assert v.isfinite() and torch.autograd.grad(v, s)[0].isfinite().all()
+
+zero = [n for n in losses if n not in ('nkd','vid')]
+
+@pytest.mark.parametrize('name', zero)
+def test_zero_where_they_agree(name):
+    _,t = inputs(name)
+    assert abs(losses[name][0](t.clone(), t).item())<1e-6
+
+@pytest.mark.parametrize('name', ['dkd','nkd','dist','kd','sigmoid'])
+def test_pixels_are_images(name):
+    "`(bs,c,h,w)` as the images that the pixels would be"
+    f = {'dkd':dkd_loss, 'nkd':nkd_loss, 'dist':dist_loss, 'kd':kd_loss, 'sigmoid':sigmoid_kd_loss}[name]
+    s,t,labels = torch.randn(2,5,3,4),torch.randn(2,5,3,4),torch.randint(5, (2,3,4))
+    flat = lambda o: o.movedim(1, -1).reshape(-1, 5)
+    args,rows = ((labels,),(labels.flatten(),)) if name in ('dkd','nkd') else ((),())
+    torch.testing.assert_close(f(s, t, *args), f(flat(s), flat(t), *rows))
+    torch.testing.assert_close(f(s.movedim(1, -1), t.movedim(1, -1), *args, axis=-1), f(s, t, *args))
+
+@pytest.mark.parametrize('f', [dkd_loss,nkd_loss])
+def test_pixels_without_a_label(f):
+    s,t,labels = torch.randn(6,5),torch.randn(6,5),torch.tensor([0,1,-100,4,255,2])
+    known = (labels>=0)&(labels<5)
+    torch.testing.assert_close(f(s, t, labels), f(s[known], t[known], labels[known]))
+
+# As callbacks
+
+names = [n for n in methods() if n!='sigmoidkd']  # which is for other targets
+apart = [n for n in names if n!='simkd']  # which puts another network in the student's place
+
+@pytest.fixture(scope='module')
+def trained():
+    set_seed(0)
+    learn = Learner(digits_dls(32, per_class=32), wrn(10, 2))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
+    return learn.model
+
+class Keep(Callback):
+    "The gradients of the first step, and what each term added"
+    def before_step(self):
+        self.grads = {n:p.grad.clone() for n,p in self.learn.student.named_parameters() if p.grad is not None}
+        self.added = {t.label:t.value.item() for t in self.learn.teacher.terms}
+        raise CancelFitException
+
+def term(name):
+    "A method without its ramp, at whose beginning it weighs nothing"
+    res, = terms_of(name)
+    if callable(res.weight): res.weight = res.weight(1.)
+    return res
+
+class Together:
+    "A learner with several methods, of which some are switched on"
+    def __init__(self, teacher, names):
+        set_seed(0)
+        self.asked = []
+        teacher = deepcopy(teacher)
+        teacher.stem.register_forward_hook(lambda m,i,o: self.asked.append(1) if len(o)>2 else None)
+        self.teacher,self.terms = teacher,{n:term(n) for n in names}
+        self.weights = {n:t.weight for n,t in self.terms.items()}
+        for t in self.terms.values(): t.weight = 0.
+        self.learn = distill_learner(digits_dls(12, per_class=4, pad=0), teacher, wrn(10, 1), cbs=[*self.terms.values(), Keep()], precision='float32', opt_func=SGD, loss_func=CrossEntropyLossFlat())
+
+    def step(self, *on):
+        "Gradients by name, what was added by label, and teacher forwards of a step with the methods `on`"
+        for n,t in self.terms.items(): t.weight = self.weights[n]*(n in on)
+        self.learn.dls.train.rng.seed(0)
+        self.asked.clear()
+        self.learn.model.zero_grad()
+        with self.learn.no_bar(), self.learn.no_logging(): self.learn.fit(1, 1e-3)
+        return self.learn.keep.grads,self.learn.keep.added,len(self.asked)
+
+def far(a, b): return (sum((a[n]-b[n]).norm()**2 for n in b)**.5/sum(b[n].norm()**2 for n in b)**.5).item()
+
+def minus(a, b): return {n:a[n]-b[n] for n in b}
+
+@pytest.fixture(scope='module')
+def alone(trained):
+    both = Together(trained, apart)
+    return both,both.step(),{n:both.step(n) for n in apart}
+
+@pytest.mark.parametrize('name', apart)
+def test_each_teaches_something(name, alone):
+    both,(labels,_,none),single = alone
+    grads,added,n = single[name]
+    assert none==0 and n==1 and added[both.terms[name].label]!=0 and sum(v!=0 for v in added.values())==1
+    assert far(grads, labels)>1e-3 and all(g.isfinite().all() for g in grads.values())
+    assert all(p.grad is None for p in both.teacher.parameters())
+
+@pytest.mark.parametrize('name', apart)
+def test_it_combines_with_each_other(name, alone):
+    "One teacher forward, and each adds what it adds alone"
+    both,(labels,*_),single = alone
+    for other in apart[apart.index(name)+1:]:
+        grads,added,n = both.step(name, other)
+        expected = {k:labels[k] + minus(single[name][0], labels)[k] + minus(single[other][0], labels)[k] for k in labels}
+        assert n==1 and far(grads, expected)<1e-3, other
+        for o in (name,other): assert added[both.terms[o].label]==pytest.approx(single[o][1][both.terms[o].label], rel=1e-4), other
+
+@pytest.mark.parametrize('name', apart)
+def test_the_exported_student_is_bare(name, trained, tmp_path, quiet):
+    "Whatever was learned beside it is in the optimizer and not in the file, and the teacher is as it was"
+    before = {k:v.clone() for k,v in trained.state_dict().items()}
+    learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=term(name), path=tmp_path)
+    made = [p for a in adapters_of(learn.model).values() for p in a.parameters()]
+    quiet(learn, 1, 1e-3)
+    in_optimizer = {id(p) for g in learn.opt.param_lists for p in g}
+    assert all(id(p) in in_optimizer for p in made) and n_hooks(trained, learn.student)==0
+    assert {*load_learner(learn.export_student()).model.state_dict()}=={*wrn(10, 1).state_dict()}
+    assert all(torch.equal(v, before[k]) for k,v in trained.state_dict().items())
+
+# The teacher's classifier
+
+def test_simkd_leaves_the_labels_out(trained):
+    alone,grads = Together(trained, ['simkd','kd','at']),{}
+    for on in ([],['simkd'],['kd'],['at'],['simkd','at'],['simkd','kd']): grads['+'.join(on)],_,n = alone.step(*on)
+    sim = grads['simkd']
+    body = {k:v for k,v in sim.items() if k.startswith('body.')}
+    assert 'classifier.weight' not in sim and far(body, {k:grads[''][k] for k in body})>.1
+    expected = {k:sim[k]+grads['at'][k]-grads[''][k] for k in body}
+    assert far({k:grads['simkd+at'][k] for k in body}, expected)<1e-3
+    expected = {k:sim[k]+grads['kd'][k]-.1*grads[''][k] for k in body}  # no label is left beside KD either
+    assert far({k:grads['simkd+kd'][k] for k in body}, expected)<1e-3
+
+@pytest.mark.parametrize('make', [partial(models.resnet18, num_classes=10), partial(models.mobilenet_v2, num_classes=10), partial(wrn, 10, 1)], ids=['resnet18','mobilenet','wrn'])
+def test_simkd_students(make, trained, tmp_path, quiet):
+    learn = distill_learner(digits_dls(20, per_class=4), trained, make(), cbs=SimKD(), path=tmp_path)
+    before = trained.fc.weight.clone()
+    quiet(learn, 1, 1e-3)
+    back,x = load_learner(learn.export_student()).model.eval(),torch.randn(2,3,32,32)
+    assert torch.equal(back(x), learn.student.eval()(x)) and torch.equal(back.classifier.weight, before)
+
+def test_simkd_on_a_learner_that_has_been_fitted(trained, quiet):
+    learn = quiet(distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1)), 1, 1e-3)
+    learn.add_cb(SimKD())
+    quiet(learn, 1, 1e-3)
+    assert type(learn.student) is Reuse and all(p.grad is not None for p in learn.student.projector.parameters())
+
+# Labels
+
+def test_a_mixture_has_the_mixture_of_values(trained, quiet):
+    seen = []
+    class Note(Callback):
+        order,run_valid = 2,False
+        def after_loss(self):
+            t,mix = self.learn.dkd,self.learn.mix_up
+            a,b = (dkd_loss(self.pred, self.learn.note.logits, o.as_subclass(Tensor), beta=2., reduction='none') for o in (self.y,mix.yb1[0]))
+            seen.append((t.value.item(), (mix.lam*a+(1-mix.lam)*b).mean().item()))
+    class Seen(DKD):
+        "Hands the teacher's logits to `Note`"
+        @property
+        def column(self): return 'dkd'
+        def term(self):
+            self.learn.note.logits = self.source.out.clone()
+            return super().term()
+    term = Seen(beta=2., ramp=0)
+    learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=[term, MixUp(), Note()], loss_func=CrossEntropyLossFlat())
+    learn.dkd = term
+    quiet(learn, 1, 1e-3)
+    assert seen and all(a==pytest.approx(b, rel=1e-4) for a,b in seen)
+
+def test_labels_that_a_function_cannot_mix(trained, quiet):
+    def sure_loss(s, t, y): return dkd_loss(s, t, y)
+    learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=[LogitKD(sure_loss), CutMix()], loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match="sure reads labels, which CutMix mixes"): quiet(learn, 1, 1e-3)
+    learn.remove_cb(CutMix)
+    quiet(learn, 1, 1e-3)
+    assert learn.recorder.history.sure[0]>0
+
+class FloatLabels(Callback):
+    order = -1
+    def before_batch(self): self.learn.yb = (F.one_hot(self.y.as_subclass(Tensor), 10).float(),)
+
+@pytest.mark.parametrize('name', ['dkd','nkd'])
+def test_labels_that_are_none(name, trained):
+    data = [(torch.randn(3,32,32), torch.rand(10)) for _ in range(8)]
+    dls = DataLoaders(*(DataLoader(data, bs=4) for _ in range(2)))
+    with pytest.raises(ValueError, match=f"{name.upper()}: it reads which class is right"): distill_learner(dls, trained, wrn(10, 1), cbs=term(name), loss_func=nn.CrossEntropyLoss())
+
+@pytest.mark.parametrize('name', [n for n in names if issubclass(methods()[n], LogitKD) and n!='mlkd'])
+def test_segmentation(name, quiet):
+    "A decision for each pixel, by a small and a large network, with pixels that have no label"
+    net = lambda c: nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 5, 1))
+    data = [(torch.randn(3,8,8), torch.randint(5, (8,8)).where(torch.rand(8,8)<.9, 255)) for _ in range(24)]
+    dls = DataLoaders(*(DataLoader(data, bs=8, shuffle=True) for _ in range(2)))
+    t = term(name)
+    learn = distill_learner(dls, net(16), net(4), cbs=t, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255))
+    quiet(learn, 2, 1e-2)
+    assert t.axis==1 and learn.recorder.history[name].iloc[-1]>0
+
+def test_the_axis_of_the_classes(quiet):
+    "A language model has its classes last"
+    data = [(torch.randint(7, (6,)), torch.randint(7, (6,))) for _ in range(16)]
+    dls = DataLoaders(*(DataLoader(data, bs=8) for _ in range(2)))
+    net = lambda n: nn.Sequential(nn.Embedding(7, n), nn.Linear(n, 7))
+    teacher,student = net(16),net(4)
+    learn = distill_learner(dls, teacher, student, cbs=[KD(alpha=.5), DKD(ramp=0.)], loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    keep = Keep()
+    learn.add_cb(keep)
+    x,y = (torch.stack(o) for o in zip(*data[:8]))
+    with torch.no_grad(): s,t = student(x).flatten(0, 1),teacher(x).flatten(0, 1)
+    quiet(learn, 1, 0.)
+    assert keep.added['kd']==pytest.approx(.5*kd_loss(s, t).item(), rel=1e-4) and keep.added['dkd']==pytest.approx(dkd_loss(s, t, y.flatten()).item(), rel=1e-4)
+
+def test_tabular(quiet):
+    "Two kinds of inputs, and labels (bs,1)"
+    from fastai.tabular.all import Categorify, TabularDataLoaders, tabular_learner
+    df = pd.DataFrame(dict(a=np.random.choice([*'xyz'], 120), b=np.random.randn(120)))
+    df['y'] = np.where(df.b+(df.a=='x')>0, 'yes', 'no')
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify], cat_names=['a'], cont_names=['b'], y_names='y', y_block=CategoryBlock(), bs=16, valid_idx=[*range(20)])
+    teacher,student = (tabular_learner(dls, layers=[n]).model for n in (50,8))
+    learn = distill_learner(dls, teacher, student, cbs=[KD(alpha=.5), *(term(n) for n in ('logits','dkd','nkd','dist','mlkd'))])
+    quiet(learn, 2, 1e-2)
+    assert all(learn.recorder.history[n].iloc[-1]>0 for n in ('kd','logits','nkd','dist','mlkd'))
+
+# Without labels
+
+class OnlyImages(Callback):
+    "Takes the labels away from training batches"
+    order = -10
+    def before_batch(self):
+        if self.training: self.learn.yb = ()
+
+def test_images_without_labels(trained, quiet):
+    "The student learns from the teacher alone, and validation is as it was"
+    def fit(*cbs, alpha):
+        set_seed(0)
+        dls = digits_dls(20, per_class=8, pad=0)
+        dls.train.rng.seed(0)
+        learn = distill_learner(dls, trained, wrn(10, 1), cbs=[KD(alpha=alpha), AT(), *cbs], opt_func=SGD, metrics=accuracy)
+        return quiet(learn, 2, 1e-3)
+    loss_func = (one := fit(OnlyImages(), alpha=1.)).loss_func
+    both = fit(alpha=1.)
+    for a,b in zip(one.student.parameters(), both.student.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert isinstance(loss_func, CrossEntropyLossFlat) and one.recorder.history.valid_loss.tolist()==pytest.approx(both.recorder.history.valid_loss.tolist(), rel=1e-3)
+    assert one.recorder.history.train_loss.eq(0).all() and one.recorder.history.kd[1]<one.recorder.history.kd[0]
+
+def test_a_folder_of_images_without_labels(trained, quiet, tmp_path):
+    for i,x in enumerate(digits_dls(1, per_class=2).train_ds): to_image(x[0]).save(tmp_path/f'{i}.png')
+    dls = DataBlock(ImageBlock, get_items=get_image_files, splitter=RandomSplitter(.2, seed=0), batch_tfms=Normalize.from_stats(*digits_stats, cuda=False)).dataloaders(tmp_path, bs=4, num_workers=0, device='cpu')
+    learn = distill_learner(dls, trained, wrn(10, 1), cbs=[KD(), SP()], loss_func=CrossEntropyLossFlat())
+    before = [p.clone() for p in learn.student.parameters()]
+    quiet(learn, 1, 1e-2)
+    assert all(not torch.equal(a, b) for a,b in zip(before, learn.student.parameters())) and isinstance(learn.loss_func, CrossEntropyLossFlat)
+    with pytest.raises(ValueError, match='DKD: it reads which class is right'): distill_learner(dls, trained, wrn(10, 1), cbs=DKD(), loss_func=CrossEntropyLossFlat())
+
+def test_an_interrupt_without_labels(trained, quiet):
+    def stop(cb): raise KeyboardInterrupt
+    learn = distill_learner(digits_dls(20, per_class=8), trained, wrn(10, 1), cbs=[OnlyImages(), Callback(after_backward=stop)])
+    with pytest.raises(KeyboardInterrupt): quiet(learn, 1, 1e-3)
+    assert isinstance(learn.loss_func, CrossEntropyLossFlat)
