@@ -26,9 +26,9 @@ def _is_float(yb): return isinstance(first(yb), Tensor) and first(yb).is_floatin
 def _is_cross_entropy(loss_func): return isinstance(getattr(loss_func, 'func', loss_func), nn.CrossEntropyLoss) or loss_func is F.cross_entropy
 
 # %% ../nbs/08_distill.ipynb #16607f58
-def _name_of(func):
+def _name_of(func, default):
     name = getattr(getattr(func, 'func', func), '__name__', '').removesuffix('_loss')
-    return name if name.isidentifier() else 'feature'
+    return name if name.isidentifier() else default
 
 def _as_labels(y, logits):
     "`y` as `(bs,...)` for logits `(bs,c,...)`; raises `ValueError` where they are not the numbers of classes"
@@ -51,7 +51,7 @@ class LogitKD(DistillCallback):
         self.labelled,self.reducible = 'y' in args,'reduction' in args
 
     @property
-    def column(self): return _name_of(self.func) if type(self) is LogitKD else super().column
+    def column(self): return _name_of(self.func, 'logit') if type(self) is LogitKD else super().column
 
     def prepare(self, probe):
         self.axis = getattr(self.learn.loss_func, 'axis', 1)
@@ -62,7 +62,8 @@ class LogitKD(DistillCallback):
         return {}
 
     def laid(self, logits):
-        x = logits.as_subclass(Tensor).movedim(self.axis, 1)
+        x = logits.as_subclass(Tensor)
+        x = x.movedim(self.axis, 1) if x.ndim>1 else x
         return standardize(x) if self.standardize else x
 
     def term(self):
@@ -89,8 +90,9 @@ def _with_labels(self:LogitKD, s, t):
     mix,y = _mixed(self.learn),_as_labels(self.y, s)
     if not mix: return self.func(s, t, y=y)
     if not self.reducible: raise ValueError(f"{self.column} reads labels, which {type(mix).__name__} mixes: leave that out, or give the function a `reduction`, 'none' for a value an image")
-    one,other = (self.func(s, t, y=o, reduction='none') for o in (y,_as_labels(first(mix.yb1), s)))
-    return torch.lerp(other, one, unsqueeze(tensor(mix.lam).to(one), n=one.ndim-1)).mean()
+    pairs = [(self.func(s, t, y=o, reduction='none'), ((o>=0)&(o<s.shape[1])).float()) for o in (_as_labels(first(mix.yb1), s),y)]
+    value,n = (torch.lerp(*o, unsqueeze(tensor(mix.lam).to(s.device), n=y.ndim-1)).sum() for o in zip(*pairs))
+    return value/n.clamp(min=1)
 
 # %% ../nbs/08_distill.ipynb #3aa87279
 def _along(weight):
@@ -159,27 +161,27 @@ class FeatureKD(DistillCallback):
         store_attr('func,pairs,per_stage,stem')
 
     @property
-    def column(self): return _name_of(self.func) if type(self) is FeatureKD else super().column
+    def column(self): return _name_of(self.func, 'feature') if type(self) is FeatureKD else super().column
 
     def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or pair_layers(student, network, xb, self.per_stage, self.stem, tfm))
 
     def prepare(self, probe):
         pairs = {a: (probe.student[a], probe.teacher[b]) for a,b in self.layers.items()}
         made = {a: self.adapter(s, t) for a,(s,t) in pairs.items()}
-        for a,(s,t) in pairs.items(): self._try(a, s if made[a] is None else made[a].to(s.device).eval()(s), t)
+        for a,(s,t) in pairs.items(): self._try(a, s, t, noop if made[a] is None else made[a].to(s.device).eval())
         return {self._key(a):m.train() for a,m in made.items() if m is not None}
 
     def adapter(self, s, t): "A module from the student's features to the teacher's, or None"
     def scale(self, s, t): return 1.
     def _key(self, a): return f'{self.label}_{a}'.replace('.', '_')
 
-    def _try(self, a, s, t):
+    def _try(self, a, s, t, adapter=noop):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings('error', message='Using a target size')
-                self.func(s, t.to(first(tuplify(s)).device))
+                self.func(adapter(s), t.to(s.device))
         except Exception as e:
-            raise ValueError(f"{self.column} cannot compare {a!r}, {tuple(first(tuplify(s)).shape)}, with {self.layers[a]!r}, {tuple(t.shape)}: {e}; choose other pairs") from e
+            raise ValueError(f"{self.column} cannot compare {a!r}, {tuple(s.shape)}, with {self.layers[a]!r}, {tuple(t.shape)}: {e}; choose other pairs") from e
 
     def term(self):
         taps,adapters = self.source.student_taps,adapters_of(self.learn.model)

@@ -18,6 +18,7 @@ from .distill import FeatureKD, KD, phased
 from .features import adapters_of, classifier_map, embedding_layer, get_layer, layer_sizes, seen_by
 from .losses import hint_loss
 from .losses_features import pyramid_loss, to_one_size, vid_loss
+from .losses_relations import embedding
 
 # %% ../nbs/08c_distill_features.ipynb #4fe71dc2
 class _Regressor(nn.Module):
@@ -74,13 +75,13 @@ class _Review(nn.Module):
     def forward(self, maps):
         outs,below = [],None
         for level,x in zip(reversed(self.levels), reversed(maps)):
-            out,below = level(_as_maps(x), below)
+            out,below = level(x, below)
             outs.insert(0, out)
         return outs
 
 # %% ../nbs/08c_distill_features.ipynb #fcea9e9c
 class ReviewKD(FeatureKD):
-    "Knowledge review: each level of the teacher from all deeper levels of the student, compared coarse and fine (Chen et al., arXiv:2104.09044)"
+    "Knowledge review: each level of the teacher from all deeper levels of the student, compared coarse and fine (Chen et al., arXiv:2104.09044); the sum over levels"
     def __init__(self,
         pairs:dict=None, # Student's layer to teacher's layer, shallow to deep; by default the ends of the stages with maps of one size, and what the classifiers read
         weight:float=5., # A number, or a fastai schedule over the fit
@@ -91,23 +92,27 @@ class ReviewKD(FeatureKD):
 
     def choose(self, student, network, tfm, xb):
         super().choose(student, network, tfm, xb)
-        if not self.pairs: self.layers.update({embedding_layer(student, xb): embedding_layer(network, seen_by(tfm, xb))})
+        self.pooled = None if self.pairs else embedding_layer(student, xb)
+        if self.pooled in self.layers: self.pooled = None
+        if self.pooled: self.layers[self.pooled] = embedding_layer(network, seen_by(tfm, xb))
+
+    def level(self, a, x): return embedding(x)[...,None,None] if a==self.pooled else _as_maps(x)
 
     def prepare(self, probe):
-        s,t = ([_as_maps(o[n]) for n in names] for o,names in ((probe.student,self.layers.keys()),(probe.teacher,self.layers.values())))
+        s,t = zip(*((self.level(a, probe.student[a]), self.level(a, probe.teacher[b])) for a,b in self.layers.items()))
         review = _Review(*([o.shape[1] for o in maps] for maps in (s,t))).to(s[0].device)
         for a,x,y in zip(self.layers, review.eval()(s), t): self._try(a, x, y)
         return {self._key('review'):review.train()}
 
     def term(self):
         review = adapters_of(self.learn.model)[self._key('review')]
-        maps = review([self.source.student_taps[a] for a in self.layers])
-        return sum(pyramid_loss(s, _as_maps(self.target(b))) for s,b in zip(maps, self.layers.values()))
+        maps = review([self.level(a, self.source.student_taps[a]) for a in self.layers])
+        return sum(pyramid_loss(s, self.level(a, self.target(b))) for s,(a,b) in zip(maps, self.layers.items()))
 
 # %% ../nbs/08c_distill_features.ipynb #d5eb614b
 def _body(student, layer):
     "A network that computes `layer` of `student`, and holds nothing that comes after"
-    names = [n for n,_ in student.named_children()]
+    names = [*student._modules]  # a module that stands there twice, twice
     if type(student) is nn.Sequential and layer in names: return student[:names.index(layer)+1]
     try: return nn.Sequential(create_feature_extractor(student, {layer:'map'}), _Item('map'))
     except Exception as e: raise ValueError(f"SimKD cannot cut this {type(student).__name__} after {layer!r} ({e}): use a student that torch.fx can trace, or an nn.Sequential") from e
@@ -128,7 +133,7 @@ class Reuse(nn.Module):
         factor:int=2 # The projector's inner width is the teacher's, divided by it
     ):
         super().__init__()
-        nf = classifier.in_features
+        nf,self.ni = classifier.in_features,ni
         layer = lambda a,b,ks: nn.Sequential(nn.Conv2d(a, b, ks, padding=ks//2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
         self.body,self.classifier = body,deepcopy(classifier).requires_grad_(False)
         self.projector = init_he(nn.Sequential(layer(ni, nf//factor, 1), layer(nf//factor, nf//factor, 3), layer(nf//factor, nf, 1)))
@@ -136,10 +141,12 @@ class Reuse(nn.Module):
     def forward(self, x): return self.classifier(self.projector(self.body(x)).mean((2,3)))
 
 # %% ../nbs/08c_distill_features.ipynb #947e507b
+def _equal(a, b): return a.weight.shape==b.weight.shape and all(torch.equal(p.cpu(), q.cpu()) for p,q in zip(a.parameters(), b.parameters()))
+
 def _pooled_hint(s, t): return hint_loss(*to_one_size(s, t))
 
 class SimKD(FeatureKD):
-    "The teacher's classifier on maps that the student learns to imitate, and no loss on labels (Chen et al., arXiv:2203.14001)"
+    "The teacher's classifier on maps that the student learns to imitate, and no loss on labels (Chen et al., arXiv:2203.14001); while it weighs nothing, labels teach"
     def __init__(self,
         weight:float=1., # A number, or a fastai schedule over the fit
         factor:int=2 # As for `Reuse`
@@ -149,15 +156,14 @@ class SimKD(FeatureKD):
 
     def build(self, student, network, tfm, xb):
         "A `Reuse` of `student`, which raises `ValueError` where one of the networks has no map of which its classifier reads the mean"
-        if isinstance(student, Reuse): return student
-        (a,_),(_,fc) = classifier_map(student, _noise(xb)),classifier_map(network, seen_by(tfm, _noise(xb)))
-        return Reuse(_body(student, a), layer_sizes(student, xb)[a][1], get_layer(network, fc), self.factor)
+        theirs = get_layer(network, classifier_map(network, seen_by(tfm, xb))[1])
+        if isinstance(student, Reuse): return student if _equal(student.classifier, theirs) else Reuse(student.body, student.ni, theirs, self.factor)
+        a,_ = classifier_map(student, xb)
+        return Reuse(_body(student, a), layer_sizes(student, xb)[a][1], theirs, self.factor)
 
-    def choose(self, student, network, tfm, xb): self.layers = {'projector': classifier_map(network, seen_by(tfm, _noise(xb)))[0]}
+    def choose(self, student, network, tfm, xb): self.layers = {'projector': classifier_map(network, seen_by(tfm, xb))[0]}
 
     def after_loss(self):
         super().after_loss()
         left = 1 - sum(t.now for t in self.source.terms if isinstance(t, KD))
         if self.acts(self.now): self.learn.loss_grad = self.learn.loss_grad - left*self.learn.loss
-
-def _noise(xb): return tuple(torch.randn_like(o) if o.is_floating_point() else o for o in xb)

@@ -9,7 +9,8 @@ __all__ = ['DKD_WRN', 'DKD_SMALL', 'NKD_CIFAR', 'DIST_IMAGENET', 'Logits', 'Sigm
 
 # %% ../nbs/08b_distill_logits.ipynb #b4e0c9a6
 from functools import partial
-from .distill import LogitKD, _is_float, _is_multi_label, phased
+from torch.nn import functional as F
+from .distill import LogitKD, _is_multi_label, phased
 from .losses import _check_temperature
 from .losses_logits import dist_loss, dkd_loss, logits_loss, mlkd_loss, nkd_loss, sigmoid_kd_loss
 
@@ -33,7 +34,9 @@ class SigmoidKD(LogitKD):
         super().__init__(partial(sigmoid_kd_loss, T=T), weight)
 
     def check(self, probe):
-        if not (_is_multi_label(self.learn.loss_func, probe.yb) or _is_float(probe.yb)): raise ValueError("SigmoidKD gives each label a probability of its own, but these targets are one class each: use KD")
+        loss = self.learn.loss_func
+        if not (_is_multi_label(loss, probe.yb) or loss is F.binary_cross_entropy_with_logits): raise ValueError(
+            "SigmoidKD gives each label a probability of its own, but these targets are not multi-label: use KD for classes, Logits for numbers")
 
 # %% ../nbs/08b_distill_logits.ipynb #43a1a57b
 DKD_WRN = dict(beta=6.)
@@ -89,3 +92,7 @@ class MLKD(LogitKD):
     ):
         for o in T: _check_temperature(o)
         super().__init__(partial(mlkd_loss, T=T), weight, standardize)
+
+    def check(self, probe):
+        super().check(probe)
+        if self.laid(probe.pred).ndim!=2: raise ValueError(f"MLKD compares images with each other, and takes one decision an image, got outputs {tuple(probe.pred.shape)}: use KD")

@@ -8,6 +8,7 @@ Docs: https://kdfast.github.io/kdfast/distill_relations.html.md"""
 __all__ = ['EmbeddingKD', 'RKD', 'PKT', 'CC', 'SP', 'NST', 'ICKD']
 
 # %% ../nbs/08d_distill_relations.ipynb #dc60e521
+import torch
 from functools import partial
 from torch import nn
 from .convs import init_he
@@ -37,7 +38,9 @@ class RKD(EmbeddingKD):
         weight:float=1., # A number, or a fastai schedule over the fit
         distance:float=25., # Weight of distances
         angle:float=50. # Weight of angles, of which there are `bs**3`; with 0 they are not computed
-    ): super().__init__(partial(rkd_loss, distance=distance, angle=angle), pairs, weight)
+    ):
+        if min(distance, angle)<0 or not distance+angle: raise ValueError(f"RKD weighs distances, angles or both, got distance={distance} and angle={angle}")
+        super().__init__(partial(rkd_loss, distance=distance, angle=angle), pairs, weight)
 
 class PKT(EmbeddingKD):
     "Which images are likely neighbours (Passalis and Tefas, arXiv:1803.10837)"
@@ -51,13 +54,13 @@ class CC(EmbeddingKD):
     "Correlation congruence: a Gaussian kernel of all pairs of images (Peng et al., arXiv:1904.01802)"
     def __init__(self,
         pairs:dict=None, # As for `EmbeddingKD`
-        weight:float=100., # A number, or a fastai schedule over the fit
+        weight:float=100., # Not the .02 that is published for another form of it. A number, or a fastai schedule over the fit
         gamma:float=.4 # Of the kernel
     ): super().__init__(partial(cc_loss, gamma=gamma), pairs, weight)
 
 # %% ../nbs/08d_distill_relations.ipynb #668603ef
 def _last_stage(net, x):
-    stages = [*stage_taps(net, x).values()]
+    stages = [] if any(isinstance(m, torch.fx.GraphModule) for m in net.modules()) else [*stage_taps(net, x).values()]
     if not stages: raise ValueError(f"This {type(net).__name__} has no stages: pass pairs={{'student.layer': 'teacher.layer'}}")
     return stages[-1][-1]
 

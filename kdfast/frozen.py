@@ -15,7 +15,7 @@ from fastai.vision.all import *
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .features import Taps, Truncated, get_layer
+from .features import Taps, Truncated, get_layer, random_like
 from .measure import eval_mode, probing
 
 # %% ../nbs/05b_frozen.ipynb #70e85944
@@ -79,11 +79,6 @@ def _followers(model, xb, taps):
     return {c:n for c,n in once if times[c]==times[n]==1}
 
 # %% ../nbs/05b_frozen.ipynb #d699673c
-def _random_like(xb):
-    g = torch.Generator().manual_seed(0)
-    numbers = lambda o: torch.randint(256, o.shape, generator=g) if o.dtype==torch.uint8 else torch.randn(o.shape, generator=g)
-    return tuple(numbers(o).to(o) if o.is_floating_point() or o.dtype==torch.uint8 else o for o in xb)
-
 def _says(model, xb, taps):
     with probing(model), Taps(model, taps) as t: return [model(*xb), *(t[n] for n in taps)]
 
@@ -96,7 +91,7 @@ def fold_norms(
     taps=() # Names of layers that are to put out the same as before
 ) -> nn.Module: # A copy in eval mode, in which an `nn.Identity` stands for each norm that was folded
     "Batch norms, folded into the convolutions before them wherever that changes nothing"
-    xb,net = _random_like(xb),deepcopy(model).eval()
+    xb,net = random_like(xb),deepcopy(model).eval()
     try:
         for c,n in _followers(net, xb, taps).items():
             net.set_submodule(c, fuse_conv_bn_eval(net.get_submodule(c), net.get_submodule(n)))

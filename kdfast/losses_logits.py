@@ -10,7 +10,7 @@ __all__ = ['logits_loss', 'sigmoid_kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss'
 # %% ../nbs/00b_losses_logits.ipynb #579200ce
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .losses import at_least_float, kd_loss, soften
+from .losses import at_least_float, full_precision, kd_loss, soften
 
 # %% ../nbs/00b_losses_logits.ipynb #d232d304
 def logits_loss(
@@ -24,8 +24,7 @@ def logits_loss(
 def sigmoid_kd_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
     target:Tensor, # Teacher's logits, same shape
-    T:float=1., # Temperature; raises `ValueError` unless positive
-    axis:int=1 # The axis of the labels
+    T:float=1. # Temperature; raises `ValueError` unless positive
 ) -> Tensor: # A scalar: the mean over labels, images and positions
     "`T**2` times the Kullback-Leibler divergence of each label's softened sigmoid: `kd_loss` for multi-label targets"
     pair = lambda o: torch.stack([at_least_float(o), torch.zeros_like(o, dtype=torch.promote_types(o.dtype, torch.float32))], -1)
@@ -113,12 +112,14 @@ def standardize(
     return (x-mean)/(std+1e-7)
 
 # %% ../nbs/00b_losses_logits.ipynb #3d9431a3
+@full_precision
 def mlkd_loss(
-    input:Tensor, # Student's logits, `(bs,c)`
+    input:Tensor, # Student's logits, `(bs,c)`; raises `ValueError` for another number of axes
     target:Tensor, # Teacher's logits, same shape
     T:tuple=(2.,3.,4.,5.,6.) # Temperatures
 ) -> Tensor: # A scalar, summed over temperatures
     "`kd_loss`, and the squared differences of the products of probabilities, `(c,c)` divided by c and `(bs,bs)` by bs (Jin et al., CVPR 2023)"
+    if input.ndim!=2: raise ValueError(f"MLKD compares images with each other and takes logits (bs,c), got shape {tuple(input.shape)}: use kd_loss for pixels and tokens")
     def level(T):
         s,t = (soften(o, T).exp() for o in (input,target))
         classes,images = s.T@s - t.T@t,s@s.T - t@t.T

@@ -10,20 +10,22 @@ __all__ = ['embedding', 'sp_loss', 'pkt_loss', 'cc_loss', 'rkd_loss', 'nst_loss'
 # %% ../nbs/00d_losses_relations.ipynb #a70313f1
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .losses import at_least_float
+from .losses import at_least_float, full_precision
 
 # %% ../nbs/00d_losses_relations.ipynb #91804ea4
 def embedding(
-    x:Tensor # Features, `(bs,d)`, or maps, `(bs,d,...)`
+    x:Tensor # Features, `(bs,d)`, or maps, `(bs,d,h,w)`; raises `ValueError` for tokens
 ) -> Tensor: # `(bs,d)`, at least float32
     "One vector an image: maps are averaged over their positions"
-    return at_least_float(x).flatten(2).mean(2) if x.ndim>2 else at_least_float(x)
+    if x.ndim not in (2,4): raise ValueError(f"One vector an image is read off features (bs,d) or maps (bs,d,h,w), got shape {tuple(x.shape)}: choose a layer that puts out one of them")
+    return at_least_float(x).mean((2,3)) if x.ndim==4 else at_least_float(x)
 
 # %% ../nbs/00d_losses_relations.ipynb #54f77d8d
 def _gram(x):
     x = at_least_float(x).flatten(1)
     return F.normalize(x@x.T)
 
+@full_precision
 def sp_loss(
     input:Tensor, # Student's features, `(bs,...)`
     target:Tensor # Teacher's, of any shape but for the number of images
@@ -37,6 +39,7 @@ def _neighbours(x):
     p = (x@x.T+1)/2
     return p/p.sum(1, keepdim=True).clamp(min=1e-7)
 
+@full_precision
 def pkt_loss(
     input:Tensor, # Student's features, `(bs,d,...)`
     target:Tensor # Teacher's, `(bs,d2,...)`
@@ -50,6 +53,7 @@ def _gaussians(x, gamma):
     x = F.normalize(embedding(x))
     return (2*gamma*(x@x.T-1)).exp()
 
+@full_precision
 def cc_loss(
     input:Tensor, # Student's features, `(bs,d,...)`
     target:Tensor, # Teacher's, `(bs,d2,...)`
@@ -69,6 +73,7 @@ def _angles(x):
     return e@e.mT
 
 # %% ../nbs/00d_losses_relations.ipynb #a5f28ca2
+@full_precision
 def rkd_loss(
     input:Tensor, # Student's features, `(bs,d,...)`
     target:Tensor, # Teacher's, `(bs,d2,...)`
@@ -77,11 +82,12 @@ def rkd_loss(
 ) -> Tensor: # A scalar
     "Smooth L1 of distances and of angles between the images of a batch (Park et al., arXiv:1904.05068)"
     s,t = embedding(input),embedding(target)
-    return sum(w*F.smooth_l1_loss(f(s), f(t)) for w,f in ((distance,_distances),(angle,_angles)) if w)
+    return sum((w*F.smooth_l1_loss(f(s), f(t)) for w,f in ((distance,_distances),(angle,_angles)) if w), s.new_zeros(()))
 
 # %% ../nbs/00d_losses_relations.ipynb #7ca08241
 def _kernel(a, b): return torch.bmm(a, b.mT).square().mean((1,2))
 
+@full_precision
 def nst_loss(
     input:Tensor, # Student's maps, `(bs,c,h,w)`
     target:Tensor # Teacher's maps, `(bs,c2,h2,w2)`: channels and size may differ
@@ -96,6 +102,7 @@ def _channel_products(x):
     x = at_least_float(x).flatten(2)
     return F.normalize(x@x.mT, dim=2)
 
+@full_precision
 def ickd_loss(
     input:Tensor, # Student's maps, `(bs,c,h,w)`, after its adapter if it has one
     target:Tensor # Teacher's maps, `(bs,c,h2,w2)`; raises `ValueError` for another number of channels

@@ -316,7 +316,10 @@ def _built(self:TeacherCallback, student, terms):
             if hasattr(t, 'build'): net = t.build(net, self.network, self.tfm, to_device(xb, device)).to(device)
     if net is not student:
         self.learn.model,self.learn.splitter = net,trainable_params
-        if self.learn.opt is not None: self.learn.create_opt()
+        if self.learn.opt is not None:
+            hypers = self.learn.opt.hypers[-1]  # those that fit has set
+            self.learn.create_opt()
+            self.learn.opt.set_hypers(**hypers)
     return net
 
 @patch

@@ -11,7 +11,7 @@ def fails(message, *args):
     with pytest.raises(SystemExit) as e: main(['table', *map(str, args)])
     assert str(e.value).startswith('kdfast: ') and message in str(e.value), e.value
 
-bad = {'table':(['banana'], "Unknown table 'banana': choose from moonshine, best-teacher, sanity"), 'row':(['sanity','--rows','16-1 from 99-1'], 'choose from 16-1 from 16-2, 16-1 from 40-1'),
+bad = {'table':(['banana'], "Unknown table 'banana': choose from methods, methods-cifar10, moonshine, best-teacher, sanity"), 'row':(['sanity','--rows','16-1 from 99-1'], 'choose from 16-1 from 16-2, 16-1 from 40-1'),
     'arm':(['taps','--arms','AT12'], "Unknown arm 'AT12': choose from alone, AT, AT6, AT9, AT18"), 'schedule':(['sanity','--schedule','quick'], 'choose from smoke, cpu, short, full'),
     'seeds':(['sanity','--seeds','0'], '--seeds is at least 1'), 'workers':(['sanity','--workers','0'], '--workers is at least 1'), 'imagenet on a cpu':(['imagenet','--schedule','cpu'], 'choose short or full'),
     'no imagenet':(['imagenet'], 'pass the folder that holds its train and val'), 'no folder':(['sanity','--data','/nowhere'], '/nowhere does not exist'),
