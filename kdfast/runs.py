@@ -51,7 +51,8 @@ class Run:
 
     def __post_init__(self):
         self._check_numbers()
-        terms_of(self.method),schedule_of(self.method),network_of(self.student),self.conv and conv_of(self.conv)
+        terms,_ = terms_of(self.method),(schedule_of(self.method),network_of(self.student),self.conv and conv_of(self.conv))
+        if any(hasattr(t, 'build') for t in terms): raise ValueError(f"{self.method} makes another network of the student, which cannot be built again from its name: use distill_learner")
         if (self.method=='control')!=(self.teacher is None): raise ValueError(f"The method {self.method} {'has no teacher: leave it out' if self.teacher else 'needs a teacher: pass a Run'}")
         for o in filter(None, (self.teacher,self.start)):
             if o.data!=self.data: raise ValueError(f"The teacher has learned the classes of {o.data}, not those of {self.data}: pass a Run on {self.data}")

@@ -157,7 +157,7 @@ _pruned = {f'{how} {rate}':dict(student='resnet34', start='teacher', chain=f'pru
 _pruning = ResearchTable('pruning', "A ResNet-34 without a part of its channels", 'imagenette', _pruned, dict(KD='kd'))
 
 # %% ../nbs/16g_tables.ipynb #f6878bd5
-_every = {k:k for k in methods() if k!='sigmoidkd'}
+_every = {k:k for k,c in methods().items() if k!='sigmoidkd' and not hasattr(c, 'build')}
 _every.update({'kd standardized':'kd:T=2:scale=10:standardize=True', 'kd+at':'kd+at', 'kd+at+sp':'kd+at+sp'})
 _methods = ResearchTable('methods', "Every method with its defaults, on six of each of scikit-learn's digits; the teacher has seen all", 'digits',
     {'10-1 from 16-2':dict(student='wrn-10-1', pct=.05, epochs=30, teacher=dict(student='wrn-16-2', bs=64, epochs=10))}, _every, tall=True)

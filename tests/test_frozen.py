@@ -136,7 +136,8 @@ def test_gradients_differ_by_rounding(precision, tol, dls, quiet):
         dls.train.rng.seed(0)
         quiet(distill_learner(dls, teacher, deepcopy(student), cbs=[KD(), AT(), keep], precision=p), 1)
         return keep.grads
-    assert 0<far(grads(precision), grads('float32'))<tol
+    rounded = precision=='int8' or native_bf16(torch.device('cpu'))
+    assert (far(grads(precision), grads('float32'))>0)==rounded and far(grads(precision), grads('float32'))<tol
 
 def test_weights_that_fastai_changes_are_seen(dls, teacher, quiet):
     "Its optimizers write to `p.data`, which no version counter tells"

@@ -499,3 +499,6 @@ def test_numbers_as_targets(quiet):
     assert learn.recorder.history.logits[0]>0
     for loss in (MSELossFlat(),nn.CrossEntropyLoss()):
         with pytest.raises(ValueError, match='not multi-label'): distill_learner(dls, net(), net(), cbs=SigmoidKD(), loss_func=loss)
+
+def test_a_sweep_refuses_what_it_cannot_build_again():
+    with pytest.raises(ValueError, match='makes another network of the student'): Run(method='simkd', teacher=Run(student='wrn-16-2'))
