@@ -18,6 +18,8 @@ from .distill import *
 from .distill_logits import *
 from .distill_features import *
 from .distill_relations import *
+from .distill_layers import *
+from .distill_online import *
 from .learner import *
 from .decay import *
 from .blocks import *

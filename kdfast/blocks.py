@@ -17,13 +17,13 @@ from .features import Taps, Truncated, adapters_of, bare_model, hint_adapter, pa
 from .learner import Learner  # its recorder with `history`
 from .losses import at_least_float, hint_loss
 from .measure import eval_mode, probing
-from .teacher import DistillCallback, TeacherCallback, device_of, keep_rng, probe_batch, split_batch
+from .teacher import DistillCallback, NoTeacher, TeacherCallback, device_of, keep_rng, probe_batch, split_batch
 from operator import itemgetter
 
 # %% ../nbs/10_blocks.ipynb #5a8bebd5
 def _teacher_cb(learn):
     cb = first(o for o in learn.cbs if isinstance(o, TeacherCallback))
-    if cb and cb.network is not None: return cb
+    if cb and cb.network is not None and not isinstance(cb.network, NoTeacher): return cb
     raise ValueError("fit_blocks needs a teacher to give hints: make the learner with distill_learner(dls, teacher, student)")
 
 def _check_order(blocks, order):
@@ -124,7 +124,6 @@ def _hint_of(i, tap):
 def _adapters(blocks):
     with torch.random.fork_rng(): made = {_key(b.tap): hint_adapter(b.shape, b.hint_shape) for b in blocks}
     return {k:m for k,m in made.items() if m is not None}
-
 
 def _inputs(dls, b): return to_device(split_batch(dls, tuplify(b))[0], device_of(dls))
 
@@ -384,5 +383,40 @@ def fit_blocks(self:Learner,
         for part,n,lr in zip(parts, epochs, lrs):
             if n: _hint_stage(self, cb, run, part, mode, validate, n, lr, cbs, **kwargs)
         if epochs[-1]: _label_stage(self, cb, run, last, unfreeze, epochs[-1], lrs[-1], cbs, **kwargs)
+    if hasattr(self, 'recorder'): run.tell(self.recorder)
+    return run
+
+# %% ../nbs/10_blocks.ipynb #0fa93eba
+class _NoLabels(Callback):
+    "Leaves the loss on the labels out"
+    order,run_valid = 0,False
+    def after_loss(self): self.learn.loss_grad = self.learn.loss.new_zeros(())
+
+@contextmanager
+def _in_stage(terms, stage):
+    for t in terms: t.stage = stage
+    try: yield
+    finally:
+        for t in terms: t.stage = None
+
+# %% ../nbs/10_blocks.ipynb #8c3507de
+@patch
+@delegates(Learner.fit_one_cycle, but=['n_epoch','lr_max','cbs','reset_opt','start_epoch'])
+def fit_two_stages(self:Learner,
+    first:int, # Epochs of the first stage
+    n_epoch:int, # Epochs of the second
+    lr_max=None, # Highest learning rate, or a list of two; the learner's if None
+    cbs=None, # `Callback`s for both stages
+    **kwargs
+) -> BlockFit: # The curves of both
+    "First the terms that are meant for it, without labels; then labels and the other terms; raises `ValueError` where no term is meant for a first stage"
+    cb,cbs,run = _teacher_cb(self),L(cbs).map(instantiate),BlockFit()
+    _check_learner(self, cbs)
+    if min(first, n_epoch)<1: raise ValueError(f"Each of the two stages has at least one epoch, got {first} and {n_epoch}: use fit_one_cycle for one stage")
+    if not any(1 in t.stages for t in cb.terms): raise ValueError("No term is meant for a first stage: add AB(), FSP(), FitNet() or FT() to the learner's callbacks")
+    cb.setup()
+    with _one_file([*self.cbs,*cbs]):
+        for stage,n,lr,extra in zip((1,2), (first,n_epoch), _each(lr_max, 2, 'lr_max'), ([_NoLabels()],[])):
+            with _in_stage(cb.terms, stage): _fit_stage(self, run, ('first','second')[stage-1], n, lr, [*cbs,*extra], _label_columns(self, cb), reset_opt=True, **kwargs)
     if hasattr(self, 'recorder'): run.tell(self.recorder)
     return run

@@ -164,11 +164,6 @@ _otherwise = ("The student sees other images than the teacher was asked about, b
     "leave that callback out, or use TeacherCache(views=4), which keeps views that are already augmented")
 
 # %% ../nbs/07_cache.ipynb #53066c5a
-@patch(as_prop=True)
-def _loader(self:TeacherCache):
-    "The user's training loader, not the part of it that falls to a process"
-    return vars(self.dls.train).get('dl', self.dls.train)
-
 @patch
 def _wanted(self:TeacherCache):
     "Name to `(term, layer)` of what the terms need of layers"
@@ -186,8 +181,8 @@ def _answers(self:TeacherCache, xb):
 # %% ../nbs/07_cache.ipynb #8ebf5a23
 @patch
 def _meta(self:TeacherCache):
-    source,data = self.source,_data_print(self._loader, self._n_inp)
-    xb = _drawn(self._loader, [0,1])
+    source,data = self.source,_data_print(self.source.loader, self._n_inp)
+    xb = _drawn(self.source.loader, [0,1])
     self.kinds = [(type(o), o.dtype) for o in xb]
     seen = self.sums(*source._seen(xb[:self._n_inp])).flatten().tolist()
     return dict(teacher=fingerprint(source.network), precision=[source.precision, str(autocast_dtype('auto', xb[0].device))], seen=seen, data=data, views=self.views)
@@ -233,8 +228,7 @@ def _read(self:TeacherCache, name, file):
 # %% ../nbs/07_cache.ipynb #d651b057
 @patch
 def _open(self:TeacherCache):
-    if not all(hasattr(self._loader, o) for o in ('new','create_batches')) or not self._loader.bs or not hasattr(self._loader.dataset, '__len__'): raise ValueError(
-        f"A cache must know which samples are in a batch, which a {type(self._loader).__name__} like this does not tell: use fastai's DataLoaders over a dataset with a length, and a batch size")
+    self.source.check_numbered()
     if self.source.precision is None: raise ValueError("precision=None is for a teacher that changes while it teaches, whose answers cannot be kept: use 'auto', or leave TeacherCache out")
     now = self._meta()
     self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,13 +248,13 @@ def _kept(self:TeacherCache, now):
 @patch
 def _share(self:TeacherCache):
     "The samples that fall to this process"
-    n,world,rank = len(self._loader.dataset),max(1, num_distrib()),rank_distrib()
+    n,world,rank = len(self.source.loader.dataset),max(1, num_distrib()),rank_distrib()
     return range(n*rank//world, n*(rank+1)//world)
 
 @patch
 def _arrays(self:TeacherCache):
     "Name to shape and type of what is to be kept"
-    dl,n_inp = self._loader,self._n_inp
+    dl,n_inp = self.source.loader,self._n_inp
     if not self.views: self._check_repeats(dl)
     self.source.refreeze()
     b,n = _drawn(dl, [0,1]),(max(1, self.views),len(dl.dataset))
@@ -279,7 +273,7 @@ def _check_repeats(self:TeacherCache, dl):
 @patch
 def _make(self:TeacherCache, meta):
     "Ask the teacher about everything, and write the folder"
-    with keep_rng(self._loader), ExitStack() as stack:
+    with keep_rng(self.source.loader), ExitStack() as stack:
         with _together():
             arrays = self._arrays()
             files = {k:f'{i}.npy' for i,k in enumerate(arrays)}
@@ -309,7 +303,7 @@ def _ask(self:TeacherCache, maps, v):
     "Write what the teacher says to view `v`, which it sees as it is kept, in half precision"
     share = self._share()
     at = share.start
-    for b in map(tuplify, _these(self._loader, [*share])):
+    for b in map(tuplify, _these(self.source.loader, [*share])):
         b = _rounded(b, self._n_inp) if self.views else b
         n,kept = find_bs(b),self._answers(b[:self._n_inp])
         if not all(o.abs().max()<65504 for o in [*b[:self._n_inp], *(o for k,o in kept.items() if k!='sums')]): raise ValueError("The teacher puts out NaN, or more than half precision holds: "
@@ -337,18 +331,11 @@ class _Replay(GetAttr):
 
 # %% ../nbs/07_cache.ipynb #e870cf7a
 @patch
-def _now(self:TeacherCache):
-    "View and numbers of the samples in this batch"
-    if self.views: return self.replay.view,self.replay.ids
-    dl = self.dl
-    return 0,dl._DataLoader__idxs[self.iter*dl.bs:(self.iter+1)*dl.bs]
-
-@patch
 def recall(self:TeacherCache,
     *xb:Tensor # What the student sees
 ) -> tuple: # Logits, None if they are not kept, and the parts of features by name
     "What the teacher says to the batch; raises `ValueError` where it has been asked about other images"
-    view,ids = self._now()
+    view,ids = self.replay.view if self.views else 0,self.source.ids
     kept = {k:torch.from_numpy(o[view,ids]).float().to(xb[0].device, non_blocking=True) for k,o in self.files.items() if not k.startswith('batch ')}
     sums = kept.pop('sums')
     self.same &= len(sums)==len(xb[0]) and _same_sums(self.sums(*xb), sums).all()

@@ -15,7 +15,7 @@ from fastai.vision.all import *
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .features import Taps, Truncated, get_layer, random_like
+from .features import Taps, Truncated, get_layer, logits_of, random_like
 from .measure import eval_mode, probing
 
 # %% ../nbs/05b_frozen.ipynb #70e85944
@@ -80,7 +80,7 @@ def _followers(model, xb, taps):
 
 # %% ../nbs/05b_frozen.ipynb #d699673c
 def _says(model, xb, taps):
-    with probing(model), Taps(model, taps) as t: return [model(*xb), *(t[n] for n in taps)]
+    with probing(model), Taps(model, taps) as t: return [logits_of(model(*xb)), *(t[n] for n in taps)]
 
 def _close(a, b): return all((x-y).norm()<=(5e-3 if y.is_cuda else 1e-4)*(y.norm()+1) for x,y in zip(a, b))  # GPUs round convolutions to TF32
 
@@ -155,7 +155,7 @@ def laid(self:Frozen,
 
 @patch
 def _read(self:Frozen, *xb):
-    out = self.run(*xb)
+    out = logits_of(self.run(*xb))
     maps = dict(self.taps.outs)
     self.taps.clear()
     return (out if self.outputs else None),maps

@@ -16,7 +16,7 @@ from .data import TensorDL
 from .distill import KD
 from .features import bare_model
 from .frozen import native_bf16
-from .teacher import AdaptedSplitter, DistillCallback, TeacherCallback, device_of, keep_rng
+from .teacher import AdaptedSplitter, DistillCallback, NoTeacher, TeacherCallback, device_of, keep_rng
 
 # %% ../nbs/09_learner.ipynb #34808b26
 class Renormalize:
@@ -130,7 +130,7 @@ def _is_term(cb): return issubclass(cb, DistillCallback) if isinstance(cb, type)
 @delegates(Learner.__init__)
 def distill_learner(
     dls:DataLoaders, # Any fastai `DataLoaders`
-    teacher, # A module, a `Learner`, or the path of an exported learner; None for the control arm
+    teacher, # A module, a `Learner`, or the path of an exported learner; None for the control arm, and for terms that ask none
     student, # A module; a callable that takes `n_out`; or an architecture as `vision_learner` takes it, with random weights
     cbs=None, # `Callback`s; those that distil, such as `[KD(), AT()]`, are `KD()` unless there is one
     precision:str='auto', # As for `TeacherCallback`: what the teacher computes in, bfloat16 where the device does so natively
@@ -140,9 +140,11 @@ def distill_learner(
     "A `Learner` that teaches `student` what `teacher` knows; raises `ValueError` where they do not fit"
     if num_distrib()>1: _any_device()
     student,cbs = student_of(student, dls),L(cbs)
-    has_term = any(map(_is_term, cbs))
-    if teacher is None and has_term: raise ValueError("A term needs a teacher: pass one, or leave the term out for the control arm")
-    if teacher is not None: cbs = TeacherCallback(*teacher_of(teacher, dls), precision, compile) + cbs + ([] if has_term else [KD()])
+    terms = [o for o in cbs if _is_term(o)]
+    if teacher is None and any(o.taught for o in terms): raise ValueError("A term needs a teacher: pass one, or leave the term out for the control arm")
+    if teacher is not None or terms:
+        source = (NoTeacher(),None) if teacher is None else teacher_of(teacher, dls)
+        cbs = TeacherCallback(*source, precision, compile) + cbs + ([] if terms else [KD()])
     return Learner(dls, student, cbs=LoaderHint() + cbs, **kwargs)
 
 # %% ../nbs/09_learner.ipynb #de5f482c

@@ -69,10 +69,11 @@ class BasicBlock(nn.Module):
         self.conv1,self.bn1 = conv(ni, nf, 3, stride),nn.BatchNorm2d(nf)
         self.conv2,self.bn2 = conv(nf, nf, 3, 1),nn.BatchNorm2d(nf)
         self.shortcut = nn.Identity() if ni==nf and stride==1 else nn.Sequential(nn.Conv2d(ni, nf, 1, stride, bias=False), nn.BatchNorm2d(nf))
+        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x):
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
-        return F.relu(out + self.shortcut(x), inplace=True)
+        return self.act(out + self.shortcut(x))
 
 # %% ../nbs/03_models.ipynb #847c2cbc
 _blocks = {10:(1,1,1,1), 14:(1,1,2,2), 18:(2,2,2,2), 20:(2,2,3,2), 26:(3,3,3,3), 34:(3,4,6,3)}

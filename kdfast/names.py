@@ -12,7 +12,7 @@ __all__ = ['schedules', 'methods', 'method_table', 'terms_of', 'schedule_of', 'c
 import ast, inspect
 import torchvision
 from fastai.vision.all import *
-from . import convs, data as data_room, distill, distill_features, distill_logits, distill_relations, models, structured
+from . import convs, data as data_room, distill, distill_features, distill_layers, distill_logits, distill_online, distill_relations, models, structured
 from .compress import Step
 from .distill import phased
 from .export import export_onnx, export_program
@@ -26,7 +26,7 @@ from .teacher import DistillCallback, probe_batch
 
 # %% ../nbs/16c_names.ipynb #4b34ea80
 schedules = {'blocks':{}, 'blocks-nostem':dict(stem=False), 'blocks-parallel':dict(mode='parallel'), 'simultaneous':dict(mode='simultaneous'),
-    'blocks-pretrained':dict(labels_first=True), 'blocks-random':dict(untaught=True)}
+    'blocks-pretrained':dict(labels_first=True), 'blocks-random':dict(untaught=True), 'two-stages':dict(two_stages=True)}
 
 def _below(c): return [d for o in c.__subclasses__() for d in (o, *_below(o))]
 
@@ -34,7 +34,7 @@ def _ours(base): return {c.__name__.lower():c for c in _below(base) if c.__modul
 
 def methods() -> dict: # Name to class
     "The terms that need no argument"
-    rooms = distill,distill_logits,distill_features,distill_relations
+    rooms = distill,distill_logits,distill_features,distill_relations,distill_layers,distill_online
     bare = lambda c: all(p.default is not p.empty for p in inspect.signature(c).parameters.values())
     terms = [c for o in rooms for c in vars(o).values() if inspect.isclass(c) and issubclass(c, DistillCallback) and c.__module__==o.__name__]
     return {c.__name__.lower():c for c in terms if bare(c)}

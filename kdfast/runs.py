@@ -124,8 +124,11 @@ def _shares(epochs, n):
     "`epochs` over `n` stages, the last ones being given what is left over"
     return [epochs*(i+1)//n - epochs*i//n for i in range(n)]
 
-def _epochs_of(learn, epochs, labels_first=False, untaught=False, stem=True, mode='stagewise'):
-    "Of `epochs`, those on labels before, those of every stage, and those of the classifier"
+def _epochs_of(learn, epochs, labels_first=False, untaught=False, stem=True, mode='stagewise', two_stages=False):
+    "Of `epochs`, those on labels before, those of every stage, and those of the classifier; of two stages, those of the first and of the second"
+    if two_stages:
+        if epochs<2: raise ValueError(f"Two stages take at least two epochs, got {epochs}: use more --epochs")
+        return 0,max(1, epochs//4),epochs-max(1, epochs//4)
     *blocks,_ = find_blocks(learn, stem=stem, mode=mode)
     n,quarter = len(blocks) if mode=='stagewise' else 1,max(1, epochs//4)
     if untaught: return 0,0,epochs
@@ -135,8 +138,9 @@ def _epochs_of(learn, epochs, labels_first=False, untaught=False, stem=True, mod
     return first,_shares(rest, n),quarter
 
 def _block_fit(learn, epochs, lr, stem=True, mode='stagewise', **how):
-    "`fit_blocks` in as many epochs as a fit on labels would take"
+    "`fit_blocks` or `fit_two_stages` in as many epochs as a fit on labels would take"
     first,stages,head = _epochs_of(learn, epochs, stem=stem, mode=mode, **how)
+    if how.get('two_stages'): return learn.fit_two_stages(stages, head, lr) and {}
     before,of_teacher = BlockFit(),[cb for cb in learn.cbs if isinstance(cb, (TeacherCallback,DistillCallback))]
     if first:
         with learn.removed_cbs(of_teacher): learn.fit_one_cycle(first, lr)

@@ -107,11 +107,71 @@ def by_hand_vid(s, t):
     var = np.array([.5,1.,2.])
     return np.mean([((s[:,c]-t[:,c])**2/v + np.log(v)).mean()/2 for c,v in enumerate(var)])
 
+def by_hand_tfkd(s, t, y, a=.99, T=20.):
+    def one(z, y):
+        p = np.full(len(z), (1-a)/(len(z)-1))
+        p[y] = a
+        return T**2*kl(soft(np.log(p)[None], T)[0], soft(z[None], T)[0])
+    return mean_of(one, s, y)
+
+def by_hand_cskd(s, t, y, T=4.):
+    "Each image from the next of its class"
+    res = []
+    for i in range(len(y)):
+        later = [j%len(y) for j in range(i+1, i+len(y)) if y[j%len(y)]==y[i]]
+        if later: res.append(T**2*kl(soft(t[later[0]][None], T)[0], soft(s[i][None], T)[0]))
+    return np.mean(res)
+
+def by_hand_ft(s, t): return mean_of(lambda a,b: np.abs(unit(a.ravel())-unit(b.ravel())).mean(), s, t)
+
+def by_hand_ab(s, t, m=1.):
+    on = np.where((s<=m)&(t>0), (s-m)**2, 0)
+    off = np.where((s>-m)&(t<=0), (s+m)**2, 0)
+    return (on+off).sum()/len(s)
+
+margins = [-.5,-1.,-2.]
+
+def by_hand_ofd(s, t):
+    res = 0.
+    for c,m in enumerate(margins):
+        for a,b in zip(s[:,c].ravel(), t[:,c].ravel()):
+            if b>0: res += (a-b)**2
+            elif b>m: res += (a-b)**2*(a>b)
+            else: res += (a-m)**2*(a>m)
+    return res/len(s)
+
+def halved(x): return x.reshape(*x.shape[:2], 2, 2, 2, 2).mean((3,5))
+
+def by_hand_fsp(s, t):
+    g = lambda a: np.array([[(u*v).mean() for v in a] for u in a])
+    return mean_of(lambda a,b: ((g(a)-g(b))**2).mean(), halved(s), halved(t))
+
+def by_hand_kdsvd(s, t):
+    def vectors(x, n):
+        return np.linalg.svd(x.reshape(len(x), -1).T)[2][:n].T
+    def pair(a, b):
+        v,w = vectors(a, 4),vectors(b, 1)
+        w = w*np.sign(w[np.abs(w).argmax()])
+        cos = (v.T@w)[:,0]
+        i = np.abs(cos).argmax()
+        return v[:,i]*np.sign(cos[i]),w[:,0]
+    rbf = lambda a,b: np.exp(-(a[:,None]-b[None])**2/8)
+    def one(a, b):
+        (v1,w1),(v2,w2) = pair(a, b),pair(halved(a[None])[0], halved(b[None])[0])
+        return ((rbf(v1, v2)-rbf(w1, w2))**2).sum()
+    return mean_of(one, s, t)
+
+def later(loss): return lambda s,t: loss(s, F.avg_pool2d(s, 2), t, F.avg_pool2d(t, 2))
+
+def from_labels(loss): return lambda s,t,y: loss(s, y=y)
+
 y = torch.tensor([3,0,4,1,1])
 of_logits = {'kd':(kd_loss,by_hand_kd), 'logits':(logits_loss,lambda s,t: ((s-t)**2).mean()), 'sigmoid':(partial(sigmoid_kd_loss, T=2.),by_hand_sigmoid), 'dkd':(partial(dkd_loss, y=y),lambda s,t: by_hand_dkd(s, t, y.numpy())),
     'nkd':(partial(nkd_loss, y=y, T=2.),lambda s,t: by_hand_nkd(s, t, y.numpy(), T=2.)), 'dist':(dist_loss,by_hand_dist), 'mlkd':(mlkd_loss,by_hand_mlkd),
+    'tfkd':(partial(from_labels(tfkd_loss), y=y),lambda s,t: by_hand_tfkd(s, t, y.numpy())), 'cskd':(partial(lambda s,t,y: cskd_loss(s, y, target=t), y=y),lambda s,t: by_hand_cskd(s, t, y.numpy())),
     'standardized':(lambda s,t: kd_loss(standardize(s), standardize(t)),lambda s,t: by_hand_kd(*((o-o.mean(1, keepdims=True))/o.std(1, ddof=1, keepdims=True) for o in (s,t))))}
 of_maps = {'at':(at_loss,by_hand_at), 'hint':(hint_loss,lambda s,t: ((s-t)**2).mean()), 'sp':(sp_loss,by_hand_sp), 'pkt':(pkt_loss,by_hand_pkt), 'cc':(cc_loss,by_hand_cc), 'rkd':(rkd_loss,by_hand_rkd), 'nst':(nst_loss,by_hand_nst),
+    'ft':(ft_loss,by_hand_ft), 'ab':(ab_loss,by_hand_ab), 'ofd':(partial(ofd_loss, margin=torch.tensor(margins)),by_hand_ofd), 'fsp':(later(fsp_loss),by_hand_fsp), 'kdsvd':(later(kdsvd_loss),by_hand_kdsvd),
     'ickd':(ickd_loss,by_hand_ickd), 'pyramid':(pyramid_loss,by_hand_pyramid), 'vid':(lambda s,t: vid_loss(s, torch.tensor([.5,1.,2.]).to(s), t),by_hand_vid)}
 losses = {**of_logits, **of_maps}
 
@@ -161,7 +221,7 @@ def test_nothing_is_nan(name, extreme):
         v = loss(s, t)
         assert v.isfinite() and torch.autograd.grad(v, s)[0].isfinite().all()
 
-zero = [n for n in losses if n not in ('nkd','vid')]
+zero = [n for n in losses if n not in ('nkd','vid','tfkd','cskd','ab')]
 
 @pytest.mark.parametrize('name', zero)
 def test_zero_where_they_agree(name):
@@ -220,11 +280,13 @@ class Together:
         self.weights = {n:t.weight for n,t in self.terms.items()}
         for t in self.terms.values(): t.weight = 0.
         self.learn = distill_learner(digits_dls(12, per_class=4, pad=0), teacher, wrn(10, 1), cbs=[*self.terms.values(), Keep()], precision='float32', opt_func=SGD, loss_func=CrossEntropyLossFlat())
+        self.before = deepcopy(self.learn.model.state_dict())
 
     def step(self, *on):
         "Gradients by name, what was added by label, and teacher forwards of a step with the methods `on`"
         for n,t in self.terms.items(): t.weight = self.weights[n]*(n in on)
         self.learn.dls.train.rng.seed(0)
+        self.learn.model.load_state_dict(self.before)  # some terms remember
         self.asked.clear()
         self.learn.model.zero_grad()
         with self.learn.no_bar(), self.learn.no_logging(): self.learn.fit(1, 1e-3)
@@ -243,7 +305,7 @@ def alone(trained):
 def test_each_teaches_something(name, alone):
     both,(labels,_,none),single = alone
     grads,added,n = single[name]
-    assert none==0 and n==1 and added[both.terms[name].label]!=0 and sum(v!=0 for v in added.values())==1
+    assert none==0 and n==both.terms[name].taught and added[both.terms[name].label]!=0 and sum(v!=0 for v in added.values())==1
     assert far(grads, labels)>1e-3 and all(g.isfinite().all() for g in grads.values())
     assert all(p.grad is None for p in both.teacher.parameters())
 
@@ -254,7 +316,7 @@ def test_it_combines_with_each_other(name, alone):
     for other in apart[apart.index(name)+1:]:
         grads,added,n = both.step(name, other)
         expected = {k:labels[k] + minus(single[name][0], labels)[k] + minus(single[other][0], labels)[k] for k in labels}
-        assert n==1 and far(grads, expected)<1e-3, other
+        assert n==any(both.terms[o].taught for o in (name,other)) and far(grads, expected)<1e-3, other
         for o in (name,other): assert added[both.terms[o].label]==pytest.approx(single[o][1][both.terms[o].label], rel=1e-4), other
 
 @pytest.mark.parametrize('name', apart)
@@ -342,7 +404,7 @@ def test_labels_that_are_none(name, trained):
     dls = DataLoaders(*(DataLoader(data, bs=4) for _ in range(2)))
     with pytest.raises(ValueError, match=f"{name.upper()}: it reads which class is right"): distill_learner(dls, trained, wrn(10, 1), cbs=term(name), loss_func=nn.CrossEntropyLoss())
 
-@pytest.mark.parametrize('name', [n for n in names if issubclass(methods()[n], LogitKD) and n!='mlkd'])
+@pytest.mark.parametrize('name', [n for n in names if issubclass(methods()[n], LogitKD) and n not in ('mlkd','cskd','dml')])
 def test_segmentation(name, quiet):
     "A decision for each pixel, by a small and a large network, with pixels that have no label"
     net = lambda c: nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 5, 1))
@@ -354,11 +416,13 @@ def test_segmentation(name, quiet):
     with torch.no_grad(): s,z = flat(student(x)),flat(teacher.eval()(x))
     known = y.flatten()<5
     by_pixel = t.func(s[known], z[known], y=y.flatten()[known]) if t.labelled else t.func(s, z)
-    learn = distill_learner(dls, teacher, student, cbs=[t, Keep()], loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255), precision='float32')
+    outputs = CrossEntropyLossFlat(axis=1, ignore_index=255)
+    learn = distill_learner(dls, teacher, student, cbs=[t, Keep()], loss_func=outputs, precision='float32')
     learn.dls.train.shuffle = False
     quiet(learn, 1, 1e-2)
     assert learn.keep.added[name]==pytest.approx(t.weight*by_pixel.item(), rel=1e-4)
-    with pytest.raises(ValueError, match='one decision an image'): distill_learner(dls, net(16), net(4), cbs=MLKD(), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255))
+    for other in (MLKD(),CSKD()):
+        with pytest.raises(ValueError, match='one decision an image'): distill_learner(dls, net(16), net(4), cbs=other, loss_func=outputs)
 
 def test_the_axis_of_the_classes(quiet):
     "A language model has its classes last"
@@ -439,7 +503,7 @@ def test_a_cache_gives_the_same(name, trained, tmp_path, monkeypatch, quiet):
     assert a.recorder.history.values==pytest.approx(b.recorder.history.values, rel=1e-3)
     for p,q in zip(a.student.parameters(), b.student.parameters()): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
-@pytest.mark.parametrize('name', ['vid','reviewkd','simkd','ickd'])
+@pytest.mark.parametrize('name', ['vid','reviewkd','simkd','ickd','crd','ofd','ft','dml'])
 def test_what_is_learned_beside_is_saved(name, trained, tmp_path, quiet):
     make = lambda: distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=term(name), path=tmp_path)
     learn = quiet(make(), 1, 1e-3)
@@ -502,3 +566,201 @@ def test_numbers_as_targets(quiet):
 
 def test_a_sweep_refuses_what_it_cannot_build_again():
     with pytest.raises(ValueError, match='makes another network of the student'): Run(method='simkd', teacher=Run(student='wrn-16-2'))
+
+# Which image it is
+
+def by_hand_crd(v, w, memories, ids, y, classes, norms, tau=.07):
+    "Both sums of noise contrastive estimation, image by image"
+    n,res = len(classes),0.
+    for i,j in enumerate(ids):
+        others = [o for o in range(n) if o!=j and classes[o]!=y[i]]
+        for emb,memory,z in ((v,memories[1],norms[0]),(w,memories[0],norms[1])):
+            x = np.exp(memory@emb[i]/tau - z)
+            noise = len(others)/n
+            res -= np.log(x[j]/(x[j]+noise)) + sum(np.log(noise/(x[o]+noise)) for o in others)
+    return res/len(ids)
+
+def test_contrast_by_hand():
+    torch.manual_seed(0)
+    m = Contrast(6, 9, 11, dim=4).double()
+    m.classes.copy_(torch.arange(11)%3)
+    s,t,ids,y = torch.randn(5,6).double(),torch.randn(5,9).double(),torch.tensor([7,2,10,0,5]),torch.tensor([7,2,10,0,5])%3
+    for _ in range(2):
+        memories = [o.clone().numpy() for o in (m.of_student,m.of_teacher)]
+        loss = m.contrast(s, t, ids, y)
+        v,w = (o.detach().numpy() for o in m(s, t))
+        assert loss.item()==pytest.approx(by_hand_crd(v, w, memories, ids.tolist(), y.tolist(), (np.arange(11)%3).tolist(), m.norms.numpy()), rel=1e-6)
+        for memory,old,new in ((m.of_student,memories[0],v),(m.of_teacher,memories[1],w)):
+            expected = old.copy()
+            for i,j in enumerate(ids.tolist()): expected[j] = unit(.5*old[j]+.5*new[i])
+            assert np.allclose(memory.numpy(), expected)
+        if not _: assert m.norms[0].item()==pytest.approx(np.log(11*np.exp(v@memories[1].T/.07).mean()))
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_the_memory_knows_its_images(workers, trained, quiet):
+    "Shuffled, loaded by workers, the last batch left out: each row is of the image whose number it has"
+    data = [(torch.randn(3,32,32), i%10) for i in range(50)]
+    make = lambda shuffle: DataLoader(data, bs=8, shuffle=shuffle, drop_last=shuffle, num_workers=workers)
+    learn = distill_learner(DataLoaders(make(True), make(False)), trained, wrn(10, 1), cbs=CRD(), loss_func=CrossEntropyLossFlat())
+    quiet(learn, 2, 1e-3)
+    classes = learn.model.adapters['crd_contrast'].classes
+    known = classes>=0
+    assert known.sum()>=48 and classes[known].tolist()==[i%10 for i in range(50) if known[i]]
+    assert 'crd' in learn.recorder.history and not hasattr(learn.student, 'of_student')
+
+def test_what_crd_refuses(trained, quiet):
+    dls = digits_dls(20, per_class=4)
+    learn = distill_learner(dls, trained, wrn(10, 1), cbs=[CRD(), MixUp()], loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match='CRD tells one image from others, and MixUp mixes them'): quiet(learn, 1, 1e-3)
+    plain = DataLoaders(*(torch.utils.data.DataLoader(dls.train_ds, batch_size=8) for _ in range(2)))
+    with pytest.raises(ValueError, match='which samples are in a batch'): distill_learner(plain, trained, wrn(10, 1), cbs=CRD(), loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match='positive temperature'): CRD(tau=0)
+    with pytest.raises(ValueError, match='got 2 pairs'): CRD({'pool':'pool', 'group3':'group3'})
+
+# Without a teacher
+
+def test_no_teacher_is_asked(trained, quiet):
+    learn = quiet(distill_learner(digits_dls(20, per_class=4), None, wrn(10, 1), cbs=[TfKD(alpha=.5), CSKD(), DML()]), 1, 1e-3)
+    assert isinstance(learn.teacher.network, NoTeacher) and all((learn.recorder.history[k]>0).all() for k in ('tfkd','cskd','dml'))
+    learn.add_cb(AT())
+    with pytest.raises(ValueError, match='AT need a teacher'): learn.teacher.setup()
+    with pytest.raises(ValueError, match='needs a teacher'): distill_learner(digits_dls(20, per_class=4), None, wrn(10, 1), cbs=[TfKD(), KD()])
+    with pytest.raises(ValueError, match='needs a teacher'): distill_learner(digits_dls(20, per_class=4), None, wrn(10, 1), cbs=TfKD()).fit_blocks(1)
+
+def test_the_control_stays_the_same(trained, quiet):
+    "A term that weighs nothing changes nothing, peers included"
+    def fit(*cbs, teacher=None):
+        set_seed(0)
+        dls = digits_dls(20, per_class=4)
+        dls.train.rng.seed(0)
+        return quiet(distill_learner(dls, teacher, wrn(10, 1), cbs=[*cbs]), 1, 1e-3)
+    a,b = fit(),fit(DML(peers=2, weight=0), CSKD(weight=0))
+    assert all(torch.equal(p, q) for p,q in zip(a.student.parameters(), b.student.parameters()))
+
+def test_peers_by_hand(quiet):
+    "Two students of plain SGD, each in a loop of its own"
+    set_seed(0)
+    dls = digits_dls(20, per_class=4, pad=0)
+    nets = [wrn(10, 1),wrn(10, 2)]
+    ours = [deepcopy(o) for o in nets]
+    dls.train.rng.seed(0)
+    learn = distill_learner(dls, None, ours[0], cbs=DML(peers=[ours[1]], weight=.5), opt_func=partial(SGD, mom=0.), wd=0., loss_func=CrossEntropyLossFlat())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    dls.train.rng.seed(0)
+    for x,y in dls.train:
+        outs = [o.train()(x) for o in nets]
+        for i,o in enumerate(nets):
+            loss = F.cross_entropy(outs[i], y.long()) + .5*kd_loss(outs[i], outs[1-i].detach(), T=1.)
+            grads = torch.autograd.grad(loss, [*o.parameters()], retain_graph=True)
+            with torch.no_grad():
+                for p,g in zip(o.parameters(), grads): p -= .01*g
+    for a,b in zip(nets, ours):
+        for p,q in zip(a.parameters(), b.parameters()): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+def test_what_peers_must_be(quiet):
+    dls = digits_dls(20, per_class=4)
+    with pytest.raises(ValueError, match='at least one peer'): DML(peers=0)
+    with pytest.raises(ValueError, match='at least one peer'): DML(peers=[wrn])
+    with pytest.raises(ValueError, match='Peers have the same outputs'): distill_learner(dls, None, wrn(10, 1), cbs=DML(peers=[wrn(10, 1, n_out=7)]))
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3*32*32, 10))
+        def forward(self, x): return x.flatten(1)@self.w
+    with pytest.raises(ValueError, match='pass the other students'): distill_learner(dls, None, Own(), cbs=DML())
+
+def test_images_alone_with_their_class(quiet):
+    data = [(torch.randn(3,32,32), i) for i in range(10)]
+    dls = DataLoaders(*(DataLoader(data, bs=5) for _ in range(2)))
+    learn = distill_learner(dls, None, wrn(10, 1), cbs=CSKD(), loss_func=CrossEntropyLossFlat())
+    with pytest.warns(UserWarning, match='100% of the images have no other of their class'): quiet(learn, 1, 1e-3)
+    assert learn.recorder.history.cskd[0]==0
+
+# Before the ReLU, and two stages
+
+@pytest.mark.parametrize('name', ['ab','ofd'])
+@pytest.mark.parametrize('student,teacher', [('resnet18','resnet34'),('resnet18','resnet50'),('resnet18','vgg11_bn')])
+def test_other_networks_before_the_relu(name, student, teacher):
+    nets = [getattr(torchvision.models, o)(weights=None, num_classes=10) for o in (student,teacher)]
+    learn = distill_learner(digits_dls(20, per_class=4), nets[1], nets[0], cbs=[term(name), Keep()], precision='float32')
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert learn.keep.added[name]>0
+
+def test_before_the_relu_there_is_something_below_zero(trained):
+    net = resnet(10, stem='small')
+    learn = distill_learner(digits_dls(20, per_class=4), resnet(14, stem='small'), net, cbs=OFD())
+    assert [*learn.ofd.layers]==[f'layer{i}.0.act:in' for i in (1,2,3,4)] and learn.ofd.layers['layer4.0.act:in']=='layer4.1.act:in'
+    x = torch.randn(2,3,32,32)
+    frozen = Frozen(net.eval(), (x,), ['layer1.0.act:in','layer1'], precision='float32')
+    _,maps = frozen(x)
+    torch.testing.assert_close(maps['layer1.0.act:in'].relu(), maps['layer1'])
+    assert (maps['layer1.0.act:in']<0).any()
+
+def test_two_stages_by_hand(trained, quiet):
+    "The first stage is a fit on the term alone, the second one on labels and soft labels"
+    def make(*terms):
+        set_seed(0)
+        dls = digits_dls(20, per_class=4, pad=0)
+        dls.train.rng.seed(0)
+        return distill_learner(dls, trained, wrn(10, 1), cbs=[*terms], opt_func=SGD, loss_func=CrossEntropyLossFlat())
+    class Alone(Callback):
+        order = 10
+        def after_loss(self): self.learn.loss_grad = self.learn.loss_grad - self.learn.loss
+    a,b = make(FitNet(), KD()),make(FitNet())
+    with a.no_bar(), a.no_logging(): a.fit_two_stages(2, 3, 1e-4, wd=0.)
+    b.add_cb(Alone())
+    with b.no_bar(), b.no_logging(): b.fit_one_cycle(2, 1e-4, wd=0.)
+    b.remove_cb(Alone)
+    b.remove_cb(FitNet)
+    b.add_cb(KD())
+    with b.no_bar(), b.no_logging(): b.fit_one_cycle(3, 1e-4, wd=0., reset_opt=True)
+    for p,q in zip(a.student.parameters(), b.student.parameters()): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+def test_the_paraphraser_learns_first(trained):
+    learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=FT())
+    factors,kept = learn.model.adapters['ft_group3'],{}
+    class Note(Callback):
+        def before_fit(self): kept[self.learn.ft.stage] = {k:v.clone() for k,v in (*factors.state_dict().items(), *self.learn.student.state_dict().items())}
+    with learn.no_bar(), learn.no_logging(): learn.fit_two_stages(1, 1, 1e-2, cbs=Note())
+    end = {**factors.state_dict(), **learn.student.state_dict()}
+    changed = lambda a,b,part: [not torch.equal(a[k], b[k]) for k in a if k.startswith(part) and 'num_batches' not in k]
+    first = kept[1],kept[2]
+    assert all(changed(*first, 'paraphraser')) and all(changed(*first, 'back')) and not any(changed(*first, 'translator'))
+    assert not any(changed(*first, 'group1.0.conv')) and not any(changed(*first, 'fc'))
+    second = kept[2],end
+    assert not any(changed(*second, 'paraphraser')) and not any(changed(*second, 'back')) and all(changed(*second, 'translator')) and all(changed(*second, 'fc'))
+
+# Other learners
+
+@pytest.mark.parametrize('names', ['kd+at','fitnet+dkd','vid+ickd+nst','ofd+ab','fsp'])
+def test_unets(names, quiet):
+    "A U-Net with a small body from one with a larger body"
+    from fastai.vision.models.unet import DynamicUnet
+    def net(arch):
+        body = create_body(arch(weights=None), 3, pretrained=False, cut=-2)
+        return DynamicUnet(body, 4, (32,32))
+    data = [(torch.randn(3,32,32), torch.randint(4, (32,32))) for _ in range(8)]
+    dls = DataLoaders(*(DataLoader(data, bs=4) for _ in range(2)))
+    teacher,student = net(models.resnet34),net(models.resnet18)
+    terms = terms_of(names)
+    learn = distill_learner(dls, teacher, student, cbs=terms, loss_func=CrossEntropyLossFlat(axis=1))
+    quiet(learn, 1, 1e-3)
+    assert all(learn.recorder.history[t.label][0]>0 for t in terms)
+
+def test_language_models(quiet):
+    "Recurrent networks, whose outputs are tuples, with a state that goes on from batch to batch"
+    from fastai.text.all import AWD_LSTM, LMDataLoader, get_language_model, LMLearner
+    torch.manual_seed(0)
+    tokens = [torch.randint(20, (200,)) for _ in range(4)]
+    dls = DataLoaders(*(LMDataLoader(tokens, bs=4, seq_len=10) for _ in range(2)))
+    config = lambda n: dict(emb_sz=n, n_hid=2*n, n_layers=2, pad_token=1, bidir=False, output_p=0., hidden_p=0., input_p=0., embed_p=0., weight_p=0., tie_weights=True, out_bias=True)
+    teacher,student = (get_language_model(AWD_LSTM, 20, config(n)) for n in (12,6))
+    asked = []
+    cbs = [KD(), ModelResetter(), RNNCallback()]
+    learn = distill_learner(dls, teacher, student, cbs=cbs, loss_func=CrossEntropyLossFlat(), precision='float32')
+    class Note(Callback):
+        run_valid,order = False,2
+        def after_loss(self): asked.append((self.learn.x.clone(), self.learn.kd.value))
+    learn.add_cb(Note())
+    quiet(learn, 2, 1e-3)
+    assert (learn.recorder.history.kd>0).all() and len(asked)>4
