@@ -206,9 +206,9 @@ def embedding_layer(
 _relus = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
 
 def _norm_of(calls, layer):
-    "Name of the last of the outermost norms in `layer`, which is not one of a shortcut"
-    inside = [(-n.count('.'), i, n) for i,(n,m,*_) in enumerate(calls) if n.startswith(f'{layer}.') and isinstance(m, _norms)]
-    return max(inside, default=(None,)*3)[2]
+    "Name of the last of the outermost norms in `layer`, which is not one of a shortcut; None if it does not end in norms"
+    inside = [(-n.count('.'), i, n, isinstance(m, _norms)) for i,(n,m,*_) in enumerate(calls) if n.startswith(f'{layer}.') and any(True for _ in m.parameters(recurse=False))]
+    return max(o for o in inside if o[3])[2] if inside and inside[-1][3] else None
 
 def before_relu(
     model:nn.Module, # Any network, run once in eval mode
