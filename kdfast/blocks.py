@@ -390,7 +390,7 @@ def fit_blocks(self:Learner,
 class _NoLabels(Callback):
     "Leaves the loss on the labels out"
     order,run_valid = 0,False
-    def after_loss(self): self.learn.loss_grad = self.learn.loss.new_zeros(())
+    def after_loss(self): self.learn.loss_grad = 0*self.learn.loss if num_distrib()>1 else self.learn.loss.new_zeros(())  # several processes wait for every gradient
 
 @contextmanager
 def _in_stage(terms, stage):

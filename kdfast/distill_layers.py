@@ -121,6 +121,10 @@ class _Factors(nn.Module):
         self.translator,self.paraphraser,self.back = _words(ns, n),_words(nt, n),_words(n, nt, nn.ConvTranspose2d)
 
 # %% ../nbs/08e_distill_layers.ipynb #b9aeb87a
+def _still(loss):
+    "`loss` without a gradient, or one of zeros where several processes wait for it"
+    return loss.detach() + 0*loss if num_distrib()>1 else loss.detach()
+
 class FT(FeatureKD):
     "Factor transfer: the teacher's last maps in fewer channels, and the student's likewise (Kim et al., arXiv:1802.04977)"
     stages = None,1,2
@@ -155,10 +159,11 @@ class FT(FeatureKD):
             m,(s,t) = self._factors(a),to_one_size(self.source.student_taps[a], self.target(b))
             factors = m.paraphraser(t)
             self.lost = self.lost + F.mse_loss(m.back(factors), t)
-            with torch.set_grad_enabled(self.stage!=1): res = res + ft_loss(m.translator(s), factors.detach())
-        return res/len(self.layers)
+            res = res + ft_loss(m.translator(s), factors.detach())
+        res = res/len(self.layers)
+        return _still(res) if self.stage==1 else res
 
     def after_loss(self):
         super().after_loss()
-        if self.stage!=2 and self.acts(self.now): self.learn.loss_grad = self.learn.loss_grad + self.lost
+        if self.acts(self.now): self.learn.loss_grad = self.learn.loss_grad + (_still(self.lost) if self.stage==2 else self.lost)
         self.lost = None

@@ -756,13 +756,35 @@ def test_language_models(quiet):
     tokens = [torch.randint(20, (200,)) for _ in range(4)]
     dls = DataLoaders(*(LMDataLoader(tokens, bs=4, seq_len=10) for _ in range(2)))
     config = lambda n: dict(emb_sz=n, n_hid=2*n, n_layers=2, pad_token=1, bidir=False, output_p=0., hidden_p=0., input_p=0., embed_p=0., weight_p=.1, tie_weights=True, out_bias=True)
-    teacher,student = (get_language_model(AWD_LSTM, 20, config(n)) for n in (12,6))
-    asked = []
-    cbs = [KD(), ModelResetter(), RNNCallback()]
-    learn = distill_learner(dls, teacher, student, cbs=cbs, loss_func=CrossEntropyLossFlat(), precision='float32')
+    teacher,by_hand,forgetful,student = (get_language_model(AWD_LSTM, 20, config(n)).eval() for n in (12,12,12,6))
+    for p in teacher.parameters(): p.data *= 4  # so that it has something to say, and to remember
+    for o in (by_hand,forgetful): o.load_state_dict(teacher.state_dict())
+    found = []
+    learn = distill_learner(dls, teacher, student, cbs=[KD(alpha=1.), ModelResetter(), RNNCallback()], loss_func=CrossEntropyLossFlat(), precision='float32')
     class Note(Callback):
+        "The teacher remembers what came before in this epoch, and nothing of the last one"
         run_valid,order = False,2
-        def after_loss(self): asked.append((self.learn.x.clone(), self.learn.kd.value))
+        def before_train(self): by_hand.reset()
+        def after_loss(self):
+            with torch.no_grad(): t = by_hand(self.x)[0]
+            forgetful.reset()
+            with torch.no_grad(): f = forgetful(self.x)[0]
+            found.append((self.learn.kd.value.item(), *(kd_loss(self.pred.flatten(0, 1), o.flatten(0, 1)).item() for o in (t,f))))
     learn.add_cb(Note())
     quiet(learn, 2, 1e-3)
-    assert (learn.recorder.history.kd>0).all() and len(asked)>4
+    assert len(found)>4 and all(a==pytest.approx(b, rel=1e-3) for a,b,_ in found) and any(a!=pytest.approx(c, rel=1e-2) for a,_,c in found)
+
+def test_logits_before_other_things(trained, quiet):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = trained
+        def forward(self, x):
+            out = self.net(x)
+            return out,-out
+    def fit(teacher):
+        set_seed(0)
+        dls = digits_dls(20, per_class=4)
+        dls.train.rng.seed(0)
+        return quiet(distill_learner(dls, teacher, wrn(10, 1), opt_func=SGD, precision='float32'), 1, 1e-3)
+    for a,b in zip(fit(trained).student.parameters(), fit(Two()).student.parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)

@@ -77,6 +77,21 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path):
     assert 'RuntimeError: a broken teacher' in str(e.value) and 'Process 1 could not make or read the cache (RuntimeError: a broken teacher)' in str(e.value)
     assert not [*tmp_path.glob('*cache')] and not [*tmp_path.glob('.*part')]
 
+def test_what_is_learned_and_remembered_beside_is_one(tmp_path):
+    "Peers, a paraphraser, and a memory that knows the images of all processes by their numbers"
+    a,b = trained('beside', 2, tmp_path)
+    for k,v in learnt(a['after']).items(): assert torch.equal(v, b['after'][k]), k
+    prefix = 'adapters.crd_contrast.'
+    assert any(k.startswith('adapters.dml_') for k in a['after']) and not torch.equal(a['before'][prefix+'of_student'], a['after'][prefix+'of_student'])
+    data = digits_dls(32, per_class=40, seed=1).train_ds
+    classes = a['after'][prefix+'classes']
+    assert (classes>=0).float().mean()>.9 and all(c in (-1,int(data[i][1])) for i,c in enumerate(classes.tolist()))
+
+def test_two_stages_in_two_processes(tmp_path):
+    a,b = trained('two-stages', 2, tmp_path)
+    for k,v in learnt(a['after']).items(): assert torch.equal(v, b['after'][k]), k
+    assert [o>0 for o in a['history']['fitnet']]==[True,False] and [o>0 for o in a['history']['kd']]==[False,True]
+
 def test_four_processes_end_with_one_student(tmp_path):
     states = trained('synced', 4, tmp_path)
     for o in states[1:]:

@@ -32,7 +32,7 @@ def main(how, file):
     dls = digits_dls(64//n, per_class=40, seed=1, pad=0 if whole else 4, device='cpu' if how=='synced' else None)  # a string, as users give it
     if whole: dls = tensor_dls(*((first64(dls)),)*2, bs=64//n, stats=digits_stats)
     teacher = wrn(10, 2)
-    terms = [KD(), AT(), FitNet()]
+    terms = {'beside':[CRD(), DML(), FT()], 'two-stages':[FT(), FitNet(), KD()]}.get(how, [KD(), AT(), FitNet()])
     learn = Learner(dls, wrn(10, 1)) if how=='plain' else distill_learner(dls, teacher, wrn(10, 1), cbs=terms, opt_func=SGD, metrics=accuracy)
     if whole: learn.add_cb(FreezeNorms())
     if how=='alone': learn.add_cb(Alone())
@@ -44,6 +44,7 @@ def main(how, file):
     with learn.no_bar(), learn.no_logging():
         with learn.distrib_ctx(sync_bn=False, cpu=True) if how=='alone' else all_processes(learn):
             if how in ('stagewise','parallel'): learn.fit_blocks(1, head=1, mode=how)
+            elif how=='two-stages': learn.fit_two_stages(1, 1, 1e-3)
             else: learn.fit(2, 2e-4 if whole else 1e-3)
     torch.save(dict(before=before, after=weights(learn.model), history=learn.recorder.history.to_dict('list'), kept=type(learn.model).__name__, sync=learn.count_synced.n), f'{file}.{rank_distrib()}')
 
