@@ -90,7 +90,8 @@ def _mixed(learn): return first(cb for cb in learn.cbs if isinstance(cb, MixHand
 def _with_labels(self:LogitKD, s, t):
     mix,y = _mixed(self.learn),_as_labels(self.y, s)
     if not mix: return self.func(s, t, y=y)
-    if not self.reducible: raise ValueError(f"{self.column} reads labels, which {type(mix).__name__} mixes: leave that out, or give the function a `reduction`, 'none' for a value an image")
+    remedy = ", or give the function a `reduction`, 'none' for a value an image" if type(self) is LogitKD else ''
+    if not self.reducible: raise ValueError(f"{self.column} reads labels, which {type(mix).__name__} mixes: leave that out{remedy}")
     pairs = [(self.func(s, t, y=o, reduction='none'), ((o>=0)&(o<s.shape[1])).float()) for o in (_as_labels(first(mix.yb1), s),y)]
     value,n = (torch.lerp(*o, unsqueeze(tensor(mix.lam).to(s.device), n=y.ndim-1)).sum() for o in zip(*pairs))
     return value/n.clamp(min=1)

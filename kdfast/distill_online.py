@@ -74,29 +74,43 @@ def twin(
 
 # %% ../nbs/08f_distill_online.ipynb #7ebb905f
 class DML(LogitKD):
-    "Deep mutual learning: students that teach each other while they learn (Zhang et al., arXiv:1706.00384)"
-    taught,reads_logits = False,False
+    "Deep mutual learning: students that teach each other while they learn (Zhang et al., arXiv:1706.00384); while it weighs nothing, peers do not learn"
+    taught,reads_logits,reuses,made = False,False,False,None
+    _stateattrs = ('made',)
     def __init__(self,
-        peers=1, # The other students: how many twins of the learner's, or a list of modules
+        peers=1, # The other students, which learn the labels as well: how many twins of the learner's, or modules
         T:float=1., # Temperature; raises `ValueError` unless positive
         weight:float=1. # A number, or a fastai schedule over the fit
     ):
         _check_temperature(T)
         super().__init__(partial(kd_loss, T=T), weight)
-        self.others = peers if isinstance(peers, int) else L(peers)
-        odd = [o for o in ([] if isinstance(peers, int) else self.others) if not isinstance(o, nn.Module)]
-        if odd or not self.others or isinstance(peers, int) and peers<1: raise ValueError(f"DML takes at least one peer, a number of twins or a list of modules, got {peers!r}")
+        self.n = peers if isinstance(peers, int) else 0
+        if not self.n: self.made = [peers] if isinstance(peers, nn.Module) else [] if peers==0 else [*peers]
+        if self.n<0 or not self.n and not (self.made and all(isinstance(o, nn.Module) for o in self.made)): raise ValueError(
+            f"DML takes at least one peer, a number of twins or a list of modules, got {peers!r}")
 
     @property
-    def peers(self): return [m for k,m in adapters_of(self.learn.model).items() if k.startswith(f'{self.label}_')]
+    def peers(self): return [m for k,m in adapters_of(self.learn.model).items() if re.fullmatch(rf'{self.label}_peer\d+', k)]
 
     def prepare(self, probe):
         super().prepare(probe)
-        made = [twin(bare_model(self.learn.model)) for _ in range(self.others)] if isinstance(self.others, int) else self.others
-        for o in made:
-            with probing(o.to(probe.pred.device)): shape = logits_of(o(*to_device(self.source.example, probe.pred.device))).shape
-            if shape!=probe.pred.shape: raise ValueError(f"Peers have the same outputs, got {tuple(probe.pred.shape[1:])} and {tuple(shape[1:])}: give each the n_out of these classes")
-        return {f'{self.label}_{i}':o for i,o in enumerate(made)}
+        student = bare_model(self.learn.model)
+        if not self.n and not self.made: raise ValueError("Peers are not exported with their learner: learn.remove_cb(DML), then learn.add_cb(DML(peers=[...]))")
+        if any(hasattr(t, 'build') for t in self.source.terms): raise ValueError("DML's students learn from labels, and another term has put a classifier into this one that does not learn: leave one of the two out")
+        if not self.made:
+            torch.manual_seed(torch.initial_seed()+1)  # or a student that has just been made with the same seed would be its own twin
+            self.made = [twin(student) for _ in range(self.n)]
+        self._check_peers(student, probe.pred)
+        return {f'{self.label}_peer{i}':o for i,o in enumerate(self.made)}
+
+    def _check_peers(self, student, pred):
+        owned = [id(p) for m in (student,self.source.network,*self.made) for p in {*m.parameters()}]
+        if len({*owned})<len(owned): raise ValueError("Two of DML's students, or one and the teacher, share parameters: pass modules of their own, peers=[...]")
+        for o in self.made:
+            try:
+                with probing(o.to(pred.device)): shape = logits_of(o(*to_device(self.source.example, pred.device))).shape
+            except Exception as e: raise ValueError(f"A peer, a {type(o).__name__}, cannot take what the student takes: {e}") from e
+            if shape!=pred.shape: raise ValueError(f"Peers have the same outputs, got {tuple(pred.shape[1:])} and {tuple(shape[1:])}: give each the n_out of these classes")
 
     def term(self):
         self.said = [logits_of(o(*self.learn.xb)) for o in self.peers]
@@ -109,5 +123,5 @@ class DML(LogitKD):
         if not self.acts(self.now): return
         for o in self.said:
             others = [p for p in (self.pred,*self.said) if p is not o]
-            self.learn.loss_grad = self.learn.loss_grad + self.loss_func(o, *self.yb) + self.now*self._taught_by(o, others)
+            self.learn.loss_grad = self.learn.loss_grad + bool(self.now)*self.loss_func(o, *self.yb) + self.now*self._taught_by(o, others)
         self.said = None

@@ -220,9 +220,11 @@ def before_relu(
     end = next(out for n,_,_,out,_ in calls if n==layer)
     after = [n for n,m,given,*_ in calls if isinstance(m, _norms) and given is end]
     before = lambda given,out,version: version-1 if given is out else given._version
-    relus = ((n, given, before(given, out, version)) for n,m,given,out,version in calls if isinstance(m, _relus) and out is end)
-    relu,given,version = next(relus, (None,)*3)
+    relus = [(i, *c) for i,c in enumerate(calls) if isinstance(c[1], _relus) and (c[2] is end or c[3] is end)]
+    i,relu,_,given,out,version = next(iter(relus), (None,)*6)
+    version = relu and before(given, out, version)
     norm = next((n for n,m,_,out,v in calls if isinstance(m, _norms) and out is given and v==version), None)  # a sum may have been added in place
+    if relu and not norm and relu in [n for n,*_ in calls[i+1:]]: raise ValueError(f"The ReLU {relu!r} of this {type(model).__name__} is called again after {layer!r}, so what it is given cannot be tapped: give each stage a ReLU of its own")
     if relu: return (norm,norm) if norm else (relu+_given, _norm_of(calls, layer))
     if after: return after[0],after[0]
     raise ValueError(f"No ReLU or norm follows {layer!r} of this {type(model).__name__}, so it cannot be told what a ReLU is given: choose another method, or pass pairs={{'student.layer': 'teacher.layer'}}")

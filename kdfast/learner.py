@@ -141,7 +141,9 @@ def distill_learner(
     if num_distrib()>1: _any_device()
     student,cbs = student_of(student, dls),L(cbs)
     terms = [o for o in cbs if _is_term(o)]
-    if teacher is None and any(o.taught for o in terms): raise ValueError("A term needs a teacher: pass one, or leave the term out for the control arm")
+    asks = any(o.taught for o in terms)
+    if teacher is None and asks: raise ValueError("A term needs a teacher: pass one, or leave the term out for the control arm")
+    if teacher is not None and terms and not asks: raise ValueError("None of these terms asks the teacher: pass None as teacher, or add KD()")
     if teacher is not None or terms:
         source = (NoTeacher(),None) if teacher is None else teacher_of(teacher, dls)
         cbs = TeacherCallback(*source, precision, compile) + cbs + ([] if terms else [KD()])

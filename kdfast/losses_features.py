@@ -50,7 +50,7 @@ def ft_loss(
     target:Tensor # What a paraphraser makes of the teacher's, same shape; raises `ValueError` otherwise
 ) -> Tensor: # A scalar: the mean over all elements
     "Mean absolute difference of maps of unit length (Kim et al., arXiv:1802.04977)"
-    if input.shape!=target.shape: raise ValueError(f"Factors of one shape are compared, got {tuple(input.shape)} and {tuple(target.shape)}: use `FT`, which learns to make them so")
+    if input.shape!=target.shape: raise ValueError(f"Factors of one shape are compared, got {tuple(input.shape)} and {tuple(target.shape)}: use `FactorTransfer`, which learns to make them so")
     s,t = (F.normalize(at_least_float(o).flatten(1)) for o in (input,target))
     return F.l1_loss(s, t)
 
@@ -86,7 +86,7 @@ def ofd_loss(
     "Squared difference from the teacher's maps, those below `margin` raised to it; none where both are below zero and the student lower (Heo et al., arXiv:1904.01866)"
     if input.shape!=target.shape: raise ValueError(f"Maps of one shape are compared, got {tuple(input.shape)} and {tuple(target.shape)}: use `OFD`, which learns a connector")
     s,t = at_least_float(input),at_least_float(target)
-    t = torch.maximum(t, at_least_float(margin)[:,None,None])
+    t = torch.maximum(t, at_least_float(margin).to(t)[:,None,None])
     return ((s-t)**2).where((s>t)|(t>0), 0).sum()/len(s)
 
 # %% ../nbs/00c_losses_features.ipynb #62962274

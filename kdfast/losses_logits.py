@@ -154,13 +154,14 @@ def next_of_class(
 
 def cskd_loss(
     input:Tensor, # Student's logits, `(bs,c)`; raises `ValueError` for another number of axes
-    y:Tensor, # Right classes, `(bs,)`
+    y:Tensor, # Right classes, `(bs,)`; others than 0 to c-1 have no partner
     T:float=4., # Temperature; raises `ValueError` unless positive
     target:Tensor=None # Logits in place of the student's own, for the partners
 ) -> Tensor: # A scalar: the mean over images that have a partner
     "`kd_loss` between two images of one class, the second without gradient (Yun et al., arXiv:2003.13964)"
     if input.ndim!=2: raise ValueError(f"CS-KD pairs images by their class and takes logits (bs,c), got shape {tuple(input.shape)}: use another method for pixels and tokens")
-    partner = next_of_class(y.as_subclass(Tensor))
+    y,ok = y.as_subclass(Tensor),_labelled(y, input.shape[1])[1]
+    partner = next_of_class(y.where(ok, -1-torch.arange(len(y), device=y.device)))  # what has no label has no class
     paired = partner!=torch.arange(len(partner), device=partner.device)
     s,t = (soften(o, T) for o in (input,(input if target is None else target).detach()[partner]))
     return _reduced(T**2*_kl(s, t), paired, 'mean')

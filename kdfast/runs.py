@@ -13,7 +13,7 @@ import kdfast
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from fastai.vision.all import *
-from .blocks import BlockFit, find_blocks
+from .blocks import BlockFit, find_blocks, first_terms
 from .compress import compressing
 from .decay import wd_groups as scale_decay
 from .distill import KD
@@ -127,6 +127,7 @@ def _shares(epochs, n):
 def _epochs_of(learn, epochs, labels_first=False, untaught=False, stem=True, mode='stagewise', two_stages=False):
     "Of `epochs`, those on labels before, those of every stage, and those of the classifier; of two stages, those of the first and of the second"
     if two_stages:
+        first_terms(learn)
         if epochs<2: raise ValueError(f"Two stages take at least two epochs, got {epochs}: use more --epochs")
         return 0,max(1, epochs//4),epochs-max(1, epochs//4)
     *blocks,_ = find_blocks(learn, stem=stem, mode=mode)
@@ -161,7 +162,9 @@ def _fitter(epochs, lr, bf16=False, how='fit_one_cycle', method='', steps=(), dr
     return fit
 
 def _learner(dls, teacher, student, method, by_compression=False, cbs=None, **kwargs):
-    learn = distill_learner(dls, None if method=='control' else teacher, student, [*terms_of(method), *L(cbs)], **kwargs)
+    terms = terms_of(method)
+    alone = method=='control' or terms and not any(t.taught for t in terms) and schedule_of(method) is None
+    learn = distill_learner(dls, None if alone else teacher, student, [*terms, *L(cbs)], **kwargs)
     if by_compression: scale_decay(learn)
     return learn.remove_cb(KD) if schedule_of(method) is not None and not terms_of(method) else learn
 

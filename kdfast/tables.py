@@ -158,7 +158,7 @@ _pruning = ResearchTable('pruning', "A ResNet-34 without a part of its channels"
 
 # %% ../nbs/16g_tables.ipynb #f6878bd5
 _every = {k:k for k,c in methods().items() if k!='sigmoidkd' and not hasattr(c, 'build')}
-_every.update({'kd standardized':'kd:T=2:scale=10:standardize=True', 'kd+at':'kd+at', 'kd+at+sp':'kd+at+sp', **{f'{o}, then kd':f'{o}+kd+two-stages' for o in ('fitnet','ab','fsp')}, 'ft in two stages':'ft+two-stages'})
+_every.update({'kd standardized':'kd:T=2:scale=10:standardize=True', 'kd+at':'kd+at', 'kd+at+sp':'kd+at+sp', **{f'{o}, then kd':f'{o}+kd+two-stages' for o in ('fitnet','ab','fsp')}, 'factortransfer in two stages':'factortransfer+two-stages'})
 _methods = ResearchTable('methods', "Every method with its defaults, on six of each of scikit-learn's digits; the teacher has seen all", 'digits',
     {'10-1 from 16-2':dict(student='wrn-10-1', pct=.05, epochs=30, teacher=dict(student='wrn-16-2', bs=64, epochs=10))}, _every, tall=True)
 _methods_cifar = ResearchTable('methods-cifar10', "Every method with its defaults", 'cifar10',

@@ -201,6 +201,7 @@ def _forget(self:TeacherCallback):
 
 @patch
 def _watch(self:TeacherCallback):
+    self.setup()
     if self.network is None: raise ValueError("A teacher is not exported with its learner, so attach a teacher before training on: "
         "learn.remove_cb(TeacherCallback); learn.add_cb(TeacherCallback(teacher))")
     if not self.terms: raise ValueError("A TeacherCallback alone teaches nothing: add a term, such as KD(), to the learner's callbacks")
@@ -218,7 +219,7 @@ def _watch(self:TeacherCallback):
 class DistillCallback(Callback):
     "Adds `weight` times what `term` computes to the loss of every training batch"
     order,run_valid,layers,reads_logits,label,now,value,total,count = 1,False,{},True,None,None,None,0.,0
-    taught,stage,stages = True,None,(None,2)
+    taught,stage,stages,reuses = True,None,(None,2),True
     def __init__(self,
         weight:float=1. # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`
     ): self.weight = weight
@@ -321,7 +322,8 @@ def setup(self:TeacherCallback):
     if any(isinstance(cb, TeacherCallback) and cb is not self for cb in self.learn.cbs): raise ValueError(
         "A learner has one TeacherCallback: remove the other with learn.remove_cb(TeacherCallback) first")
     student,terms = bare_model(self.learn.model),self.terms
-    known = [student, self.network, *terms]
+    if self.network is None and terms and not any(t.taught for t in terms): self.network = NoTeacher()  # which no export keeps
+    known = [student, self.network, self.dls, *terms]
     if self.network is None or _same(self.known, known): return
     asking = [type(t).__name__ for t in terms if t.taught]
     if asking and isinstance(self.network, NoTeacher): raise ValueError(f"{' and '.join(asking)} need a teacher: learn.remove_cb(TeacherCallback), then learn.add_cb(TeacherCallback(teacher))")
@@ -331,10 +333,8 @@ def setup(self:TeacherCallback):
     student = self._built(student, terms)
     probe,clones = self._probe(student, terms)
     self._label(terms)
-    adapters = {}
-    with torch.random.fork_rng():
-        for t in terms: adapters.update(t.prepare(probe))
-    self._adapt(student, adapters)
+    with torch.random.fork_rng(): made = [(t, t.prepare(probe)) for t in terms]
+    self._adapt(student, {k:a for _,o in made for k,a in o.items()}, {k for t,o in made if t.reuses for k in o})
     self.known,self.clones = [student, *known[1:]],clones
 
 @patch
@@ -381,11 +381,12 @@ class AdaptedSplitter:
         return groups + extra
 
 @patch
-def _adapt(self:TeacherCallback, student, adapters):
+def _adapt(self:TeacherCallback, student, adapters, reused):
     if not adapters: return
     learn,old,device = self.learn,adapters_of(self.learn.model),next(student.parameters()).device
-    shapes = lambda m: [p.shape for p in m.parameters()]
-    learn.model = Adapted(student, {k: old[k] if k in old and shapes(old[k])==shapes(a) else a.to(device) for k,a in adapters.items()})
+    shapes = lambda m: {k:v.shape for k,v in m.state_dict().items()}
+    keeps = lambda k: k in reused and k in old and shapes(old[k])==shapes(adapters[k])
+    learn.model = Adapted(student, {k: old[k] if keeps(k) else a.to(device) for k,a in adapters.items()})
     if not isinstance(learn.splitter, AdaptedSplitter): learn.splitter = AdaptedSplitter(learn.splitter)
 
 @patch

@@ -20,6 +20,14 @@ def dls(): return digits_dls(20, per_class=8)
 @pytest.fixture
 def teacher(): return wrn(10, 2)
 
+@pytest.fixture(scope='module')
+def trained():
+    "A teacher that says something"
+    set_seed(0)
+    learn = Learner(digits_dls(32, per_class=32), wrn(10, 2))
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
+    return learn.model
+
 @pytest.fixture
 def quiet():
     "Fit a learner without bars or lines"

@@ -32,13 +32,6 @@ def counted(net):
     net.register_forward_hook(lambda m,i,o: calls.append(len(i[0])) if len(i[0])>2 else None)
     return calls
 
-@pytest.fixture(scope='module')
-def trained():
-    set_seed(0)
-    learn = Learner(digits_dls(32, per_class=32), wrn(10, 2))
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
-    return learn.model
-
 @pytest.fixture
 def moved(trained):
     "A teacher that says something"

@@ -6,6 +6,7 @@ from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.cli import main
 from kdfast.experiments import load_network, save_network
+from kdfast.names import methods
 
 kdfast_command = str(Path(sys.executable).parent/'kdfast')
 small = '--pct .2 --teacher wrn-10-2 --student wrn-10-1 --method kd,kd+at --epochs 2 --teacher-epochs 1 --seeds 2'.split()
@@ -321,7 +322,19 @@ def test_blocks_on_digits(tmp_path, capsys):
     assert 'blocks, seed 0, group2: 2 epochs on hints' in out and 'blocks, seed 0, classifier: 1 epoch on labels' in out
     assert load_learner(tmp_path/'out/student-blocks.pkl').model(torch.zeros(2,3,32,32)).shape==(2,10)
 
-@pytest.mark.parametrize('options,message', [('--method blocks --epochs 3', 'too few for 3 stages'), ('--method blocks+simultaneous', 'choose one of blocks and simultaneous'),
+def test_every_method_by_its_name(tmp_path):
+    "Alone and in sums, with arguments, and in two stages"
+    names = [*(o for o in methods() if o!='sigmoidkd'), 'kd+at+sp', 'crd+dml:peers=2', 'factortransfer:k=.25+kd+two-stages', 'ab+kd+two-stages']
+    main(f"distill --pct .1 --teacher wrn-10-2 --student wrn-10-1 --method {','.join(names)} --epochs 2 --teacher-epochs 1 --out {tmp_path}/out".split())
+    runs = {r['arm']:r for r in record_of(tmp_path/'out')['runs']}
+    assert [*runs]==['control',*names]
+    columns = lambda arm: [o.split(':')[0] for o in arm.split('+') if o!='two-stages']
+    assert all(max(r['history'][c])>0 for k,r in runs.items() if k!='control' for c in columns(k))
+    assert runs['ab+kd+two-stages']['history']['stage']==['first','second'] and runs['ab+kd+two-stages']['history']['ab'][1]==0
+    bare = {*wrn(10, 1).state_dict()}
+    assert all({*load_learner(tmp_path/'out'/f).model.state_dict()}==bare for f in ('student-crd.pkl','student-dml.pkl','student-factortransfer.pkl'))
+
+@pytest.mark.parametrize('options,message', [('--method blocks --epochs 3', 'too few for 3 stages'), ('--method kd+two-stages', 'No term is meant for a first stage'), ('--method blocks+simultaneous', 'choose one of blocks and simultaneous'),
     ('--method blocks-parallel --student wrn-10-4', 'at least as wide'), ('--method block', 'blocks-parallel')])
 def test_blocks_that_cannot_be_are_refused_before_training(options, message, tmp_path):
     with pytest.raises(SystemExit, match=message): main(f'distill --pct .2 --teacher wrn-10-2 --out {tmp_path}/out {options}'.split())

@@ -248,13 +248,6 @@ def test_pixels_without_a_label(f):
 names = [n for n in methods() if n!='sigmoidkd']  # which is for other targets
 apart = [n for n in names if n!='simkd']  # which puts another network in the student's place
 
-@pytest.fixture(scope='module')
-def trained():
-    set_seed(0)
-    learn = Learner(digits_dls(32, per_class=32), wrn(10, 2))
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
-    return learn.model
-
 class Keep(Callback):
     "The gradients of the first step, and what each term added"
     def before_step(self):
@@ -502,7 +495,7 @@ def test_a_cache_gives_the_same(name, trained, tmp_path, monkeypatch, quiet):
     assert a.recorder.history.values==pytest.approx(b.recorder.history.values, rel=1e-3)
     for p,q in zip(a.student.parameters(), b.student.parameters()): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
-@pytest.mark.parametrize('name', ['vid','reviewkd','simkd','ickd','crd','ofd','ft','dml'])
+@pytest.mark.parametrize('name', ['vid','reviewkd','simkd','ickd','crd','ofd','factortransfer','dml'])
 def test_what_is_learned_beside_is_saved(name, trained, tmp_path, quiet):
     make = lambda: distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=term(name), path=tmp_path)
     learn = quiet(make(), 1, 1e-3)
@@ -581,7 +574,7 @@ def by_hand_crd(v, w, memories, ids, y, classes, norms, tau=.07):
 
 def test_contrast_by_hand():
     torch.manual_seed(0)
-    m = Contrast(6, 9, 11, dim=4).double()
+    m = ContrastMemory(6, 9, 11, dim=4).double()
     m.classes.copy_(torch.arange(11)%3)
     s,t,ids,y = torch.randn(5,6).double(),torch.randn(5,9).double(),torch.tensor([7,2,10,0,5]),torch.tensor([7,2,10,0,5])%3
     for _ in range(2):
@@ -717,10 +710,10 @@ def test_two_stages_by_hand(trained, quiet):
     for p,q in zip(a.student.parameters(), b.student.parameters()): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
 def test_the_paraphraser_learns_first(trained):
-    learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=FT())
-    factors,kept = learn.model.adapters['ft_group3'],{}
+    learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=FactorTransfer())
+    factors,kept = learn.model.adapters['factortransfer_group3'],{}
     class Note(Callback):
-        def before_fit(self): kept[self.learn.ft.stage] = {k:v.clone() for k,v in (*factors.state_dict().items(), *self.learn.student.state_dict().items())}
+        def before_fit(self): kept[self.learn.factor_transfer.stage] = {k:v.clone() for k,v in (*factors.state_dict().items(), *self.learn.student.state_dict().items())}
     with learn.no_bar(), learn.no_logging(): learn.fit_two_stages(1, 1, 1e-2, cbs=Note())
     end = {**factors.state_dict(), **learn.student.state_dict()}
     changed = lambda a,b,part: [not torch.equal(a[k], b[k]) for k in a if k.startswith(part) and 'num_batches' not in k]
@@ -735,13 +728,9 @@ def test_the_paraphraser_learns_first(trained):
 @pytest.mark.parametrize('names', ['kd+at','fitnet+dkd','vid+ickd+nst','ab','fsp+sp'])
 def test_unets(names, quiet):
     "A U-Net with a small body from one with a larger body"
-    from fastai.vision.models.unet import DynamicUnet
-    def net(arch):
-        body = create_body(arch(weights=None), 3, pretrained=False, cut=-2)
-        return DynamicUnet(body, 4, (32,32))
     data = [(torch.randn(3,32,32), torch.randint(4, (32,32))) for _ in range(8)]
     dls = DataLoaders(*(DataLoader(data, bs=4) for _ in range(2)))
-    teacher,student = net(models.resnet34),net(models.resnet18)
+    teacher,student = (unet_learner(dls, arch, n_out=4, pretrained=False, normalize=False, loss_func=noop).model for arch in (models.resnet34,models.resnet18))
     terms = terms_of(names)
     learn = distill_learner(dls, teacher, student, cbs=terms, loss_func=CrossEntropyLossFlat(axis=1))
     quiet(learn, 1, 1e-3)
@@ -788,3 +777,105 @@ def test_logits_before_other_things(trained, quiet):
         dls.train.rng.seed(0)
         return quiet(distill_learner(dls, teacher, wrn(10, 1), opt_func=SGD, precision='float32'), 1, 1e-3)
     for a,b in zip(fit(trained).student.parameters(), fit(Two()).student.parameters()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+# What else goes wrong
+
+def test_data_that_are_exchanged(trained, quiet):
+    "The memory is as long as the training set, and forgets another one"
+    few,more = digits_dls(20, per_class=4),digits_dls(20, per_class=6)
+    learn = quiet(distill_learner(few, trained, wrn(10, 1), cbs=CRD()), 1, 1e-3)
+    learn.dls = more
+    quiet(learn, 1, 1e-3)
+    memory = learn.model.adapters['crd_contrast']
+    assert len(memory.classes)==len(more.train_ds)==60 and (memory.classes>=0).all()
+    learn.dls = digits_dls(20, per_class=6, seed=7)
+    forgot = []
+    class Note(Callback):
+        def before_batch(self): forgot.append((memory.classes<0).all().item())
+    quiet(learn, 1, 0., cbs=Note())
+    assert forgot[0] and not forgot[-1]
+
+@pytest.mark.parametrize('shape,kind', [((),int), ((1,),int), ((),'unknown')])
+def test_labels_of_any_shape(shape, kind, trained, quiet):
+    data = [(torch.randn(3,32,32), torch.full(shape, -1 if kind=='unknown' and i%2 else i%5)) for i in range(20)]
+    dls = DataLoaders(*(DataLoader(data, bs=10, shuffle=True) for _ in range(2)))
+    loss = CrossEntropyLossFlat(ignore_index=-1)
+    learn = quiet(distill_learner(dls, trained, wrn(10, 1), cbs=[CRD(),CSKD(),TfKD(alpha=.5)], loss_func=lambda p,y,**kw: loss(p, y.flatten())), 1, 1e-3)
+    classes = learn.model.adapters['crd_contrast'].classes
+    assert classes.tolist()==[-1 if kind=='unknown' and i%2 else i%5 for i in range(20)] and learn.recorder.history.crd[0]>1 and learn.recorder.history.cskd[0]>0
+
+def test_peers_are_those_that_were_given(trained, quiet):
+    dls = digits_dls(20, per_class=4)
+    learn = quiet(distill_learner(dls, None, wrn(10, 1), cbs=DML()), 1, 1e-3)
+    learn.remove_cb(DML)
+    learn.add_cb(DML(peers=(peer := wrn(10, 1))))
+    quiet(learn, 1, 1e-3)
+    assert learn.dml.peers==[peer]
+    both = distill_learner(dls, None, wrn(10, 1), cbs=[DML(), DML(peers=2, T=2)])
+    assert [len(t.peers) for t in both.teacher.terms]==[1,2]
+    student = wrn(10, 1)
+    for peers in ([student],[peer,peer]):
+        with pytest.raises(ValueError, match='share parameters'): distill_learner(dls, None, student, cbs=DML(peers=peers))
+    with pytest.raises(ValueError, match='cannot take what the student takes'): distill_learner(dls, None, wrn(10, 1), cbs=DML(peers=[wrn(10, 1, n_in=1)]))
+    with pytest.raises(ValueError, match='does not learn: leave one'): distill_learner(dls, trained, wrn(10, 1), cbs=[SimKD(),DML()])
+
+def test_a_twin_is_no_copy():
+    "Not even of a student that was made from the same seed a moment ago"
+    set_seed(0)
+    student = wrn(10, 1)
+    set_seed(0)
+    learn = distill_learner(digits_dls(20, per_class=4), None, student, cbs=DML())
+    assert not any(torch.equal(p, q) for p,q in zip(student.parameters(), learn.dml.peers[0].parameters()) if p.ndim>1)
+
+def test_an_export_without_teacher_goes_on(tmp_path, quiet):
+    dls = digits_dls(20, per_class=4)
+    learn = quiet(distill_learner(dls, None, wrn(10, 1), cbs=[TfKD(alpha=.5), DML()], path=tmp_path), 1, 1e-3)
+    learn.export('l.pkl')
+    assert 2*(tmp_path/'student.pkl').stat().st_size>(tmp_path/'l.pkl').stat().st_size if learn.export_student().exists() else False
+    back = load_learner(tmp_path/'l.pkl')
+    back.dls = dls
+    quiet(back, 1, 1e-3)
+    assert (back.recorder.history[['tfkd','dml']]>0).all().all()
+
+def test_terms_that_leave_the_teacher_out(trained):
+    with pytest.raises(ValueError, match='pass None as teacher, or add'): distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=CSKD())
+
+def test_two_stages_after_a_fit_and_with_a_ramp(trained, quiet):
+    "No weight decay on what nobody teaches, whatever was trained before, and no crash where nothing weighs"
+    dls = digits_dls(20, per_class=4)
+    ab = AB(weight=phased(3e-3, ramp=.5))
+    learn = quiet(distill_learner(dls, trained, wrn(10, 1), cbs=[ab,KD()], opt_func=SGD), 1, 1e-3)
+    kept,seen = [],[]
+    class Note(Callback):
+        def before_fit(self): kept.append(self.learn.student.fc.weight.clone())
+    watch = SaveModelCallback(monitor='valid_loss')
+    class Seen(Callback):
+        def before_epoch(self): seen.append((self.learn.ab.stage, watch in self.learn.cbs))
+    with tempfile.TemporaryDirectory() as tmp, learn.no_bar(), learn.no_logging():
+        learn.path = Path(tmp)
+        learn.fit_two_stages(2, 1, 1e-2, wd=.5, cbs=[Note(),Seen(),watch])
+    assert torch.equal(*kept) and not torch.equal(kept[1], learn.student.fc.weight)
+    assert seen==[(1,False),(1,False),(2,True)]
+    with pytest.raises(ValueError, match="has the column 'nonsense'"): learn.fit_two_stages(1, 1, cbs=SaveModelCallback(monitor='nonsense'))
+
+def test_margins_follow_the_teacher(quiet):
+    teacher = wrn(10, 2)
+    learn = quiet(distill_learner(digits_dls(20, per_class=4), teacher, wrn(10, 1), cbs=OFD()), 1, 1e-3)
+    before = learn.ofd.margins['bn'].clone()
+    teacher.bn.bias.data += 1
+    quiet(learn, 1, 1e-3)
+    assert not torch.equal(learn.ofd.margins['bn'], before)
+
+def test_one_relu_for_all_stages():
+    act = nn.ReLU()
+    stage = lambda a,b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), act)
+    net = nn.Sequential(OrderedDict(a=stage(3, 8), b=stage(8, 16), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(16, 10)))
+    x = torch.randn(2,3,32,32)
+    assert before_relu(net, x, 'a')==('a.1','a.1')
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.act = act
+        def forward(self, x): return self.act(self.conv(x)+x)
+    with pytest.raises(ValueError, match='a ReLU of its own'): before_relu(nn.Sequential(OrderedDict(a=Sum(), b=Sum())), x, 'a')
