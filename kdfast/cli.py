@@ -373,7 +373,7 @@ def _client(address):
 # %% ../nbs/17_cli.ipynb #c1e2677a
 def tell_methods():
     "List the methods: what each compares, its arguments, its paper"
-    for o in method_table().itertuples(): _say(f'{o.Index:10} {o.compares}\n{"":10} {o.arguments}\n{"":10} {o.paper}')
+    for o in method_table().itertuples(): _say(f'{o.Index:14} {o.compares}\n{"":14} {o.arguments}\n{"":14} {o.paper}')
     _say("Join several with +, give arguments after colons: --method kd+at:weight=500:until=.8. Everyone's: since, until, ramp, parts of the fit.")
 
 # %% ../nbs/17_cli.ipynb #bf4f4179
