@@ -577,7 +577,7 @@ def test_contrast_by_hand():
     m = ContrastMemory(6, 9, 11, dim=4).double()
     m.classes.copy_(torch.arange(11)%3)
     s,t,ids,y = torch.randn(5,6).double(),torch.randn(5,9).double(),torch.tensor([7,2,10,0,5]),torch.tensor([7,2,10,0,5])%3
-    for _ in range(2):
+    for step in range(2):
         memories = [o.clone().numpy() for o in (m.of_student,m.of_teacher)]
         loss = m.contrast(s, t, ids, y)
         v,w = (o.detach().numpy() for o in m(s, t))
@@ -586,7 +586,7 @@ def test_contrast_by_hand():
             expected = old.copy()
             for i,j in enumerate(ids.tolist()): expected[j] = unit(.5*old[j]+.5*new[i])
             assert np.allclose(memory.numpy(), expected)
-        if not _: assert m.norms[0].item()==pytest.approx(np.log(11*np.exp(v@memories[1].T/.07).mean()))
+        if not step: assert m.norms[0].item()==pytest.approx(np.log(11*np.exp(v@memories[1].T/.07).mean()))
 
 @pytest.mark.parametrize('workers', [0,2])
 def test_the_memory_knows_its_images(workers, trained, quiet):
@@ -831,7 +831,7 @@ def test_an_export_without_teacher_goes_on(tmp_path, quiet):
     dls = digits_dls(20, per_class=4)
     learn = quiet(distill_learner(dls, None, wrn(10, 1), cbs=[TfKD(alpha=.5), DML()], path=tmp_path), 1, 1e-3)
     learn.export('l.pkl')
-    assert 2*(tmp_path/'student.pkl').stat().st_size>(tmp_path/'l.pkl').stat().st_size if learn.export_student().exists() else False
+    assert (tmp_path/'l.pkl').stat().st_size<1.5*learn.export_student().stat().st_size  # no peer is in it
     back = load_learner(tmp_path/'l.pkl')
     back.dls = dls
     quiet(back, 1, 1e-3)
