@@ -261,6 +261,8 @@ def term(name):
     if callable(res.weight): res.weight = res.weight(1.)
     return res
 
+def asked(teacher, term): return teacher if term.taught else None
+
 class Together:
     "A learner with several methods, of which some are switched on"
     def __init__(self, teacher, names):
@@ -315,7 +317,8 @@ def test_it_combines_with_each_other(name, alone):
 def test_the_exported_student_is_bare(name, trained, tmp_path, quiet):
     "Whatever was learned beside it is in the optimizer and not in the file, and the teacher is as it was"
     before = {k:v.clone() for k,v in trained.state_dict().items()}
-    learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=term(name), path=tmp_path)
+    t = term(name)
+    learn = distill_learner(digits_dls(20, per_class=4), asked(trained, t), wrn(10, 1), cbs=t, path=tmp_path)
     made = [p for a in adapters_of(learn.model).values() for p in a.parameters()]
     quiet(learn, 1, 1e-3)
     in_optimizer = {id(p) for g in learn.opt.param_lists for p in g}
@@ -409,12 +412,12 @@ def test_segmentation(name, quiet):
     known = y.flatten()<5
     by_pixel = t.func(s[known], z[known], y=y.flatten()[known]) if t.labelled else t.func(s, z)
     outputs = CrossEntropyLossFlat(axis=1, ignore_index=255)
-    learn = distill_learner(dls, teacher, student, cbs=[t, Keep()], loss_func=outputs, precision='float32')
+    learn = distill_learner(dls, asked(teacher, t), student, cbs=[t, Keep()], loss_func=outputs, precision='float32')
     learn.dls.train.shuffle = False
     quiet(learn, 1, 1e-2)
     assert learn.keep.added[name]==pytest.approx(t.weight*by_pixel.item(), rel=1e-4)
     for other in (MLKD(),CSKD()):
-        with pytest.raises(ValueError, match='one decision an image'): distill_learner(dls, net(16), net(4), cbs=other, loss_func=outputs)
+        with pytest.raises(ValueError, match='one decision an image'): distill_learner(dls, asked(net(16), other), net(4), cbs=other, loss_func=outputs)
 
 def test_the_axis_of_the_classes(quiet):
     "A language model has its classes last"
@@ -489,7 +492,8 @@ def test_a_cache_gives_the_same(name, trained, tmp_path, monkeypatch, quiet):
         set_seed(0)
         dls = digits_dls(16, per_class=4, pad=0)
         dls.train.rng.seed(0)
-        learn = distill_learner(dls, trained, wrn(10, 1), cbs=[term(name), *cbs], precision='float32', opt_func=SGD)
+        t = term(name)
+        learn = distill_learner(dls, asked(trained, t), wrn(10, 1), cbs=[t, *cbs], precision='float32', opt_func=SGD)
         return quiet(learn, 2, 1e-4)
     a,b = (fit(*o) for o in ((TeacherCache(tmp_path/'c'),), ()))
     assert a.recorder.history.values==pytest.approx(b.recorder.history.values, rel=1e-3)
@@ -497,7 +501,7 @@ def test_a_cache_gives_the_same(name, trained, tmp_path, monkeypatch, quiet):
 
 @pytest.mark.parametrize('name', ['vid','reviewkd','simkd','ickd','crd','ofd','factortransfer','dml'])
 def test_what_is_learned_beside_is_saved(name, trained, tmp_path, quiet):
-    make = lambda: distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=term(name), path=tmp_path)
+    make = lambda: distill_learner(digits_dls(20, per_class=4), asked(trained, t := term(name)), wrn(10, 1), cbs=t, path=tmp_path)
     learn = quiet(make(), 1, 1e-3)
     learn.save('m')
     back = make().load('m')
