@@ -24,7 +24,7 @@ from operator import itemgetter
 def _teacher_cb(learn):
     cb = first(o for o in learn.cbs if isinstance(o, TeacherCallback))
     if cb and cb.network is not None and not isinstance(cb.network, NoTeacher): return cb
-    raise ValueError("fit_blocks or fit_two_stages needs a teacher: make the learner with distill_learner(dls, teacher, student)")
+    raise ValueError("fit_blocks needs a teacher to give hints, and fit_two_stages one to learn from: make the learner with distill_learner(dls, teacher, student)")
 
 def _check_order(blocks, order):
     at = [order.index(b.hint) for b in blocks]
