@@ -85,8 +85,8 @@ class DML(LogitKD):
         _check_temperature(T)
         super().__init__(partial(kd_loss, T=T), weight)
         self.n = peers if isinstance(peers, int) else 0
-        if not self.n: self.made = [peers] if isinstance(peers, nn.Module) else [] if peers==0 else [*peers]
-        if self.n<0 or not self.n and not (self.made and all(isinstance(o, nn.Module) for o in self.made)): raise ValueError(
+        self.made = None if isinstance(peers, int) else [peers] if isinstance(peers, nn.Module) else [*L(peers)]
+        if self.n<1 and not (self.made and all(isinstance(o, nn.Module) for o in self.made)): raise ValueError(
             f"DML takes at least one peer, a number of twins or a list of modules, got {peers!r}")
 
     @property

@@ -201,7 +201,6 @@ def _forget(self:TeacherCallback):
 
 @patch
 def _watch(self:TeacherCallback):
-    self.setup()
     if self.network is None: raise ValueError("A teacher is not exported with its learner, so attach a teacher before training on: "
         "learn.remove_cb(TeacherCallback); learn.add_cb(TeacherCallback(teacher))")
     if not self.terms: raise ValueError("A TeacherCallback alone teaches nothing: add a term, such as KD(), to the learner's callbacks")
@@ -308,7 +307,7 @@ class Probe:
 def _same(a, b): return a is not None and len(a)==len(b) and all(x is y for x,y in zip(a, b))
 
 def _check_outputs(pred, target):
-    for name,o in {'teacher':pred if target is None else target, 'student':pred}.items():
+    for name,o in dict(student=pred, **({} if target is None else dict(teacher=target))).items():
         if not isinstance(o, Tensor): raise ValueError(f"The {name} must put out a tensor, got a {type(o).__name__}: wrap it in a module that returns its logits, alone or before other things")
     if target is None: return
     if pred.shape!=target.shape: raise ValueError(f"Student and teacher must have the same outputs, got {tuple(pred.shape[1:])} and {tuple(target.shape[1:])}: "
