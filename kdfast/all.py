@@ -25,6 +25,7 @@ from .decay import *
 from .blocks import *
 from .interpret import *
 from .look import *
+from .show import *
 from .prune import *
 from .factorize import *
 from .quantize import *

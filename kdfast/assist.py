@@ -26,14 +26,17 @@ class Ensemble(nn.Module):
     ):
         if len(teachers)<2: raise ValueError(f"An ensemble has at least two teachers, got {len(teachers)}: pass a single one itself")
         weights = tuple(weights or (1.,)*len(teachers))
-        if len(weights)!=len(teachers) or not all(0<w<math.inf for w in weights): raise ValueError(f"An ensemble has one positive weight for each of its {len(teachers)} teachers, got {weights}")
+        if len(weights)!=len(teachers) or not all(0<w<math.inf for w in weights): raise ValueError(
+            f"An ensemble has one positive weight for each of its {len(teachers)} teachers, got {weights}: pass as many, or leave weights out for equal ones")
         super().__init__()
         nets,self.tfms = zip(*(teacher_of(o, dls) for o in teachers))
         self.networks,self.T,self.shares = nn.ModuleList(nets),T,[w/sum(weights) for w in weights]
 
     def forward(self, *xb):
         outs = [net(*seen_by(tfm, xb)) for net,tfm in zip(self.networks, self.tfms)]
-        if len({o.shape for o in outs})>1: raise ValueError(f"The teachers of an ensemble have outputs of one shape, got {', '.join(str(tuple(o.shape[1:])) for o in outs)}")
+        if len({o.shape for o in outs})>1: raise ValueError(
+            f"The teachers of an ensemble have outputs of one shape, got {', '.join(str(tuple(o.shape[1:])) for o in outs)}: "
+            "give each the n_out of these classes")
         logs = torch.stack([soften(o, self.T) + math.log(w) for o,w in zip(outs, self.shares)])
         return self.T*logs.logsumexp(0)
 
@@ -49,7 +52,9 @@ def _check_chain(teacher, networks, dls):
     sizes,shapes = zip(*((count_params(o), _outputs(o, dls)) for o in made))
     if len({*shapes})>1: raise ValueError(f"The links of a chain have the same outputs, got {', '.join(map(str, shapes))}: give each the n_out of these classes")
     for i,(above,below) in enumerate(zip(sizes, sizes[1:])):
-        if below>above: warnings.warn(f"Link {i+1} of the chain has {below:,} parameters, more than its teacher's {above:,}: assistants go from large to small")
+        if below>above: warnings.warn(
+            f"Link {i+1} of the chain has {below:,} parameters, more than its teacher's {above:,}: assistants go from large to small, so put it further up, "
+            "or leave it out")
 
 def assist(
     dls:DataLoaders, # Any fastai `DataLoaders`
@@ -61,6 +66,8 @@ def assist(
     **kwargs # More of `distill_learner`, such as `metrics=accuracy`
 ) -> L: # The fitted learner of each link, the student's last
     "Distil along a chain: teacher, assistants, student (arXiv:1902.03393); raises `ValueError` where two links do not fit, before it trains the first of them"
+    if not isinstance(assistants, (list,tuple,L)): raise TypeError(
+        f"The assistants are a list, got a {type(assistants).__name__}: pass [assistant], or [] for none")
     networks,links = [*assistants,student],L()
     _check_chain(teacher, networks, dls)
     for network in networks:

@@ -172,7 +172,8 @@ class BlockFit:
     @property
     def history(self):
         "All epochs, one row each, losses on hints in columns of their own"
-        if not self.stages: raise ValueError("Nothing was recorded: the learner has no Recorder, or no stage came to its end")
+        if not self.stages: raise ValueError(
+            "Nothing was recorded, since the learner has no Recorder or no stage came to its end: leave the Recorder in, and call fit_blocks again")
         columns = dict.fromkeys(c for o in sorted(self.stages, key=itemgetter('hints')) for c in o['frame'])
         return pd.concat([o['frame'].assign(stage=o['name']) for o in self.stages], ignore_index=True)[['stage',*columns]]
 
@@ -200,7 +201,7 @@ def _draw(ax, start, stage):
 def plot(self:BlockFit):
     "The loss of every stage over the batches, hints and labels side by side; dots are on validation data"
     sides = [o for o in ([s for s in self.stages if s['hints']], [s for s in self.stages if not s['hints']]) if o]
-    if not sides: raise ValueError("Nothing to plot: no stage has been trained")
+    if not sides: raise ValueError("Nothing to plot, since no stage came to its end: call fit_blocks again")
     fig,axs = plt.subplots(1, len(sides), figsize=(4.5*len(sides),3.2), layout='constrained', squeeze=False)
     starts = dict(zip((o['name'] for o in self.stages), np.cumsum([0, *(len(o['losses']) for o in self.stages)])))
     for ax,stages in zip(axs[0], sides):

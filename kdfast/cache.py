@@ -203,7 +203,7 @@ def _together():
     if num_distrib()>1: distributed.all_gather_object(told, error and f'{type(error).__name__}: {error}')
     if error: raise error
     for rank,e in enumerate(told):
-        if e: raise RuntimeError(f"Process {rank} could not make or read the cache ({e})")
+        if e: raise RuntimeError(f"Process {rank} could not make or read the cache ({e}): mend what it says, and start all processes again")
 
 # %% ../nbs/07_cache.ipynb #8d709bc2
 @patch

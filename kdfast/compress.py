@@ -47,6 +47,8 @@ def _taken(learn, step, fit):
 # %% ../nbs/16b_compress.ipynb #9c8203c5
 def _as_steps(steps, folder):
     "Names for all; raises `ValueError` where one that is to be kept has none"
+    no_step = [o for o in steps if not (isinstance(o, Step) or callable(o))]
+    if no_step: raise TypeError(f"A step is a Step or a function of a learner, got {no_step[0]!r}: write Step('name', ...), or [lambda learn: learn.prune(.5)]")
     named = [o if isinstance(o, Step) else Step(getattr(o, '__name__', '<partial>'), o) for o in steps]
     odd = [o.name for o in named if o.name.startswith('<')]
     if folder and odd: raise ValueError(f"{odd[0]} says nothing of what it does, so what is kept could be taken for something else: write Step('name', ...)")

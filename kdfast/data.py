@@ -139,7 +139,9 @@ class TensorDL(TfmdDL):
 def _check_images(stats, *parts):
     for x,y in parts:
         if len(x)!=len(y) or not len(x): raise ValueError(f"{len(x)} images and {len(y)} labels: there must be at least one, and a label for each")
-        if x.dtype!=torch.uint8 or x.ndim!=4: raise ValueError(f"Images must be uint8 (n,c,h,w), got {x.dtype} {tuple(x.shape)}: for example (255*x).round().byte()")
+        if x.dtype!=torch.uint8 or x.ndim!=4: raise ValueError(
+            f"Images must be a uint8 tensor (n,c,h,w), got a {type(x).__name__} of {x.dtype} {tuple(x.shape)}: "
+            "pass tensor(x), or (255*tensor(x)).round().byte() where they are in [0,1]")
         if x.shape[1]!=len(stats[0]): raise ValueError(f"The images have {x.shape[1]} channels, stats {len(stats[0])}: pass stats=([mean, ...], [std, ...]), one each a channel")
 
 # %% ../nbs/05_data.ipynb #7dec458a
@@ -222,7 +224,8 @@ def _images(folder):
 # %% ../nbs/05_data.ipynb #63c20ff2
 def _split(root, parts, pct, seed):
     train,valid = (_images(root/p) for p in parts)
-    if set(train)!=set(valid): raise ValueError(f"{root}: the classes of {' and '.join(parts)} differ: {sorted(set(train)^set(valid))}")
+    if set(train)!=set(valid): raise ValueError(
+        f"{root}: the classes of {' and '.join(parts)} differ: {sorted(set(train)^set(valid))}, so give each a folder in both")
     train,valid = (sum(map(list, o.values()), []) for o in (train,valid))
     return [train[i] for i in stratified([f.parent.name for f in train], pct, seed=seed)],valid
 

@@ -44,7 +44,8 @@ class CompressedDecay(Callback):
         if self.opt.frozen_idx: raise ValueError("The groups of wd_groups are no stages of the network: learn.unfreeze() first, and freeze layers by requires_grad_(False)")
 
     def before_step(self):
-        if len({h['lr'] for h in self.opt.hypers})>1: raise ValueError("The groups of wd_groups share one learning rate: pass a number, no slice or list")
+        if len(lrs := {h['lr'] for h in self.opt.hypers})>1: raise ValueError(
+            f"The groups of wd_groups share one learning rate, got {sorted(lrs)}: pass a number, no slice or list")
         if [h['wd'] for h in self.opt.hypers]!=self.wds: raise ValueError("A schedule of wd overrides what wd_groups has set: leave one of them out")
 
 # %% ../nbs/09b_decay.ipynb #d022b4c5

@@ -34,8 +34,10 @@ def _name_of(func, default):
 def _as_labels(y, logits):
     "`y` as `(bs,...)` for logits `(bs,c,...)`; raises `ValueError` where they are not the numbers of classes"
     shape = (logits.shape[0],*logits.shape[2:])
-    if not isinstance(y, Tensor) or y.is_floating_point() or y.numel()!=math.prod(shape): raise ValueError(
-        "it reads which class is right, and these targets do not say that: use KD, or DataLoaders with a category for each output")
+    fits = isinstance(y, Tensor) and not y.is_floating_point() and y.numel()==math.prod(shape)
+    told = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else None if y is None else type(y).__name__
+    if not fits: raise ValueError(
+        f"it reads which class is right, and these targets ({told}) do not say that: use KD, or DataLoaders with a category for each output")
     return y.as_subclass(Tensor).reshape(shape).long()
 
 # %% ../nbs/08_distill.ipynb #69809d68
@@ -127,7 +129,8 @@ class KD(LogitKD):
     ):
         _check_temperature(T)
         values = _along(alpha)
-        if not all(0<=a<=1 for a in values): raise ValueError(f"alpha is the part of the loss that comes from the teacher, in [0,1], got {min(values)} to {max(values)}")
+        if not all(0<=a<=1 for a in values): raise ValueError(
+            f"alpha is the part of the loss that comes from the teacher, in [0,1], got {min(values)} to {max(values)}: .9 is the default")
         super().__init__(partial(kd_loss, T=T), alpha, standardize)
         self.T,self.scale = T,scale
 
@@ -160,8 +163,8 @@ class FeatureKD(DistillCallback):
         stem:bool=False # Pair the stems as well, where `pairs` is None
     ):
         super().__init__(weight)
-        if pairs is not None and not (isinstance(pairs, dict) and pairs): raise ValueError(
-            f"pairs must name at least one pair as {{'student.layer': 'teacher.layer'}}, got {pairs!r}; leave it out to have them found")
+        if pairs is not None and not (isinstance(pairs, dict) and pairs and all(isinstance(o, str) for p in pairs.items() for o in p)): raise ValueError(
+            f"pairs must name at least one pair as {{'student.layer': 'teacher.layer'}}, one name each, got {pairs!r}; leave it out to have them found")
         store_attr('func,pairs,per_stage,stem')
 
     @property
@@ -183,7 +186,9 @@ class FeatureKD(DistillCallback):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings('error', message='Using a target size')
-                self.func(adapter(s), t.to(s.device))
+                value = self.func(adapter(s), t.to(s.device))
+            if isinstance(value, Tensor) and value.numel()!=1: raise ValueError(
+                f"the function gives a tensor of shape {tuple(value.shape)}, no scalar, so let it end with .mean()")
         except Exception as e:
             raise ValueError(f"{self.column} cannot compare {a!r}, {tuple(s.shape)}, with {self.layers[a]!r}, {tuple(t.shape)}: {e}; choose other pairs") from e
 

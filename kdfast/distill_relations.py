@@ -37,7 +37,8 @@ class RKD(EmbeddingKD):
         distance:float=25., # Weight of distances
         angle:float=50. # Weight of angles, of which there are `bs**3`; with 0 they are not computed
     ):
-        if min(distance, angle)<0 or not distance+angle: raise ValueError(f"RKD weighs distances, angles or both, got distance={distance} and angle={angle}")
+        if min(distance, angle)<0 or not distance+angle: raise ValueError(
+            f"RKD weighs distances, angles or both, got distance={distance} and angle={angle}: 25 and 50 are published")
         super().__init__(partial(rkd_loss, distance=distance, angle=angle), pairs, weight)
 
 class PKT(EmbeddingKD):

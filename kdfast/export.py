@@ -29,7 +29,8 @@ def _check_same(run, model, net, size, what):
     if not isinstance(out, Tensor): raise ValueError(f"The {what} has to put out one tensor, got a {type(out).__name__}: wrap the network in a module that returns its logits")
     ours = run(x)
     for far,most in ((o, .3 if int8 else 1e-4) for o in (_far(ours, out),_far(run(x[:1]), ours[:1]))):
-        if not far<=most: raise ValueError(f"The {what} differs from the network by {far:.2g} of its outputs, more than {most:g}: it was not written")
+        if not far<=most: raise ValueError(f"The {what} differs from the network by {far:.2g} of its outputs, more than {most:g}, so it was not written: "
+            "take random numbers and decisions by values out of its forward")
 
 # %% ../nbs/14b_export.ipynb #e42417d7
 def _to_export(model):
@@ -51,7 +52,8 @@ def _writing(what, net):
         with _silent(), probing(net): yield
     except Exception as e:
         while e.__cause__ is not None: e = e.__cause__
-        raise ValueError(f"This network cannot be written as {what}: {(str(e).strip() or type(e).__name__).splitlines()[0]}") from e
+        raise ValueError(f"This network cannot be written as {what} ({(str(e).strip() or type(e).__name__).splitlines()[0]}): "
+            "let its forward take one batch of images and decide nothing by values, so that torch.export can trace it") from e
 
 # %% ../nbs/14b_export.ipynb #d423002f
 def _onnx():
@@ -66,10 +68,16 @@ class _InFile(_Fixed):
     ):
         super().__init__(getattr(reference, '_kdfast_reference', reference) or nn.Identity())
         self.file,self.opened = Path(file),None
-        if not self.file.is_file(): raise FileNotFoundError(f"{file} does not exist: pass a file that was written before")
+        if not self.file.is_file(): raise FileNotFoundError(f"{file} does not exist: pass a file that export_onnx or export_program wrote")
+
+    def _open(self):
+        try: return self.open()
+        except ImportError: raise
+        except Exception as e: raise ValueError(
+            f"{self.file} cannot be opened ({type(e).__name__}: {e}): write it again, and give an ONNX file to OnnxModel, a .pt2 file to ProgramModel") from e
 
     def forward(self, x):
-        if self.opened is None: self.opened = (self.open(),)
+        if self.opened is None: self.opened = (self._open(),)
         return self.run(self.opened[0], x.as_subclass(Tensor).cpu().float()).to(x.device)
 
     @property

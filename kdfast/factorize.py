@@ -31,7 +31,8 @@ class Factorization:
 
     def decompose(self) -> list: # Singular values of each matrix, `(groups, full rank)`
         "Whatever `build` needs"
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what its matrices are: define decompose(), count(), error() and build(), as Tucker2 does")
 
     @property
     def full(self): return tuple(len(o) for o in self.kept)
@@ -178,7 +179,8 @@ def _to_budget(forms, rest, params):
     cost = lambda e: rest+sum(min(f.count(*f.ranks(e)), f.weight.numel()) for f in forms.values())
     steps = sorted({e for f in forms.values() for o in f.kept for e in o.tolist()})
     low,high = cost(steps[0]),cost(steps[-1])
-    if not low<=params<=high: raise ValueError(f"The budget of {params:,} is out of reach: factorized, this network has {low:,} to {high:,} parameters")
+    if not low<=params<=high: raise ValueError(
+        f"The budget of {params:,} is out of reach: factorized, this network has {low:,} to {high:,} parameters, so choose a budget between")
     energy = steps[bisect_right(steps, params, key=cost)-1]
     return {n:f.ranks(energy) for n,f in forms.items()}
 

@@ -52,7 +52,8 @@ def plot_history(
     axs=None # One axis a column; made if None
 ) -> plt.Figure: # With one line an arm in each panel
     "Curves of several arms over the epochs, losses on a logarithmic axis"
-    if not arms: raise ValueError("Nothing to plot: pass a dictionary such as {'control': control, 'KD': student}")
+    if not isinstance(arms, dict) or not arms: raise ValueError(
+        f"Nothing to plot, got {f'a {type(arms).__name__}' if arms else 'nothing'}: pass a dictionary such as {{'control': control, 'KD': student}}")
     frames = {k: [_history(o) for o in (v if isinstance(v, (list,tuple,L)) else [v])] for k,v in arms.items()}
     values = {c: {k: _stacked([_column(r, c) for r in runs]) for k,runs in frames.items()} for c in columns}
     if axs is None: _,axs = plt.subplots(1, len(columns), figsize=(4.5*len(columns),3.2), layout='constrained', squeeze=False)
@@ -67,7 +68,7 @@ def plot_history(
 def _history(o): return o.recorder.history if isinstance(o, Learner) else pd.DataFrame(o)
 
 def _column(history, name):
-    if name not in history: raise ValueError(f"No column {name!r} was recorded; there are {', '.join(history)}")
+    if name not in history: raise ValueError(f"No column {name!r} was recorded: choose from {', '.join(history)}")
     return history[name]
 
 def _stacked(runs):
@@ -111,7 +112,7 @@ def plot_tradeoff(
 ) -> plt.Figure: # With a line a method
     "Accuracy against cost; raises `ValueError` for a column that is not there"
     lost = [o for o in (x,y,by,before) if o and o not in table]
-    if lost: raise ValueError(f"The table has no column {', '.join(lost)}; there are {', '.join(map(str, table))}")
+    if lost: raise ValueError(f"The table has no column {', '.join(lost)}: choose from {', '.join(map(str, table))}")
     if ax is None: _,ax = plt.subplots(figsize=(6,4), layout='constrained')
     _axis(ax)
     if front: _draw_front(ax, table[x], table[y])

@@ -103,18 +103,18 @@ def all_processes(
 # %% ../nbs/09_learner.ipynb #4a6ccd82
 class LoaderHint(Callback):
     "Says after the first epoch if training waits for its images"
-    order,run_valid,told,at,n,waited,stepped = 1000,False,False,None,0,0.,0.
-    def before_train(self): self.at,self.n,self.waited,self.stepped = None,0,0.,0.
+    order,run_valid,told,tick,n,waited,stepped = 1000,False,False,None,0,0.,0.
+    def before_train(self): self.tick,self.n,self.waited,self.stepped = None,0,0.,0.
 
     def before_batch(self):
         now = perf_counter()
-        if self.at is not None: self.waited += now-self.at
-        self.at = now
+        if self.tick is not None: self.waited += now-self.tick
+        self.tick = now
 
     def after_batch(self):
         now = perf_counter()
-        if self.iter and self.at is not None: self.n,self.stepped = self.n+find_bs(self.learn.yb or self.learn.xb),self.stepped+now-self.at
-        self.at = now
+        if self.iter and self.tick is not None: self.n,self.stepped = self.n+find_bs(self.learn.yb or self.learn.xb),self.stepped+now-self.tick
+        self.tick = now
 
     def after_train(self):
         dl = vars(self.dl).get('dl', self.dl)

@@ -54,8 +54,9 @@ def input_shape(
     size:int|tuple # Side of a square RGB image, `(h,w)`, or `(c,h,w)`
 ) -> tuple: # `(c,h,w)`
     "The shape of one image of `size`"
-    size = (size,size) if isinstance(size, int) else tuple(size)
-    return size if len(size)==3 else (3,*size)
+    sides = (size,size) if isinstance(size, int) else tuple(size) if hasattr(size, '__len__') and not isinstance(size, str) else ()
+    if len(sides) not in (2,3): raise ValueError(f"size is the side of a square image, (h,w) or (c,h,w), got {size!r}: pass for instance 32 or (3,32,32)")
+    return sides if len(sides)==3 else (3,*sides)
 
 # %% ../nbs/01_measure.ipynb #0b6e1ba1
 def zeros_for(
@@ -107,7 +108,9 @@ def compare(
     reps:int=10 # Turns of each model, after one to warm up
 ) -> DataFrame: # One row a model
     "What each of `models` costs: parameters, state, multiply-adds, MB on disk, ms per image"
-    if not models: raise ValueError("Nothing to compare: pass a dictionary such as {'teacher': teacher, 'student': student}")
+    if not models or not isinstance(models, dict): raise ValueError(
+        f"Nothing to compare, got {f'a {type(models).__name__}' if models else 'nothing'}: "
+        f"pass a dictionary such as {{'teacher': teacher, 'student': student}}")
     xs = {k:zeros_for(m, size, bs) for k,m in models.items()}
     with probing(*models.values()): turns = [{k:_seconds(m, xs[k]) for k,m in models.items()} for _ in range(reps+1)][1:]
     rows = {k: {'parameters':count_params(m), 'state':count_params(m, buffers=True), 'MACs':count_macs(m, size), 'MB on disk':_megabytes(m),
@@ -129,7 +132,8 @@ def _milliseconds(model, size, reps=10):
 
 def _settings(over):
     "How many settings there are beyond the first, and a function that gives each"
-    if not over or isinstance(over, tuple) and len(over)!=2: raise ValueError(f"over is the first and last setting as a tuple, or a list of all, got {over}")
+    if not (isinstance(over, list) and over or isinstance(over, tuple) and len(over)==2): raise ValueError(
+        f"over is the first and last setting as a tuple, or a list of all, got {over}: pass for instance (1,64)")
     if isinstance(over, list): return len(over)-1,over.__getitem__
     lo,hi = over
     if isinstance(lo, int) and isinstance(hi, int): return hi-lo,lambda i: lo+i
@@ -139,7 +143,8 @@ def _settings(over):
 def _bisect(cost, n, budget):
     "The setting under `budget` whose neighbour is above it, of `n+1` whose costs rise or fall"
     under,above = (0,n) if cost(0)<=cost(n) else (n,0)
-    if not cost(under)<=budget<=cost(above): raise ValueError(f"The budget of {budget:,} is out of reach: the settings cost {cost(under):,} to {cost(above):,}")
+    if not cost(under)<=budget<=cost(above): raise ValueError(
+        f"The budget of {budget:,} is out of reach: the settings cost {cost(under):,} to {cost(above):,}, so choose a budget between, or other settings")
     if cost(above)<=budget: return above
     while abs(above-under)>1:
         mid = (under+above)//2

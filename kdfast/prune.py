@@ -45,6 +45,8 @@ _options = 'global_pruning','isomorphic','round_to','max_pruning_ratio'
 def _pruner(net, x, ratio, importance, ignored, kwargs):
     pruning = _torch_pruning()
     importance = pruning.importance.GroupMagnitudeImportance(p=2) if importance is None else importance
+    if not callable(importance): raise ValueError(
+        f"importance is one of torch_pruning.importance, got {importance!r}: pass for instance GroupMagnitudeImportance(p=1)")
     own = dict(in_channel_groups={}, out_channel_groups={})  # the defaults are dictionaries that all pruners share
     if isinstance(ratio, dict): ratio,own['pruning_ratio_dict'] = 0.,{net.get_submodule(n):r for n,r in ratio.items()}
     try: return pruning.pruner.BasePruner(net, x, importance, pruning_ratio=ratio, ignored_layers=ignored, **own, **kwargs)
@@ -80,7 +82,8 @@ def _pruned(model, x, ratio, importance, kept, prepare, kwargs):
     if not isinstance(ratio, dict) and not kwargs.get('global_pruning'): _check_left(_channels(pruner, {m:n for n,m in net.named_modules()}), ratio, kwargs.get('round_to'))
     try: pruner.step()
     except Exception as e: raise _untraced(e) from e
-    if _shapes(net, x)!=_shapes(model, x): raise ValueError("Pruning has changed the shape of the outputs: name the layers that they come from in keep=")
+    now,was = _shapes(net, x),_shapes(model, x)
+    if now!=was: raise ValueError(f"Pruning has changed the shape of the outputs from {was} to {now}: name the layers that they come from in keep=")
     for n,p in model.named_parameters(): net.get_parameter(n).requires_grad_(p.requires_grad).grad = None
     return net.train(model.training),pruner.pruning_history()
 
@@ -91,7 +94,8 @@ def _sizes(model, x, kept, kwargs):
     return _channels(pruner, {m:n for n,m in net.named_modules()})
 
 def _to_budget(model, make, count, budget, smallest, round_to=None):
-    if count(model)<=budget: raise ValueError(f"There is nothing to prune: the network costs {count(model):,}, and the budget is {budget:,}")
+    if count(model)<=budget: raise ValueError(
+        f"There is nothing to prune: the network costs {count(model):,}, and the budget is {budget:,}, so choose a lower one")
     ratios = [i/128 for i in range(128) if _left(smallest, i/128, round_to)>=1]
     @cache
     def cost(i):
@@ -123,7 +127,9 @@ def _prune(model, x, ratio, params, macs, importance, keep, prepare, kwargs):
         count = count_params if macs is None else lambda m: count_macs(m, tuple(x.shape[1:]))
         ratio = _to_budget(model, make, count, params if macs is None else macs, smallest, kwargs.get('round_to'))
     net,history = make(ratio)
-    if not isinstance(ratio, dict) and count_params(net)==count_params(model): raise ValueError(f"Nothing was pruned: at a ratio of {ratio} no layer loses a channel, or forward runs without gradients and cannot be traced")
+    if not isinstance(ratio, dict) and count_params(net)==count_params(model): raise ValueError(
+        f"Nothing was pruned: at a ratio of {ratio} no layer loses a channel, or forward "
+        "runs without gradients and cannot be traced; raise the ratio, name less in keep=, or take torch.no_grad() out of forward")
     return net,kept,history
 
 # %% ../nbs/12_prune.ipynb #5aa866a6
@@ -185,7 +191,8 @@ def _gradients(learn, prepared):
 
 # %% ../nbs/12_prune.ipynb #e0a5b449
 def _zeros(learn):
-    if learn.dls.n_inp>1: raise ValueError(f"The network of this learner takes {learn.dls.n_inp} inputs, but only networks of one can be pruned")
+    if learn.dls.n_inp>1: raise ValueError(
+        f"The network of this learner takes {learn.dls.n_inp} inputs, but only networks of one can be pruned: give it, and its data, one input")
     return zeros_for(bare_model(learn.model), tuple(probe_batch(learn.dls)[0][0].shape[1:]))
 
 def _apply(learn, prepare, ratio, params, macs, importance, keep, kwargs):
@@ -277,7 +284,7 @@ class Sparsify(_Shrinking):
         layers = _layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
         heads,keep = _heads(model, layers, _zeros(self.learn)),_patterns(self.keep, layers)
         self.layers = {n:m for n,m in layers.items() if n not in heads and not any(fnmatch(n, k) for k in keep)}
-        if not self.layers: raise ValueError("Nothing to sparsify: every layer is a head or kept")
+        if not self.layers: raise ValueError(f"Nothing to sparsify, every layer is a head or kept: name less in keep=, which is {self.keep!r}")
         _check_own(self.layers, model)
         self.masks,self.n = {n: self.mask(n, o) for n,o in self.layers.items()},0
 

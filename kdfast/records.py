@@ -129,7 +129,8 @@ def take(self:Records,
     "Add the runs of an export, or of a command's folder, that are not done here"
     text = Path(file).read_text()
     try: rows = [*_of_folder(json.loads(text))] if Path(file).suffix=='.json' else [(run_of(o['settings']), o['result'], o['state']) for o in map(json.loads, text.splitlines())]
-    except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} holds no runs that could be taken: {e}") from e
+    except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} holds no runs that could be taken ({type(e).__name__}: {e}): "
+        "pass what Records.export wrote, or the record.json of kdfast distill") from e
     known = {key for key,state,*_ in self._rows() if state=='done'}
     return sum(self.add(*o) for o in rows if o[0].key not in known)
 

@@ -39,7 +39,10 @@ class Sweep:
         folder:Path, # For records and networks; goes on with what it holds
         path:Path=None # Folder or archive of the data
     ):
+        runs = [*runs]
         if not runs: raise ValueError(f"The sweep {name} has no runs: pass a list of Run")
+        odd = [o for o in runs if not isinstance(o, Run)]
+        if odd: raise TypeError(f"The sweep {name} is made of Run, got {odd[0]!r}: pass for instance Run(data='digits', student='wrn-10-1')")
         self.name,self.runs,self.folder,self.path = name,with_controls(runs),Path(folder).absolute(),path
         self.records,self.started,self.broken = Records(self.folder/'records.db'),_origin()['finished'],{}
 
