@@ -21,21 +21,16 @@ sync: .venv/developing
 # README.md and its pictures, from nbs/index.ipynb
 OUT = .
 readme: .venv/developing
-	$(BIN)/jupyter nbconvert --log-level=WARN --to markdown --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns='^#\| hide' \
-		--output-dir $(OUT) --output README nbs/index.ipynb
-	awk '/^```$$/ && !inside {print "```python"; inside=1; next} /^```/ {inside=!inside} 1' $(OUT)/README.md | cat -s > $(OUT)/README.tmp
-	mv $(OUT)/README.tmp $(OUT)/README.md
+	$(BIN)/python tools/site.py --readme $(OUT)
 
 # The outputs that the notebooks keep
 outputs: .venv/developing
 	PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
 	$(BIN)/nbdev-clean
 
-# The pages as Quarto gets them, in _proc
+# The pages as a site in _docs, to be browsed without Quarto, and nbs/llms.txt
 docs: .venv/developing
-	$(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs(force=True)"
-	for f in _proc/*.ipynb _proc/tutorials/*.ipynb; do $(BIN)/nbdev-clean --fname $$f; done
-	$(BIN)/jupyter nbconvert --to html --output-dir _docs _proc/*.ipynb _proc/tutorials/*.ipynb
+	$(BIN)/python -W ignore tools/site.py
 
 # The tables in results/tables, from results/records.jsonl
 tables: .venv/developing

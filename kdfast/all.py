@@ -37,3 +37,4 @@ from .runs import *
 from .records import *
 from .sweep import *
 from .tables import *
+from .doctor import *

@@ -52,9 +52,8 @@ def _check_chain(teacher, networks, dls):
     sizes,shapes = zip(*((count_params(o), _outputs(o, dls)) for o in made))
     if len({*shapes})>1: raise ValueError(f"The links of a chain have the same outputs, got {', '.join(map(str, shapes))}: give each the n_out of these classes")
     for i,(above,below) in enumerate(zip(sizes, sizes[1:])):
-        if below>above: warnings.warn(
-            f"Link {i+1} of the chain has {below:,} parameters, more than its teacher's {above:,}: assistants go from large to small, so put it further up, "
-            "or leave it out")
+        if below>above: warnings.warn(f"Link {i+1} of the chain has {below:,} parameters, more than its teacher's {above:,}: "
+            "assistants go from large to small, so put it further up, or leave it out")
 
 def assist(
     dls:DataLoaders, # Any fastai `DataLoaders`

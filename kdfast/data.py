@@ -39,7 +39,9 @@ def _crop(x, tops, lefts, h, w):
 class BatchShift(Transform):
     "Shift each training image by up to `pad` pixels in both directions, filling with zeros"
     split_idx,order = 0,5
-    def __init__(self, pad:int=4): self.pad = pad
+    def __init__(self,
+        pad:int=4 # Pixels
+    ): self.pad = pad
 
     def encodes(self, x:TensorImage):
         n,(h,w) = len(x),x.shape[-2:]
@@ -50,7 +52,9 @@ class BatchShift(Transform):
 class BatchFlip(Transform):
     "Mirror each training image left to right with probability `p`"
     split_idx,order = 0,6
-    def __init__(self, p:float=.5): self.p = p
+    def __init__(self,
+        p:float=.5 # Probability, of each image by itself
+    ): self.p = p
 
     def encodes(self, x:TensorImage):
         res = x.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
@@ -99,7 +103,10 @@ def open_image(
 class FromMemory(Transform):
     "The image of a row number; a file or a PIL image is opened and resized as the others were"
     input_types = (int,str,Path,bytes,np.ndarray,Image.Image)
-    def __init__(self, images, resize=None): self.images,self.resize = images,resize or Resize(tuple(images.shape[-2:]))
+    def __init__(self,
+        images:Tensor, # In memory, `(n,c,h,w)`
+        resize=None # What a file or a PIL image goes through, by default a `Resize` to the images' size
+    ): self.images,self.resize = images,resize or Resize(tuple(images.shape[-2:]))
     def encodes(self, o): return TensorImage(self.images[o] if isinstance(o, int) else image2tensor(self.resize(open_image(o), split_idx=1)))
     def __getstate__(self): return {**self.__dict__, 'images':None}
     def __deepcopy__(self, memo): return self
@@ -107,7 +114,9 @@ class FromMemory(Transform):
 class LabelOf(Transform):
     "The label of a row number; that of a file is the name of its folder"
     input_types = (int,Path)
-    def __init__(self, labels): self.labels = list(labels)
+    def __init__(self,
+        labels # One a row
+    ): self.labels = list(labels)
     def encodes(self, o): return self.labels[o] if isinstance(o, int) else o.parent.name
     def __getstate__(self): return {**self.__dict__, 'labels':None}
     def __deepcopy__(self, memo): return self

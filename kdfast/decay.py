@@ -25,7 +25,9 @@ def shares(
 
 class CompressionSplitter:
     "Parameters in groups by compression, those of full layers last"
-    def __init__(self, splitter=trainable_params): self.splitter = splitter
+    def __init__(self,
+        splitter=trainable_params # From a model to its parameters, as `Learner` takes it
+    ): self.splitter = splitter
 
     def __call__(self, model):
         share,flat = shares(model),self.splitter(model)

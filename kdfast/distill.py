@@ -75,7 +75,9 @@ class LogitKD(DistillCallback):
 
 # %% ../nbs/08_distill.ipynb #b4052a08
 @patch
-def check(self:LogitKD, probe):
+def check(self:LogitKD,
+    probe # A `Probe`, what both networks put out for zeros
+):
     "Raises `ValueError` where outputs are no logits of classes"
     name = type(self).__name__
     remedy = "which do not read the outputs"

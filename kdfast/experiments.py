@@ -253,7 +253,12 @@ class RunFolder:
 
 # %% ../nbs/16_experiments.ipynb #fe6e93ad
 @patch
-def has(self:RunFolder, arm, seed): return any((r['arm'],r['seed'])==(arm,seed) for r in self.record['runs'])
+def has(self:RunFolder,
+    arm:str, # Its name
+    seed:int # Its number
+) -> bool:
+    "Is this run on record?"
+    return any((r['arm'],r['seed'])==(arm,seed) for r in self.record['runs'])
 
 @patch
 def add(self:RunFolder,
@@ -270,7 +275,10 @@ def add(self:RunFolder,
 
 # %% ../nbs/16_experiments.ipynb #1622c247
 @patch
-def save(self:RunFolder, figure, name):
+def save(self:RunFolder,
+    figure:plt.Figure, # What is drawn
+    name:str # Of the file in the folder
+):
     "Write a picture"
     if rank_distrib(): return
     with whole_file(self.path/name) as f: figure.savefig(f, dpi=120, format='png')

@@ -21,7 +21,10 @@ from .teacher import AdaptedSplitter, DistillCallback, NoTeacher, TeacherCallbac
 # %% ../nbs/09_learner.ipynb #34808b26
 class Renormalize:
     "From inputs normalized by `src` to inputs normalized by `dst`, both `Normalize` or None"
-    def __init__(self, src, dst):
+    def __init__(self,
+        src, # `Normalize` of the inputs, None if they are not normalized
+        dst # `Normalize` of the outputs, or None
+    ):
         (m,s),(m2,s2) = ((tensor(0.),tensor(1.)) if o is None else (to_cpu(o.mean),to_cpu(o.std)) for o in (src,dst))
         self.scale,self.shift = s/s2,(m-m2)/s2
 

@@ -82,13 +82,17 @@ def add(self:Records,
         return made.rowcount>0
 
 @patch
-def get(self:Records, run:Run) -> dict:
+def get(self:Records,
+    run:Run # What decides it
+) -> dict:
     "The result of a run that is done, or None"
     rows = self._rows("where key=? and state='done'", run.key)
     return json.loads(rows[0][-1]) if rows else None
 
 @patch
-def error(self:Records, run:Run) -> str:
+def error(self:Records,
+    run:Run # What decides it
+) -> str:
     "The traceback of a run that failed, or None"
     rows = self._rows("where key=? and state='failed'", run.key)
     return json.loads(rows[0][-1])['error'] if rows else None

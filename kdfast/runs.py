@@ -115,7 +115,11 @@ def sched_step(
     return lambda pos: start*drop**sum(pos>=o for o in at)
 
 # %% ../nbs/16d_runs.ipynb #b95d4318
-def published_sgd(params, lr, **kwargs):
+def published_sgd(
+    params, # Groups of parameters, as `Learner` gives them
+    lr:float, # Learning rate
+    **kwargs
+): # An `Optimizer`
     "SGD as the papers have it: momentum of 0.9, weight decay added to the gradient"
     return SGD(params, lr, mom=.9, decouple_wd=False, **kwargs)
 

@@ -63,7 +63,9 @@ def _claimed(self:Sweep, run):
 
 # %% ../nbs/16f_sweep.ipynb #f406ce3d
 @patch
-def file_of(self:Sweep, run:Run) -> Path:
+def file_of(self:Sweep,
+    run:Run # One of the sweep's, or its teacher
+) -> Path:
     "Where the network of a run is kept"
     kind = 'teachers' if any(run in _needs(o) for o in self.runs) else 'students'
     files = [self.folder/o/f'{run.data}-{run.student}-{run.key}.pth' for o in (kind,'teachers','students')]
@@ -80,7 +82,9 @@ def network(self:Sweep,
     return net.eval()
 
 @patch
-def ready(self:Sweep, run:Run) -> bool:
+def ready(self:Sweep,
+    run:Run # One of the sweep's, or its teacher
+) -> bool:
     "Whether `run` is on record, with its network where others wait for it"
     if self.records.get(run) is None: return False
     return self.file_of(run).exists() or not any(run in _needs(o) for o in self.runs if self.records.get(o) is None)
@@ -268,7 +272,7 @@ def _receive(self:Sweep, future):
 @patch
 def _on_cluster(self:Sweep, client, retry):
     try: from distributed import as_completed
-    except ImportError as e: raise ImportError("A cluster needs Dask: pip install kdfast[cluster]") from e
+    except ImportError as e: raise ImportError("A cluster needs Dask: pip install kdfast[sweep]") from e
     threads = client.nthreads()
     if any(n>1 for n in threads.values()): raise ValueError("Two runs in one process would disturb each other's random numbers: start the cluster with threads_per_worker=1")
     pool,out = as_completed(),set()

@@ -160,7 +160,9 @@ def answer(self:TeacherCallback,
     return None if out is None else at_least_float(out),maps
 
 @patch(as_prop=True)
-def cache(self:TeacherCallback): return first(cb for cb in self.learn.cbs if getattr(cb, 'recall', None))
+def cache(self:TeacherCallback):
+    "The learner's `TeacherCache`, None if there is none"
+    return first(cb for cb in self.learn.cbs if getattr(cb, 'recall', None))
 
 @patch
 def refreeze(self:TeacherCallback):
@@ -192,7 +194,9 @@ def ids(self:TeacherCallback) -> list:
 
 # %% ../nbs/06_teacher.ipynb #ede7e23a
 @patch(as_prop=True)
-def watched(self:TeacherCallback): return [t for t in self.terms if t.taught and (callable(t.weight) or t.acts(t.weight))]
+def watched(self:TeacherCallback):
+    "The terms that read the teacher and weigh something, or may in the course of the fit"
+    return [t for t in self.terms if t.taught and (callable(t.weight) or t.acts(t.weight))]
 
 @patch
 def _forget(self:TeacherCallback):
@@ -277,13 +281,17 @@ def target(self:DistillCallback,
     return taps[part] if part in taps else self.compact(taps[layer])
 
 @patch
-def part(self:DistillCallback, layer:str) -> str:
+def part(self:DistillCallback,
+    layer:str # One of the teacher's that the term reads
+) -> str:
     "Under which name a cache keeps what the term needs of `layer`: that of `compact`, which therefore depends on nothing but the features"
     return f'{type(self).compact.__qualname__} {layer}'
 
 # %% ../nbs/06_teacher.ipynb #5d7eb38f
 @patch(as_prop=True)
-def terms(self:TeacherCallback): return [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, DistillCallback)]
+def terms(self:TeacherCallback):
+    "The learner's terms, in the order in which they are added to the loss"
+    return [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, DistillCallback)]
 
 @patch
 def _label(self:TeacherCallback, terms):
@@ -301,8 +309,14 @@ def _name_columns(self:TeacherCallback):
 
 # %% ../nbs/06_teacher.ipynb #fecbee87
 class Probe:
-    "What both networks put out for a batch of zeros: `pred`, `target`, None without a teacher, the features `student` and `teacher` by layer, and the labels `yb`"
-    def __init__(self, pred, target, student, teacher, yb): store_attr()
+    "What both networks put out for a batch of zeros"
+    def __init__(self,
+        pred:Tensor, # The student's logits, `(2,...)`
+        target:Tensor, # The teacher's, None without one
+        student:dict, # Layer to the student's features, as its hooks gave them
+        teacher:dict, # Layer to the teacher's
+        yb:tuple # Labels of a batch
+    ): store_attr()
 
 def _same(a, b): return a is not None and len(a)==len(b) and all(x is y for x,y in zip(a, b))
 
@@ -372,7 +386,9 @@ def _probe(self:TeacherCallback, student, terms):
 # %% ../nbs/06_teacher.ipynb #d11216eb
 class AdaptedSplitter:
     "`splitter` of the bare student, the adapters added to its last group"
-    def __init__(self, splitter): self.splitter = splitter
+    def __init__(self,
+        splitter # From a model to groups of parameters, as `Learner` takes it
+    ): self.splitter = splitter
 
     def __call__(self, model):
         groups,extra = L(self.splitter(bare_model(model))),L(p for a in adapters_of(model).values() for p in a.parameters())

@@ -86,6 +86,12 @@ def test_the_same_command_goes_on(done, tmp_path, capsys):
     runs = record_of(out)['runs']
     assert runs[:6]==before['runs'] and [(r['arm'],r['seed']) for r in runs[6:]]==[(a,2) for a in ('control','kd','kd+at')]
 
+def test_an_interrupted_demo_says_that_it_begins_anew(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setattr('kdfast.cli.run_arm', interrupt)
+    with pytest.raises(SystemExit) as e: main(['demo', '--out', str(tmp_path/'demo')])
+    assert e.value.code==130 and 'Interrupted. A demo is not gone on with: the same command begins anew' in capsys.readouterr().err
+
 def test_ctrl_c_saves_what_was_reached(tmp_path):
     args = [kdfast_command, 'distill', *small[:-2], '--seeds', '1', '--out', str(tmp_path/'out')]
     args[args.index('--epochs')+1] = '6'

@@ -1,5 +1,5 @@
 "What is installed: names, extras, the distribution, the command"
-import os, subprocess, sys, pytest
+import os, re, subprocess, sys, tarfile, zipfile, pytest, yaml
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -39,7 +39,13 @@ def test_the_sdist_builds_and_its_wheel_installs(tmp_path):
     assert res.stdout.strip()==str(tmp_path/'site/kdfast/__init__.py'), res.stderr
     meta = next((tmp_path/'site').glob('kdfast-*.dist-info')).joinpath('METADATA').read_text()
     assert all(f'Requires-Dist: {o}' in meta for o in setting('DEFAULT', 'requirements'))
-    assert 'License: Apache-2.0' in meta and 'Provides-Extra: dev' in meta
+    assert 'License: Apache-2.0' in meta and all(f'Provides-Extra: {o}' in meta for o in ('prune','factorize','onnx','sweep','dev'))
+    always = [o for o in meta.splitlines() if o.startswith('Requires-Dist:') and 'extra ==' not in o]
+    assert len(always)==len(setting('DEFAULT', 'requirements'))
+    with zipfile.ZipFile(wheel) as z: ours = {o for o in z.namelist() if '.dist-info/' not in o}
+    assert ours=={f'kdfast/{o.name}' for o in (root/'kdfast').glob('*.py')}
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as t: held = {o.partition('/')[2] for o in t.getnames()}
+    assert {'README.md','LICENSE','CHANGELOG.md','CITATION.cff','CONTRIBUTING.md','settings.ini'} <= held and not any(o.startswith(('nbs/','results/','.venv')) for o in held)
 
 def test_one_version():
     import kdfast
@@ -59,6 +65,20 @@ def test_the_readme_is_what_its_notebook_says(tmp_path):
     res = run('make', 'readme', f'OUT={tmp_path}', cwd=root)
     assert res.returncode==0, res.stderr
     assert (tmp_path/'README.md').read_text()==(root/'README.md').read_text()
+
+def test_the_changelog_is_in_nbdevs_form():
+    "nbdev-changelog puts a new version below the mark, and this version has an entry"
+    import kdfast
+    text = (root/'CHANGELOG.md').read_text()
+    assert text.startswith('# Release notes\n\n<!-- do not remove -->\n\n## ') and f'\n## {kdfast.__version__}\n' in text
+    assert {*re.findall(r'^### (.*)', text, re.M)} <= {'New Features','Bugs Squashed','Breaking Changes'}
+
+def test_citation_and_templates_can_be_read():
+    cite = yaml.safe_load((root/'CITATION.cff').read_text())
+    assert all(cite[o] for o in ('cff-version','message','title','authors','license','repository-code')) and 'version' not in cite
+    for f in (root/'.github/ISSUE_TEMPLATE').glob('*.yml'):
+        told = yaml.safe_load(f.read_text())
+        assert f.name=='config.yml' or told['name'] and told['description'] and all(o['type'] in ('markdown','textarea') for o in told['body'])
 
 def test_notebooks_are_small():
     assert all(f.stat().st_size<500_000 for f in (root/'nbs').rglob('*.ipynb'))
