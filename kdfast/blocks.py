@@ -17,7 +17,7 @@ from .features import Taps, Truncated, adapters_of, bare_model, hint_adapter, pa
 from .learner import Learner  # its recorder with `history`
 from .losses import at_least_float, hint_loss
 from .measure import eval_mode, probing
-from .teacher import DistillCallback, NoTeacher, TeacherCallback, device_of, keep_rng, probe_batch, split_batch
+from .teacher import DistillCallback, NoTeacher, TeacherCallback, device_of, keep_rng, on_interrupt, probe_batch, split_batch
 from operator import itemgetter
 
 # %% ../nbs/10_blocks.ipynb #5a8bebd5
@@ -380,7 +380,7 @@ def fit_blocks(self:Learner,
     if cb.terms: cb.setup()
     _check_watched(self, cb, cbs, [b.tap for b in blocks])
     bare_model(self.model).to(device_of(self.dls))
-    with _one_file([*self.cbs,*cbs]):
+    with _one_file([*self.cbs,*cbs]), on_interrupt(lambda: f"Stages done: {', '.join(o['name'] for o in run.stages) or 'none'}. The student keeps what they have learned; to go on, call fit_blocks with a list of epochs, 0 for those."):
         for part,n,lr in zip(parts, epochs, lrs):
             if n: _hint_stage(self, cb, run, part, mode, validate, n, lr, cbs, **kwargs)
         if epochs[-1]: _label_stage(self, cb, run, last, unfreeze, epochs[-1], lrs[-1], cbs, **kwargs)

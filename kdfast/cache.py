@@ -15,7 +15,7 @@ from fastai.vision.all import *
 from torch import distributed
 from .features import bare_model
 from .frozen import autocast_dtype, fingerprint
-from .teacher import TeacherCallback, keep_rng
+from .teacher import TeacherCallback, keep_rng, on_interrupt
 
 # %% ../nbs/07_cache.ipynb #7f6eaf1c
 def _direction(n, device):
@@ -278,7 +278,7 @@ def _make(self:TeacherCache, meta):
             arrays = self._arrays()
             files = {k:f'{i}.npy' for i,k in enumerate(arrays)}
             if not rank_distrib(): self._reserve(stack.enter_context(_whole_folder(self.path)), arrays, {**meta, 'files':files})
-        with _together(): self._write(files)
+        with _together(), on_interrupt(lambda: f"{self.path} was not made: the next fit asks the teacher from the beginning."): self._write(files)
         with _together(): stack.close()
     self.source.frozen = self.source.frozen_key = None
 

@@ -10,7 +10,7 @@ __all__ = ['demo_arms', 'demo', 'distill', 'compress', 'table', 'tell_doctor', '
 # %% ../nbs/17_cli.ipynb #248317bb
 import inspect, itertools, json, os, shlex, shutil, sys, warnings
 from argparse import ArgumentParser
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from importlib.metadata import version
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # fastai's import, nothing that a user could mend
 from fastai.vision.all import *
@@ -32,17 +32,9 @@ from .records import Records
 from .runs import _epochs_of, _fitter, _images, _learner
 from .sweep import Sweep, _say, with_controls
 from .tables import estimate, table_of
-from .teacher import probe_batch
+from .teacher import on_interrupt, probe_batch
 
 # %% ../nbs/17_cli.ipynb #f8ae6a55
-@contextmanager
-def _answering(say):
-    "A block in which Ctrl-C is answered with what `say` gives"
-    try: yield
-    except KeyboardInterrupt:
-        if not rank_distrib(): print(f"\nInterrupted. {say()}", file=sys.stderr)
-        raise
-
 def _file_of(arm): return f"student-{re.sub(r'[^.+a-z0-9-]+', '-', arm)}.pkl"
 
 def _students(folder, dls, make, arms, seeds, fit, about, quiet=False):
@@ -99,7 +91,7 @@ def demo(
     _say("A WRN-16-2 learns from 1,198 digits; then WRN-10-1 students learn from 5 labelled digits a class, with its help and without.\n")
     full,few = digits_dls(64),digits_dls(25, per_class=5, repeat=10)
     make = lambda: distill_learner(full, None, partial(wrn, 16, 2), metrics=accuracy)
-    with _answering(lambda: "A demo is not gone on with: the same command begins anew. Those of kdfast distill are."):
+    with on_interrupt(lambda: "A demo is not gone on with: the same command begins anew. Those of kdfast distill are."):
         teacher,run = run_arm(make, _fitter(teacher_epochs, 1e-2), full, 'teacher', quiet=True)
         _say(f"teacher: {run['accuracy']:.1%} in {run['seconds']:.0f} s")
         make,fit = partial(_learner, few, teacher.model, partial(wrn, 10, 1)),lambda arm,seed: _fitter(epochs, 1e-2, method=arm)
@@ -307,7 +299,7 @@ def compress(
         return learn.to_bf16().to_channelslast() if bf16 else learn
     kept = folder.path/'steps'
     def fit(arm, seed): return compressing(steps_of(_to_file(arm), _stem(arm, seed)), _fitter(epochs, lr), seed=seed, folder=kept/_stem(arm, seed))
-    with _answering(lambda: f"Finished chains: {len(folder.record['runs'])}. The same command goes on after the last whole step."):
+    with on_interrupt(lambda: f"Finished chains: {len(folder.record['runs'])}. The same command goes on after the last whole step."):
         for arm,seed,_ in _students(folder, dls, make, chains, seeds, fit, {}):
             costs[arm].update({k:folder.record['runs'][-1][k] for k in ('parameters','MACs')})
             folder.add(costs=costs)
@@ -366,8 +358,7 @@ def _fill(name, runs, out, data, workers, cluster, retry):
     sweep = Sweep(name, runs, out, data)
     _say(f"{sweep} in {sweep.folder}")
     client = _client(cluster) if cluster else None
-    try:
-        with _answering(lambda: f"{sweep}. The same command goes on{'' if cluster else ' after the last whole epoch'}."): sweep.run(workers, retry, client=client)
+    try: sweep.run(workers, retry, client=client)
     except RuntimeError as e: raise ValueError(f"{e}\n\n{first(sweep.errors().values()) or ''}") from e
 
 def _client(address):
@@ -410,6 +401,7 @@ def main(
     command = _commands[args.pop('command')]
     for o in ('pdb','xtra'): args.pop(o, None)
     _choose_device()
-    try: command(**args)
+    try:
+        with on_interrupt(lambda: "The same command goes on with what it has kept, or begins anew."): command(**args)
     except (ValueError,OSError,ImportError) as e: sys.exit(f'kdfast: {e}')
     except KeyboardInterrupt: sys.exit(130)

@@ -16,7 +16,7 @@ from .export import _InFile
 from .features import bare_model
 from .learner import whole_file
 from .quantize import _Fixed, _is_aware, _retire
-from .teacher import probe_batch
+from .teacher import on_interrupt, probe_batch
 
 # %% ../nbs/16b_compress.ipynb #d1dcf52e
 class Step:
@@ -84,15 +84,17 @@ def pipeline(
     start = Stage('as it was', deepcopy(bare_model(learn.model)), _accuracy(learn), None, 0., None)
     stages = _kept(Path(folder), steps, key) if folder else []
     _go_on(learn, stages)
-    for i,step in enumerate(steps):
-        if i<len(stages): continue
-        learn.opt = None
-        if i:
-            set_seed(1000*seed+i)
-            learn.dls.train.rng.seed(1000*seed+i)
-        stages.append(_taken(learn, step, fit))
-        if folder:
-            with whole_file(Path(folder)/f'{i}.pkl') as f: torch.save((stages[-1],key), f)
+    kept = lambda: f"and kept: the same command, or pipeline with folder={str(folder)!r}, goes on" if folder else "and lost: pass a folder to keep them"
+    with on_interrupt(lambda: f"Steps done: {len(stages)} of {len(steps)}, {kept()}."):
+        for i,step in enumerate(steps):
+            if i<len(stages): continue
+            learn.opt = None
+            if i:
+                set_seed(1000*seed+i)
+                learn.dls.train.rng.seed(1000*seed+i)
+            stages.append(_taken(learn, step, fit))
+            if folder:
+                with whole_file(Path(folder)/f'{i}.pkl') as f: torch.save((stages[-1],key), f)
     return [start,*stages]
 
 # %% ../nbs/16b_compress.ipynb #0e57bbce

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from .experiments import _digest, load_network, save_network
 from .records import Records
 from .runs import Run, _images, _origin, dls_of, do_run, network_at, run_of
+from .teacher import on_interrupt
 
 # %% ../nbs/16f_sweep.ipynb #bafad89c
 def _needs(run): return [o for o in (run.teacher,run.start) if o]
@@ -299,11 +300,13 @@ def run(self:Sweep,
     if workers<1: raise ValueError(f"workers is at least 1, got {workers}")
     self.started,self.broken = _origin()['finished'],{}
     if not all(map(self.ready, self.runs)): self._look()
+    how = 'run by run' if client is not None else 'after the last whole epoch'
     try:
-        if client is not None: self._on_cluster(client, retry)
-        elif num_distrib()>1: self._together(retry, quiet)
-        elif workers==1: self._work(retry, quiet, _watched(self))
-        else: self._beside(workers, retry)
+        with on_interrupt(lambda: f"{self}. The same command, or sweep.run(), goes on {how}."):
+            if client is not None: self._on_cluster(client, retry)
+            elif num_distrib()>1: self._together(retry, quiet)
+            elif workers==1: self._work(retry, quiet, _watched(self))
+            else: self._beside(workers, retry)
     finally:
         if not rank_distrib(): self.records.export()
     failed = [str(o) for o in self.runs if not self.ready(o)]

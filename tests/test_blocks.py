@@ -438,9 +438,8 @@ class Stop(Exception): pass
 
 @pytest.mark.parametrize('mode', ['stagewise','parallel'])
 @pytest.mark.parametrize('event', ['before_fit','before_batch','after_pred','after_loss','before_step','after_train','before_validate','after_epoch'])
-@pytest.mark.parametrize('n', [1,2])
-@pytest.mark.parametrize('error', [KeyboardInterrupt, Stop], ids=lambda o: o.__name__)
-def test_a_broken_stage_leaves_the_learner_as_it_was(mode, event, n, error, learn, teacher, quiet, fit, tmp_path):
+@pytest.mark.parametrize('n,error', [(1,Stop),(2,KeyboardInterrupt)], ids=['Stop','KeyboardInterrupt'])
+def test_a_broken_stage_leaves_the_learner_as_it_was(mode, event, n, error, learn, teacher, quiet, fit, tmp_path, capsys):
     learn.add_cbs([MixUp(), CSVLogger(tmp_path/'h.csv')])
     quiet(learn.to_bf16(), 1, 1e-3)
     learn.student.group1.requires_grad_(False)[0].conv1.weight.requires_grad_(True)
@@ -449,6 +448,7 @@ def test_a_broken_stage_leaves_the_learner_as_it_was(mode, event, n, error, lear
         learn.model, learn.loss_func, learn.opt, learn.splitter, [*learn.metrics], learn.logger, own_cbs(learn), learn.csv_logger.append)
     before = look()
     with pytest.raises(error): fit(learn, 1, head=1, mode=mode, cbs=Break(n, event, error))
+    assert ('Interrupted. Stages done: ' in capsys.readouterr().err)==(error is KeyboardInterrupt)
     assert look()==before and n_hooks(teacher, learn.student)==0
     assert all(p.grad is None or not p.requires_grad for p in learn.student.parameters()) or all(p.grad is None for p in learn.student.parameters())
     assert not torch.is_autocast_enabled('cpu') or event in ('before_batch','after_pred')

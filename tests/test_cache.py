@@ -160,13 +160,14 @@ def test_no_room(moved, tmp_path, monkeypatch):
     assert {f.name for f in tmp_path.iterdir()}<={'c.lock'}
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt,RuntimeError])
-def test_an_interrupt_while_it_is_made(error, moved, tmp_path):
+def test_an_interrupt_while_it_is_made(error, moved, tmp_path, capsys):
     calls = []
     def stop(m, i, o):
         calls.append(len(i[0]))
         if calls.count(20)==2: raise error('stop')
     handle = moved.stem.register_forward_hook(stop)
     with pytest.raises(error): fit(moved, TeacherCache(tmp_path/'c', 2), pad=4)
+    assert ('was not made: the next fit asks the teacher from the beginning' in capsys.readouterr().err)==(error is KeyboardInterrupt)
     handle.remove()
     assert {f.name for f in tmp_path.iterdir()}<={'c.lock'} and n_hooks(moved)==0
     assert apart(fit(moved, TeacherCache(tmp_path/'c', 2), pad=4), fit(moved, Live(tmp_path/'c', 2), pad=4))<.2

@@ -59,7 +59,7 @@ def test_it_goes_on(done, tmp_path, capsys):
     with pytest.raises(SystemExit) as e: main(['compress', *quick, '--steps', chains, '--method', 'control', '--out', str(out)])
     assert 'holds the results of other settings (method kd, not control)' in str(e.value)
 
-def test_it_goes_on_step_by_step(done, tmp_path, monkeypatch):
+def test_it_goes_on_step_by_step(done, tmp_path, monkeypatch, capsys):
     "Stopped in its second step, it does not repeat the first, and ends as it would have"
     out,fits,fit = tmp_path/'out',[],Learner.fit_one_cycle
     args = ['compress', *quick, '--teacher-file', str(done/'teacher.pth'), '--steps', 'prune:.5,factorize:.7,int8', '--out', str(out)]
@@ -70,6 +70,8 @@ def test_it_goes_on_step_by_step(done, tmp_path, monkeypatch):
     monkeypatch.setattr(Learner, 'fit_one_cycle', stop_in_the_second)
     with pytest.raises(SystemExit) as e: main(args)
     kept = out/'steps'/stems[0]
+    told = capsys.readouterr().err
+    assert 'Steps done: 1 of 4, and kept: the same command' in told and told.count('Interrupted')==1
     assert e.value.code==130 and not (out/'interrupted.pth').exists() and [o.name for o in kept.iterdir()]==['0.pkl'] and not record_of(out)['runs']
     (kept/'1.pkl').write_bytes((kept/'0.pkl').read_bytes()[:1000])  # a broken file is made again
     main(args)
