@@ -138,6 +138,7 @@ def distill_learner(
     cbs=None, # `Callback`s; those that distil, such as `[KD(), AT()]`, are `KD()` unless there is one
     precision:str='auto', # As for `TeacherCallback`: what the teacher computes in, bfloat16 where the device does so natively
     compile:bool=False, # Compile the teacher with `torch.compile`
+    tfm=None, # What to do to the student's inputs before the teacher sees them; by default they are normalized as a `Learner`'s own, and left alone for a module
     **kwargs
 ) -> Learner: # An ordinary `Learner`, whose `student` is the bare network
     "A `Learner` that teaches `student` what `teacher` knows; raises `ValueError` where they do not fit"
@@ -148,8 +149,8 @@ def distill_learner(
     if teacher is None and asks: raise ValueError("A term needs a teacher: pass one, or leave the term out for the control arm")
     if teacher is not None and terms and not asks: raise ValueError("None of these terms asks the teacher: pass None as teacher, or add KD()")
     if teacher is not None or terms:
-        source = (NoTeacher(),None) if teacher is None else teacher_of(teacher, dls)
-        cbs = TeacherCallback(*source, precision, compile) + cbs + ([] if terms else [KD()])
+        network,own = (NoTeacher(),None) if teacher is None else teacher_of(teacher, dls)
+        cbs = TeacherCallback(network, own if tfm is None else tfm, precision, compile) + cbs + ([] if terms else [KD()])
     return Learner(dls, student, cbs=LoaderHint() + cbs, **kwargs)
 
 # %% ../nbs/09_learner.ipynb #de5f482c

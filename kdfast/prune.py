@@ -180,13 +180,17 @@ def _follow(opt, old, new, positions):
 
 # %% ../nbs/12_prune.ipynb #25c1417c
 def _gradients(learn, prepared):
-    "Gives a copy of the network the gradients of `prepared`, batches"
+    "Gives copies of the network the gradients of `prepared`, batches, which are computed once"
+    kept = {}
     def prepare(net):
+        for n,p in net.eval().named_parameters(): p.grad = kept[n].clone() if n in kept else None
+        if kept: return
         for b in prepared():
             b = to_device(b, next(net.parameters()).device)
-            loss = learn.loss_func(net.eval()(*b[:learn.dls.n_inp]), *b[learn.dls.n_inp:])
+            loss = learn.loss_func(net(*b[:learn.dls.n_inp]), *b[learn.dls.n_inp:])
             if not loss.requires_grad: raise ValueError("The forward of this network runs without gradients, so its channels cannot be traced: take torch.no_grad() out of it")
             loss.backward()
+        kept.update({n:p.grad.clone() for n,p in net.named_parameters() if p.grad is not None})
     return prepare
 
 # %% ../nbs/12_prune.ipynb #e0a5b449

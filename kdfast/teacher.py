@@ -244,6 +244,9 @@ class DistillCallback(Callback):
     def column(self): return type(self).__name__.lower()
 
     @property
+    def name(self): return type(self).__name__.lower()  # so that learn.fitnet is the term of that column
+
+    @property
     def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
 
     def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's, to those that the term reads"

@@ -273,6 +273,8 @@ def test_teacher_learner_from_file(dls, quiet, tmp_path):
     net = learn.teacher.network.eval()
     assert torch.allclose(learn.teacher.see(x), net(theirs), atol=1e-4)
     assert distill_learner(dls, teacher, wrn(10, 1)).teacher.tfm is None
+    own = lambda x: x/2
+    for o in (teacher, tmp_path/'export.pkl'): assert distill_learner(dls, o, wrn(10, 1), tfm=own).teacher.tfm is own
 
 def test_segmentation_logits(quiet):
     "A map of logits for each image; the teacher and the student are fully convolutional"

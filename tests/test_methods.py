@@ -720,7 +720,7 @@ def test_the_paraphraser_learns_first(trained):
     learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=FactorTransfer())
     factors,kept = learn.model.adapters['factortransfer_group3'],{}
     class Note(Callback):
-        def before_fit(self): kept[self.learn.factor_transfer.stage] = {k:v.clone() for k,v in (*factors.state_dict().items(), *self.learn.student.state_dict().items())}
+        def before_fit(self): kept[self.learn.factortransfer.stage] = {k:v.clone() for k,v in (*factors.state_dict().items(), *self.learn.student.state_dict().items())}
     with learn.no_bar(), learn.no_logging(): learn.fit_two_stages(1, 1, 1e-2, cbs=Note())
     end = {**factors.state_dict(), **learn.student.state_dict()}
     changed = lambda a,b,part: [not torch.equal(a[k], b[k]) for k in a if k.startswith(part) and 'num_batches' not in k]
