@@ -274,7 +274,7 @@ def compress(
     given,chains = dict(locals()),[*dict.fromkeys(steps.split(';'))]
     _check(data, teacher, teacher, None, teacher_file, False, from_files, lr, None)
     _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size)
-    if num_distrib()>1: raise ValueError("kdfast compress runs in one process: it changes the network between fits, and writes files")
+    if num_distrib()>1: raise ValueError(f"kdfast compress runs in one process, since it changes the network between fits, got {num_distrib()}: start it without a launcher")
     for o in chains: steps_of(o)
     if any(isinstance(o, FitNet) for o in terms_of(method)) and ',' in steps: raise ValueError("fitnet reads channels through an adapter, which a second step would change: take one step a chain, or another --method")
     if schedule_of(method) is not None: raise ValueError(f"{method} trains block by block: choose terms such as kd, or control")

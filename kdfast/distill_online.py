@@ -87,7 +87,7 @@ class DML(LogitKD):
         self.n = peers if isinstance(peers, int) else 0
         self.made = None if isinstance(peers, int) else [peers] if isinstance(peers, nn.Module) else [*L(peers)]
         if self.n<1 and not (self.made and all(isinstance(o, nn.Module) for o in self.made)): raise ValueError(
-            f"DML takes at least one peer, a number of twins or a list of modules, got {peers!r}")
+            f"DML takes at least one peer, a number of twins or a list of modules, got {peers!r}: pass for instance 1, or [wrn(16, 1)]")
 
     @property
     def peers(self): return [m for k,m in adapters_of(self.learn.model).items() if re.fullmatch(rf'{self.label}_peer\d+', k)]
@@ -109,7 +109,7 @@ class DML(LogitKD):
         for o in self.made:
             try:
                 with probing(o.to(pred.device)): shape = logits_of(o(*to_device(self.source.example, pred.device))).shape
-            except Exception as e: raise ValueError(f"A peer, a {type(o).__name__}, cannot take what the student takes: {e}") from e
+            except Exception as e: raise ValueError(f"A peer, a {type(o).__name__}, cannot take what the student takes ({e}): pass one that is made for the same inputs") from e
             if shape!=pred.shape: raise ValueError(f"Peers have the same outputs, got {tuple(pred.shape[1:])} and {tuple(shape[1:])}: give each the n_out of these classes")
 
     def term(self):

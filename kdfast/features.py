@@ -30,7 +30,8 @@ def get_layer(
     "The layer of `model` called `name`"
     layers,wanted = dict(model.named_modules()),str(name).removesuffix(_given)
     if wanted and wanted in layers: return layers[wanted]
-    near = get_close_matches(str(name), layers, n=3, cutoff=.3) or [n for n,_ in model.named_children()]
+    near = get_close_matches(wanted, [n for n in layers if n], n=3, cutoff=.3) or [n for n,_ in model.named_children()]
+    if not near: raise ValueError(f"No layer {name!r} in this {type(model).__name__}, which is one layer itself: pass the network that it is in")
     raise ValueError(f"No layer {name!r} in this {type(model).__name__}; did you mean {' or '.join(map(repr, near))}?")
 
 # %% ../nbs/04_features.ipynb #17cf1d53
@@ -98,7 +99,7 @@ def _spread(calls, units, n):
     end = units[-1]
     blocks = [c for c in _children(calls, end) if c in calls and _is_tap(calls[c])] if isinstance(calls[end][0], nn.Sequential) else units
     blocks = [*blocks[:-1], end]
-    if n>len(blocks): raise ValueError(f"per_stage={n}, but the stage that ends at {end!r} has only {len(blocks)} blocks: use a smaller per_stage or explicit pairs")
+    if not 1<=n<=len(blocks): raise ValueError(f"per_stage={n}, but the stage that ends at {end!r} has only {len(blocks)} blocks: use 1 to {len(blocks)}, or explicit pairs")
     return [blocks[ceil(len(blocks)*i/n)-1] for i in range(1, n+1)]
 
 # %% ../nbs/04_features.ipynb #6e02f466
@@ -218,7 +219,8 @@ def before_relu(
 ) -> tuple: # Name of what to tap, and of the norm that made it or None; raises `ValueError` if no ReLU follows
     "What the ReLU at the end of `layer`, or the one after it, is given"
     *calls,_ = _calls(model, tuplify(x))
-    end = next(out for n,_,_,out,_ in calls if n==layer)
+    end = next((out for n,_,_,out,_ in calls if n==layer), None)
+    if end is None: raise ValueError(f"The layer {layer!r}, a {type(get_layer(model, layer)).__name__}, was not called in the forward or puts out no tensor: choose another")
     after = [n for n,m,given,*_ in calls if isinstance(m, _norms) and given is end]
     before = lambda given,out,version: version-1 if given is out else given._version
     relus = [(i, *c) for i,c in enumerate(calls) if isinstance(c[1], _relus) and (c[2] is end or c[3] is end)]

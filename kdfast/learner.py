@@ -39,12 +39,13 @@ class Renormalize:
 def _normalizer(dls): return first(o for o in getattr(getattr(dls[0], 'after_batch', None), 'fs', ()) if isinstance(o, Normalize))
 
 def _load_teacher(path):
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist: pass the file that learn.export() wrote, a learner or a module")
+    if not Path(path).is_file(): raise FileNotFoundError(f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}: pass the file that learn.export() wrote, a learner or a module")
     try:
         with warnings.catch_warnings(), keep_rng():
             warnings.simplefilter('ignore')
             learn = load_learner(path)
-    except Exception as e: raise ValueError(f"{path} cannot be loaded as a learner ({type(e).__name__}: {e}): write it with learn.export()") from e
+    except Exception as e: raise ValueError(f"{path} cannot be loaded as a learner ({type(e).__name__}: {e}): "
+        "write it with learn.export(), or where it holds weights load them into a module and pass that") from e
     if not isinstance(learn, Learner): raise ValueError(f"{path} holds a {type(learn).__name__}, not a learner: write it with learn.export(), or load it and pass the module")
     return learn
 
@@ -61,7 +62,8 @@ def teacher_of(
     "What `TeacherCallback` needs; raises `ValueError` if the teacher's classes are not those of `dls`"
     if isinstance(teacher, nn.Module): return teacher,None
     learn = _load_teacher(teacher) if isinstance(teacher, (str,Path)) else teacher
-    if not isinstance(learn, Learner): raise TypeError(f"The teacher is a module, a Learner or the path of an exported learner, got a {type(learn).__name__}")
+    if not isinstance(learn, Learner): raise TypeError(
+        f"The teacher is a module, a Learner or the path of an exported learner, got a {type(learn).__name__}: pass the trained network, not its architecture or its weights")
     _check_vocab(dls, learn.dls)
     tfm = Renormalize(_normalizer(dls), _normalizer(learn.dls))
     return bare_model(learn.model),tfm if tfm.needed else None
@@ -79,8 +81,12 @@ def student_of(
     if not n_out: raise ValueError("These DataLoaders do not tell the number of classes: set dls.c, or pass a module as student")
     if isinstance(student, str):
         if not importlib.util.find_spec('timm'): raise ImportError(f"{student!r} is the name of a timm architecture: pip install timm, or pass a function or a module")
-        return create_timm_model(student, n_out, pretrained=False)[0]
-    if 'n_out' in inspect.signature(student).parameters: return student(n_out=n_out)
+        try: return create_timm_model(student, n_out, pretrained=False)[0]
+        except RuntimeError as e: raise ValueError(f"timm cannot make {student!r} ({e}): choose from timm.list_models(), or pass a function such as partial(wrn, 16, 1)") from e
+    takes = inspect.signature(student).parameters
+    if 'n_out' in takes: return student(n_out=n_out)
+    if 'pretrained' not in takes and all(o.kind!=o.VAR_KEYWORD for o in takes.values()): raise TypeError(
+        f"The student is a function of n_out, and this one takes {', '.join(takes) or 'nothing'}: give it an argument n_out, or pass the module that it makes")
     return create_vision_model(student, n_out, pretrained=False)
 
 # %% ../nbs/09_learner.ipynb #63c2ad71
@@ -146,8 +152,9 @@ def distill_learner(
     student,cbs = student_of(student, dls),L(cbs)
     terms = [o for o in cbs if _is_term(o)]
     asks = any(o.taught for o in terms)
-    if teacher is None and asks: raise ValueError("A term needs a teacher: pass one, or leave the term out for the control arm")
-    if teacher is not None and terms and not asks: raise ValueError("None of these terms asks the teacher: pass None as teacher, or add KD()")
+    names = ' and '.join(getattr(o, '__name__', type(o).__name__) for o in terms if o.taught==asks)
+    if teacher is None and asks: raise ValueError(f"A term needs a teacher ({names}): pass one, or leave the term out for the control arm")
+    if teacher is not None and terms and not asks: raise ValueError(f"None of these terms asks the teacher ({names}): pass None as teacher, or add KD()")
     if teacher is not None or terms:
         network,own = (NoTeacher(),None) if teacher is None else teacher_of(teacher, dls)
         cbs = TeacherCallback(network, own if tfm is None else tfm, precision, compile) + cbs + ([] if terms else [KD()])
@@ -157,6 +164,7 @@ def distill_learner(
 @patch(as_prop=True)
 def history(self:Recorder) -> pd.DataFrame:
     "The progress table of the last fit, one row an epoch, without the times; raises `ValueError` once fastai has replaced it"
+    if 'metric_names' not in vars(self): raise ValueError("Nothing was recorded yet: fit the learner, then read learn.recorder.history")
     names = [n for n in self.metric_names[1:] if n!='time']
     if any(len(v)!=len(names) for v in self.values): raise ValueError("validate and get_preds have replaced what the fit recorded: keep learn.recorder.history right after fit")
     return pd.DataFrame([[*v] for v in self.values], columns=names).rename_axis('epoch')

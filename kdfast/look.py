@@ -44,7 +44,7 @@ def _columns(learn, control, x, stage):
     nets = _networks(learn, control)
     (theirs,tfm),(ours,_) = nets['teacher'],nets['student']
     with keep_rng(): pairs = [*pair_layers(ours, theirs, *_seen(ours, None, (x[:1],)), tfm=tfm).items()]
-    if stage is not None and not -len(pairs)<=stage<len(pairs): raise ValueError(f"stage={stage}, but there are {len(pairs)} pairs of layers at this image size")
+    if stage is not None and not -len(pairs)<=stage<len(pairs): raise ValueError(f"stage={stage}, but there are {len(pairs)} pairs of layers at this image size: choose 0 to {len(pairs)-1}, or leave it out for all")
     pairs = pairs if stage is None else [pairs[stage]]
     maps = {k: _maps(net, tfm, x, [b if k=='teacher' else a for a,b in pairs]) for k,(net,tfm) in nets.items()}
     return {f'{k}\n{pair[k=="teacher"]}': m[i] for i,pair in enumerate(pairs) for k,m in maps.items()}

@@ -31,7 +31,7 @@ def full_precision(
 
 # %% ../nbs/00_losses.ipynb #3ebf7a4d
 def _check_temperature(T):
-    if T<=0: raise ValueError(f"The temperature must be positive, got T={T}: 4 is usual for 10 to 100 classes, 1 for ImageNet")
+    if not T>0: raise ValueError(f"The temperature must be positive, got T={T}: 4 is usual for 10 to 100 classes, 1 for ImageNet")
 
 def soften(
     logits:Tensor, # `(bs,c,...)`

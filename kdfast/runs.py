@@ -74,7 +74,7 @@ class Run:
         if low: raise ValueError(f"{low[0]} must be positive, got {getattr(self, low[0])}")
         if not 0<self.pct<=1: raise ValueError(f"pct is the part of the training images, in (0,1], got {self.pct}")
         if not all(0<o<1 for o in self.steps): raise ValueError(f"steps are parts of the fit, in (0,1), such as (.3,.6,.8) for epochs 60, 120 and 160 of 200, got {self.steps}")
-        if not self.steps and self.drop!=.2: raise ValueError("drop is for steps: give both or none")
+        if not self.steps and self.drop!=.2: raise ValueError(f"drop={self.drop} is for steps, and there are none: give both or none")
 
     def __str__(self):
         made = [o for o in (self.student, self.conv, self.params and f'{self.params:,} parameters', self.chain, self.method) if o]
@@ -102,7 +102,7 @@ def run_of(
 ) -> Run: # With the same key
     "The run that has these settings; raises `ValueError` for those that it does not know"
     odd = [k for k in settings if k not in {f.name for f in dataclasses.fields(Run)}]
-    if odd: raise ValueError(f"A run has no {' and no '.join(odd)}: this comes from another version of kdfast")
+    if odd: raise ValueError(f"A run has no {' and no '.join(odd)}: this comes from another version of kdfast, so pip install -U kdfast, or leave that out")
     return Run(**{k: run_of(v) if k in ('teacher','start') else v for k,v in settings.items()})
 
 # %% ../nbs/16d_runs.ipynb #d87faeea

@@ -252,7 +252,7 @@ class DistillCallback(Callback):
     def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's, to those that the term reads"
     def prepare(self, probe): return {}
     def compact(self, features): return at_least_float(features)
-    def term(self): raise NotImplementedError("A DistillCallback computes a `term`")
+    def term(self): raise NotImplementedError(f"{type(self).__name__} does not say what it adds to the loss: define term(), which gives a scalar")
 
     def before_fit(self):
         self.total,self.count = 0.,0
@@ -269,6 +269,7 @@ class DistillCallback(Callback):
     def after_loss(self):
         n = find_bs(self.learn.xb)
         added = self.now*self.term() if self.acts(self.now) else self.learn.loss.new_zeros(())
+        if added.numel()!=1: raise ValueError(f"{self.column} gives a tensor of shape {tuple(added.shape)}, no scalar: let its function end with .mean()")
         self.value = added.detach()
         self.total,self.count = self.total + n*self.value,self.count+n
         self.learn.loss_grad = self.learn.loss_grad + added
