@@ -9,7 +9,7 @@ demo: .venv/installed
 
 test: .venv/developing sync
 	$(BIN)/chkstyle kdfast nbs
-	$(BIN)/nbdev-test --n-workers 2
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The committed library is what the notebooks export

@@ -35,7 +35,11 @@ def _check_same(run, model, net, size, what):
 # %% ../nbs/14b_export.ipynb #e42417d7
 def _to_export(model):
     "A copy on the CPU, in eval mode, of what can be exported"
-    return deepcopy(getattr(model, '_kdfast_reference', model)).cpu().float().eval().requires_grad_(False)
+    net = deepcopy(getattr(model, '_kdfast_reference', model)).cpu().float().eval().requires_grad_(False)
+    for m in net.modules():
+        for n,o in m.named_children():
+            if isinstance(o, ToTensorBase): setattr(m, n, nn.Identity())  # fastai's U-Nets end in one, and it cannot be traced
+    return net
 
 @contextmanager
 def _silent():

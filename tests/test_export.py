@@ -93,3 +93,10 @@ def test_logging_is_as_it_was(tmp_path):
         export_program(wrn(10, 1), tmp_path/'net.pt2', 32)
         assert logging.root.manager.disable==logging.CRITICAL
     finally: logging.disable(logging.NOTSET)
+
+def test_fastais_unet(tmp_path):
+    "It ends in a layer that changes a tensor's type, which cannot be traced"
+    net,x = DynamicUnet(create_body(wrn(10, .25), pretrained=False), 4, (32,32)),torch.rand(2, 3, 32, 32)
+    with probing(net): want = Tensor(net(x))
+    for export in (export_onnx,export_program): assert torch.allclose(export(net, tmp_path/'unet.bin', 32)(x), want, atol=1e-4)
+    assert 'ToTensorBase' in str(net)
