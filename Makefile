@@ -1,7 +1,7 @@
 # Every target does its own set-up in .venv
 PYTHON ?= python3
 BIN = .venv/bin
-NOTEBOOKS = $(sort $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb))
+NOTEBOOKS = $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 .PHONY: demo test sync readme outputs docs bench tables clean
 
 demo: .venv/installed

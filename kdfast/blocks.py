@@ -252,10 +252,10 @@ class _NoValidation(Callback):
 
 def _columns(learn, validate): return contextmanager(replacing_yield)(learn.recorder, 'valid_metrics', validate) if hasattr(learn, 'recorder') else nullcontext()
 
-def _fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=False, **kwargs):
+def _fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=False, on=None, **kwargs):
     "One cycle in which `columns` are recorded"
     off = [_unwatched(o, columns) for o in (learn.cbs,cbs)]
-    if not rank_distrib(): learn.logger(f"{name}: {epochs} epoch{'s'*(epochs>1)} on {'hints' if hints else 'labels'}")
+    if not rank_distrib(): learn.logger(f"{name}: {epochs} epoch{'s'*(epochs>1)} on {on or ('hints' if hints else 'labels')}")
     with learn.removed_cbs(off[0]): learn.fit_one_cycle(epochs, lr, cbs=[o for o in cbs if o not in off[1]], **kwargs)
     if hasattr(learn, 'recorder'): run.add(name, learn.recorder, hints)
     for o in [*learn.cbs,*cbs]:
@@ -434,9 +434,11 @@ def fit_two_stages(self:Learner,
     cb.setup()
     _check_watched(self, cb, cbs, [])
     columns = [t.label for t in first_terms(self)],_label_columns(self, cb)
+    on = ' and '.join(columns[0]),None
     with _one_file([*self.cbs,*cbs]):
         for stage,n,lr,extra in zip((1,2), (first,n_epoch), _each(lr_max, 2, 'lr_max'), ([_NoLabels()],[])):
             _forget_gradients(self.model.parameters())
-            with _in_stage(cb.terms, stage): _fit_stage(self, run, ('first','second')[stage-1], n, lr, [*cbs,*extra], columns[stage-1], reset_opt=True, **kwargs)
+            name,watch,what = ('first','second')[stage-1],columns[stage-1],on[stage-1]
+            with _in_stage(cb.terms, stage): _fit_stage(self, run, name, n, lr, [*cbs,*extra], watch, on=what, reset_opt=True, **kwargs)
     if hasattr(self, 'recorder'): run.tell(self.recorder)
     return run

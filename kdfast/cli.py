@@ -70,6 +70,7 @@ def _report(folder):
     for word,verdicts in {'Not better than the control':('worse','no different'), 'Undecided by one seed':('(one seed)',)}.items():
         names = [k for k,v in found.items() if v in verdicts]
         if names: _say(f"{word}: {', '.join(names)}")
+        if names and 'worse' in verdicts: _say("What to look at: https://kdfast.github.io/kdfast/howto/debug.html")
     _say()
     for o in ('record.json','runs.csv','report.csv','curves.png','attention.png','teacher.pth',*map(_file_of, arms),*(f'{_stem(o, 0)}.onnx' for o in arms)):
         if (folder.path/o).exists(): _say(folder.path/o)
@@ -88,7 +89,7 @@ def demo(
     _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds)
     folder = RunFolder(out, dict(demo=True, epochs=epochs, teacher_epochs=teacher_epochs))
     folder.record = dict(runs=[])
-    _say("A WRN-16-2 learns from 1,198 digits; then WRN-10-1 students learn from 5 labelled digits a class, with its help and without.\n")
+    _say(f"A WRN-16-2 learns from 1,198 digits; then WRN-10-1 students learn from 5 labelled digits a class, with its help and without: {1+seeds*len(demo_arms)} trainings, a line each.\n")
     full,few = digits_dls(64),digits_dls(25, per_class=5, repeat=10)
     make = lambda: distill_learner(full, None, partial(wrn, 16, 2), metrics=accuracy)
     with on_interrupt(lambda: "A demo is not gone on with: the same command begins anew. Those of kdfast distill are."):
@@ -374,7 +375,7 @@ def tell_doctor():
 def tell_methods():
     "List the methods: what each compares, its arguments, its paper"
     for o in method_table().itertuples(): _say(f'{o.Index:14} {o.compares}\n{"":14} {o.arguments}\n{"":14} {o.paper}')
-    _say("Join several with +, give arguments after colons: --method kd+at:weight=500:until=.8. Everyone's: since, until, ramp, parts of the fit.")
+    _say("Join several with +, give arguments after colons: --method kd+at:weight=500:until=.8. Everyone's: since, until, ramp, parts of the fit between 0 and 1. per_stage, stem: which layers; see also the schedules in kdfast distill --help.")
 
 # %% ../nbs/17_cli.ipynb #bf4f4179
 _commands = dict(demo=demo, distill=distill, compress=compress, table=table, methods=tell_methods, doctor=tell_doctor)

@@ -12,6 +12,7 @@ __all__ = ['digits_stats', 'stratified', 'BatchShift', 'BatchFlip', 'BatchResize
 import functools, tarfile, tempfile, zlib
 from lzma import LZMAError
 from random import Random
+from urllib.error import URLError
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from fastai.vision.all import *
@@ -214,7 +215,8 @@ def _unpack(archive):
 
 def _dataset(path, url, parts):
     "The folder that holds the folders `parts`: `path`, what is in it or in the archive, or what `url` gives"
-    if path is None: path = untar_data(url)
+    try: path = untar_data(url) if path is None else path
+    except URLError as e: raise OSError(f"{url} cannot be downloaded ({e.reason}): pass path=, or --path, with the archive or its folder") from e
     path = Path(path).expanduser()
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: pass the folder or the archive of the data set, or path=None to download it")
     root = _unpack(path) if path.is_file() else path

@@ -51,9 +51,9 @@ def _extra(name): return ' and '.join(lacks) + f": pip install 'kdfast[{name}]'"
 def doctor() -> PrettyString: # A line each
     "Tell versions, device, bfloat16, where data are, and what is missing for which extra"
     names = [Requirement(o).name for o in requires('kdfast') if not Requirement(o).marker]
-    extras = dict.fromkeys(str(Requirement(o).marker).split('"')[1] for o in requires('kdfast') if Requirement(o).marker)
+    extras = dict.fromkeys(str(Requirement(o).marker).split('"')[1] for o in requires('kdfast') if Requirement(o).marker and 'dev' not in str(Requirement(o).marker))
     versions = dict(kdfast=version('kdfast'), python=f'{platform.python_version()}, {platform.system()}', **{o:_found(Requirement(o)) or 'missing' for o in names})
-    device = dict(device=_device(), bfloat16=_bf16(), int8=torch.backends.quantized.engine)
+    device = dict(device=_device(), bfloat16=_bf16(), int8=f'by the backend {torch.backends.quantized.engine}')
     data = dict(digits='embedded in scikit-learn', **{k:_place(o) for k,o in _data.items()})
     sections = dict(Versions=versions, Device=device, Data=data, Extras={o:_extra(o) for o in extras})
     told = '\n\n'.join('\n'.join([k, *(f'  {a:16} {b}' for a,b in rows.items())]) for k,rows in sections.items())

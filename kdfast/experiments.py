@@ -303,6 +303,6 @@ def interruptible(self:RunFolder,
         if not rank_distrib():
             if learn: save_network(learn.student, self.path/'interrupted.pth', **about)
             where = f" in {e.run}, epoch {getattr(learn, 'epoch', 0)+1}. Its weights so far are in {self.path/'interrupted.pth'}" if learn else ''
-            print(f"\nInterrupted{where}. Finished runs: {len(self.record['runs'])}. The same command goes on with the rest.", file=sys.stderr)
+            print(f"\nInterrupted{where}. Finished runs: {len(self.record['runs'])}. The same command goes on with the rest, this run from its beginning.", file=sys.stderr)
         e.answered = True
         raise

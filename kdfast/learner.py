@@ -39,7 +39,7 @@ class Renormalize:
 def _normalizer(dls): return first(o for o in getattr(getattr(dls[0], 'after_batch', None), 'fs', ()) if isinstance(o, Normalize))
 
 def _load_teacher(path):
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}: pass the file that learn.export() wrote, a learner or a module")
+    if not Path(path).is_file(): raise FileNotFoundError(f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}: pass the file that learn.export() wrote, below learn.path, a learner or a module")
     try:
         with warnings.catch_warnings(), keep_rng():
             warnings.simplefilter('ignore')

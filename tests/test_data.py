@@ -142,3 +142,9 @@ def test_labels_may_be_a_tensor():
     for labels in (y, y.numpy()):
         dls = tensor_dls((x, labels), (x, labels), bs=8)
         assert dls.c==3 and dls.one_batch()[1].max()<3
+
+def test_without_a_connection(monkeypatch):
+    from urllib.error import URLError
+    def offline(url): raise URLError('Name or service not known')
+    monkeypatch.setattr('kdfast.data.untar_data', offline)
+    with pytest.raises(OSError, match='imagenette2.* cannot be downloaded .Name or service not known.: pass path='): imagenette_dls(size=64)

@@ -163,7 +163,7 @@ def test_the_readmes_python_runs(monkeypatch, tmp_path):
     code = [b for kind,b in blocks if kind=='python']
     space = dict(dls=digits_dls(64, per_class=8), teacher=wrn(10, 2), student=wrn(10, 1))
     exec(code[0], space)
-    assert 'distill_learner(dls, teacher, student)' in code[0] and space['learn'].recorder.history['kd'].notna().all()
+    assert 'distill_learner(dls, teacher, student, metrics=accuracy)' in code[0] and space['learn'].recorder.history['kd'].notna().all()
     assert [*tmp_path.rglob('student.pkl')]
     for b in code[1:]: exec(b, space)
 
@@ -177,6 +177,7 @@ def test_the_readmes_commands_exist():
         if word=='make': assert args[0] in targets
         elif word=='kdfast': '--help' in args or _parser(_commands).parse_args(args)
         else: assert word in ('git','cd','pip','python')
+    assert re.search(r'From `git clone` to 5 exported students, on \d+ cores: [\d.]+ minutes', readme), 'python benchmarks/first_run.py measures it'
 
 def test_the_readme_can_be_read_in_minutes():
     "One picture of a result near the top, and no wall of text"

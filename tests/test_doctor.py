@@ -32,4 +32,4 @@ def test_data_are_found_where_fastai_keeps_them(monkeypatch, tmp_path):
 def test_extras_are_those_that_the_project_promises(capsys):
     main(['doctor'])
     told = capsys.readouterr().out
-    assert all(f'\n  {o} ' in told for o in ('prune','factorize','onnx','sweep','dev','torch','bfloat16'))
+    assert all(f'\n  {o} ' in told for o in ('prune','factorize','onnx','sweep','torch','bfloat16'))

@@ -707,7 +707,9 @@ def test_two_stages_by_hand(trained, quiet):
         order = 10
         def after_loss(self): self.learn.loss_grad = self.learn.loss_grad - self.learn.loss
     a,b = make(FitNet(), KD()),make(FitNet())
-    with a.no_bar(), a.no_logging(): a.fit_two_stages(2, 3, 1e-4, wd=0.)
+    said = []
+    with a.no_bar(), contextmanager(replacing_yield)(a, 'logger', said.append): a.fit_two_stages(2, 3, 1e-4, wd=0.)
+    assert [o for o in said if isinstance(o, str)]==['first: 2 epochs on fitnet','second: 3 epochs on labels']
     b.add_cb(Alone())
     with b.no_bar(), b.no_logging(): b.fit_one_cycle(2, 1e-4, wd=0.)
     b.remove_cb(Alone)
