@@ -182,11 +182,11 @@ def _in_turn():
 def distill(
     data:str='digits', # digits, cifar10, imagenette or imagenet
     path:Path=None, # Folder or archive of the data, downloaded if left out
-    size:int=None, # Side of the images of imagenette, pixels
+    size:int=None, # Side of the images of imagenette, pixels, 128 if left out
     pct:float=1., # Part of the training images for the students, the same of each class
     teacher:str='wrn-16-2', # resnet34, wrn-40-2 and the like, or a classifier of torchvision's
     student:str='wrn-10-1', # The same
-    conv:str=None, # What the student's convolutions are made of: separable, grouped:groups=4, ...
+    conv:str=None, # What the student's convolutions are made of, ordinary ones if left out: separable, grouped:groups=4, ...
     params:int=None, # Budget of the student's parameters, met by the ratio of a convolution that has one, by the width otherwise
     method:str='kd+at', # Those of `kdfast methods`, or blocks, blocks-parallel, simultaneous, joined by +; several of these, with commas between, share one control
     epochs:int=10, # Epochs of a student
@@ -256,7 +256,7 @@ def _tell_chains(folder):
 def compress(
     data:str='digits', # digits, cifar10, imagenette or imagenet
     path:Path=None, # Folder or archive of the data, downloaded if left out
-    size:int=None, # Side of the images of imagenette, pixels
+    size:int=None, # Side of the images of imagenette, pixels, 128 if left out
     pct:float=1., # Part of the training images for the training after each step, the same of each class
     teacher:str='wrn-16-2', # The network: resnet34, wrn-40-2 and the like, or a classifier of torchvision's
     steps:str='prune:.5,factorize:.7,int8', # One after another: swap:separable, distill, distill:resnet10, prune:.5, factorize:.7, int8, int8:aware, onnx, program; several chains with ; between

@@ -144,7 +144,7 @@ def pair_layers(
     t = stage_taps(teacher, seen_by(tfm, tuplify(x)), per_stage, stem)
     pairs = {a:b for size in s if size in t for a,b in zip(s[size], t[size])}
     if pairs: return pairs
-    if not s or not t: raise ValueError(f"No layers to pair, since this {type(teacher if s else student).__name__}, the {'teacher' if s else 'student'}, has no maps: use KD, or others that read outputs")
+    if not s or not t: raise ValueError(f"No layers to pair, since this {type(teacher if s else student).__name__}, the {'teacher' if s else 'student'}, has no stages of maps: use KD, or others that read outputs, or pass pairs={{'student.layer': 'teacher.layer'}}")
     raise ValueError(f"No layers to pair: the student's stages have maps of {[*s]}, the teacher's of {[*t]}; pass pairs={{'student.layer': 'teacher.layer'}}")
 
 # %% ../nbs/04_features.ipynb #ce7793ea

@@ -38,7 +38,7 @@ cases = {
                                    wrn(10,1), FitNet({'group1':'stem'})), "neither is a multiple"),
     'unequal maps for a loss that needs equal': (lambda d: taught(d, wrn(10,2), wrn(10,1), FeatureKD(F.mse_loss, {'group1':'group2'})), "cannot compare 'group1', (2, 16, 32, 32), with 'group2'"),
     'broadcast maps':        (lambda d: taught(d, wrn(10,2), wrn(10,1), FeatureKD(F.mse_loss, {'fc':'group2'})), "cannot compare"),
-    'no pair found':         (lambda d: taught(d, wrn(10,2), nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10)), AT()), "the student, has no maps: use KD"),
+    'no pair found':         (lambda d: taught(d, wrn(10,2), nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10)), AT()), "the student, has no stages of maps: use KD"),
     'no size in common':     (lambda d: taught(d, wrn(10,2), nn.Sequential(ConvLayer(3, 8, stride=3), ConvLayer(8, 16, stride=3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)), AT()), "pass pairs="),
     'empty pairs':           (lambda d: FitNet({}), "at least one pair"),
     'pairs of no dict':      (lambda d: AT(['group1']), "{'student.layer': 'teacher.layer'}"),

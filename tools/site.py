@@ -76,6 +76,8 @@ def _menu(page):
     part = lambda pages: '<ul>' + ''.join(f'<li><a href="{_to(page, url_of(p))}"{" aria-current=page" if url_of(p)==page else ""}>{escape(told(p)[0])}</a></li>' for p in pages) + '</ul>'
     return ''.join((f'<h2>{escape(section)}</h2>' if section else '') + part(pages) for section,pages in sidebar().items())
 
+def _code(text): return re.sub('`([^`]+)`', r'<code>\1</code>', escape(text))
+
 def _page(page, title, sub, body, style):
     return f'''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -83,7 +85,7 @@ def _page(page, title, sub, body, style):
 <link rel="icon" href="{_to(page, 'favicon.svg')}"><link rel="stylesheet" href="{_to(page, 'site.css')}"><style>{style}</style>
 <script defer src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"></script></head>
 <body><header><a href="{_to(page, 'index.html')}"><img src="{_to(page, 'favicon.svg')}" alt="">kdfast</a></header>
-<nav><details><summary>Pages</summary>{_menu(page)}</details></nav><main><h1>{escape(title)}</h1><p class="sub">{escape(sub)}</p>{body}</main>
+<nav><details><summary>Pages</summary>{_menu(page)}</details></nav><main><h1>{escape(title)}</h1><p class="sub">{_code(sub)}</p>{body}</main>
 <script>document.querySelector('details').open = innerWidth>900</script></body></html>'''
 
 css = '''*{box-sizing:border-box}body{margin:0;font:17px/1.6 system-ui,sans-serif;color:#1d2733;background:#fff;display:grid;grid-template-columns:17rem minmax(0,1fr);grid-template-areas:"head head" "nav main"}
