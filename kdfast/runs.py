@@ -168,11 +168,10 @@ def _fitter(epochs, lr, bf16=False, how='fit_one_cycle', method='', steps=(), dr
 def _learner(dls, teacher, student, method, by_compression=False, cbs=None, **kwargs):
     terms,by_blocks = terms_of(method),schedule_of(method) is not None
     asks = any(t.taught for t in terms)
-    blocks_only = by_blocks and not asks  # blocks ask the teacher where no term does
-    alone = not by_blocks and not asks
-    learn = distill_learner(dls, None if alone else teacher, student, [*terms, *([KD()] if blocks_only else []), *L(cbs)], **kwargs)
+    asker = [KD(alpha=0.)] if by_blocks and not asks else []  # blocks ask the teacher where no term does
+    learn = distill_learner(dls, teacher if by_blocks or asks else None, student, [*terms, *asker, *L(cbs)], **kwargs)
     if by_compression: scale_decay(learn)
-    return learn.remove_cb(KD) if blocks_only else learn
+    return learn.remove_cbs(asker)
 
 # %% ../nbs/16d_runs.ipynb #9feac586
 def _plain_state(o):
