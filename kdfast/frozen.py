@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/frozen.html.md"""
 __all__ = ['native_bf16', 'autocast_dtype', 'fold_norms', 'fingerprint', 'Frozen']
 
 # %% ../nbs/05b_frozen.ipynb #9a416d82
-import hashlib
+import hashlib, os
 from collections import Counter
 from contextlib import nullcontext
 from fastai.vision.all import *
@@ -21,8 +21,11 @@ from .measure import eval_mode, probing
 # %% ../nbs/05b_frozen.ipynb #70e85944
 def native_bf16(
     device:torch.device # Where a network is to run
-) -> bool: # Whether it computes bfloat16 itself
-    "Does `device` multiply in bfloat16?"
+) -> bool: # Whether it computes bfloat16 itself; raises `ValueError` where `KDFAST_NATIVE_BF16` is neither 0 nor 1
+    "Does `device` multiply in bfloat16? The environment variable `KDFAST_NATIVE_BF16`, 0 or 1, overrides what the hardware reports"
+    if answer := os.environ.get('KDFAST_NATIVE_BF16'):
+        if answer not in ('0','1'): raise ValueError(f"KDFAST_NATIVE_BF16 is {answer!r}: set it to 0 or 1, or unset it")
+        return answer=='1'
     if device.type=='cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     told = [getattr(torch.cpu, n, bool)() for n in ('_is_avx512_bf16_supported','_is_amx_tile_supported')]
     return device.type=='cpu' and any(told)

@@ -9,7 +9,7 @@ __all__ = ['schedules', 'methods', 'method_table', 'terms_of', 'schedule_of', 'c
            'importances', 'step_of', 'steps_of']
 
 # %% ../nbs/16c_names.ipynb #8a4d0ac3
-import ast, inspect
+import ast, functools, inspect
 import torchvision
 from fastai.vision.all import *
 from . import convs, data as data_room, distill, distill_features, distill_layers, distill_logits, distill_online, distill_relations, models, structured
@@ -32,6 +32,7 @@ def _below(c): return [d for o in c.__subclasses__() for d in (o, *_below(o))]
 
 def _ours(base): return {c.__name__.lower():c for c in _below(base) if c.__module__.startswith('kdfast.') and not c.__name__.startswith('_')}
 
+@functools.cache  # inspecting sixty classes takes longer than all else that reading a run does
 def methods() -> dict: # Name to class
     "The terms that need no argument"
     rooms = distill,distill_logits,distill_features,distill_relations,distill_layers,distill_online

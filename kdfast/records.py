@@ -67,6 +67,10 @@ class Records:
         with self._db() as db: return db.execute(f"select {','.join(_columns)} from runs {where}", values).fetchall()
 
 # %% ../nbs/16e_records.ipynb #1dd6b6b2
+_insert = f"insert into runs ({','.join(_columns)}) values ({','.join('?'*len(_columns))}) on conflict (key) do update set {', '.join(f'{o}=excluded.{o}' for o in _columns[1:])} where state='failed' or ?"
+
+def _row(run, result, state): return run.key, state, run.student, run.method, run.seed, result.get('accuracy'), result.get('seconds'), json.dumps(run.settings), json.dumps(result)
+
 @patch
 def add(self:Records,
     run:Run, # What was done
@@ -75,11 +79,7 @@ def add(self:Records,
     again:bool=False # Write over a run that is done
 ) -> bool: # Whether it was written
     "Put a run on record, whole or not at all; raises `OSError` on a full disk, with the file as it was"
-    row = [run.key, state, run.student, run.method, run.seed, result.get('accuracy'), result.get('seconds'), json.dumps(run.settings), json.dumps(result)]
-    update = ', '.join(f'{o}=excluded.{o}' for o in _columns[1:])
-    with self._db() as db:
-        made = db.execute(f"insert into runs ({','.join(_columns)}) values ({','.join('?'*len(row))}) on conflict (key) do update set {update} where state='failed' or ?", [*row, again])
-        return made.rowcount>0
+    with self._db() as db: return db.execute(_insert, (*_row(run, result, state), again)).rowcount>0
 
 @patch
 def get(self:Records,
@@ -111,9 +111,14 @@ def table(self:Records) -> pd.DataFrame:
     return pd.DataFrame([_flat(*row) for row in self._rows('order by rowid')])
 
 @patch
+def results(self:Records) -> dict: # `Run` to result, in the order in which they were recorded
+    "All runs that are done, read in one query"
+    return {run_of(json.loads(row[7])): json.loads(row[8]) for row in self._rows("where state='done' order by rowid")}
+
+@patch
 def runs(self:Records) -> list:
     "All runs that are done"
-    return [run_of(json.loads(row[7])) for row in self._rows("where state='done' order by rowid")]
+    return [*self.results()]
 
 # %% ../nbs/16e_records.ipynb #2043e949
 @patch
@@ -135,8 +140,11 @@ def take(self:Records,
     try: rows = [*_of_folder(json.loads(text))] if Path(file).suffix=='.json' else [(run_of(o['settings']), o['result'], o['state']) for o in map(json.loads, text.splitlines())]
     except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} holds no runs that could be taken ({type(e).__name__}: {e}): "
         "pass what Records.export wrote, or the record.json of kdfast distill") from e
-    known = {key for key,state,*_ in self._rows() if state=='done'}
-    return sum(self.add(*o) for o in rows if o[0].key not in known)
+    with self._db() as db:
+        db.execute('begin immediate')
+        new = sum(db.execute(_insert, (*_row(*o), False)).rowcount for o in rows)
+        db.execute('commit')
+        return new
 
 # %% ../nbs/16e_records.ipynb #19d49e56
 def _of_folder(record):

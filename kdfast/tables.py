@@ -10,6 +10,7 @@ __all__ = ['schedule_names', 'research', 'recipe', 'ResearchTable', 'table_of', 
 # %% ../nbs/16g_tables.ipynb #a5cb7f67
 import inspect, time
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from statistics import mean, stdev
 from fastai.vision.all import *
 from .interpret import plot_history, plot_tradeoff
@@ -176,8 +177,9 @@ def table_of(
 
 # %% ../nbs/16g_tables.ipynb #838b7919
 def _of_any_seed(records):
-    "Results by run, the seed set to 0"
-    return groupby(records.runs(), lambda r: replace(r, seed=0), records.get)
+    "Lists of results by run, the seed set to 0; those that are grouped already as they are"
+    if isinstance(records, dict): return records
+    return groupby(records.results().items(), lambda o: replace(o[0], seed=0), itemgetter(1))
 
 @patch
 def cells(self:ResearchTable,
@@ -234,7 +236,8 @@ def frame(self:ResearchTable,
     schedule:str # As for `recipe`
 ) -> pd.DataFrame: # One row a student, one column an arm; empty where nothing is on record
     "The table as it is printed"
-    cells,known,rows = self.cells(records, schedule),_of_any_seed(records),{}
+    known,rows = _of_any_seed(records),{}
+    cells = self.cells(known, schedule)
     for row,of_row in cells.groupby('row', sort=False):
         by_arm = {o.arm:o for o in of_row.itertuples()}
         best,told = max(o.accuracy for o in by_arm.values()),by_arm['alone']
@@ -261,14 +264,14 @@ def markdown(self:ResearchTable,
     schedule:str # As for `recipe`
 ) -> str:
     "The table with its caption; raises `ValueError` where nothing is on record"
-    cells = self.cells(records, schedule)
-    refused = self.refused(records, schedule)
+    known = _of_any_seed(records)
+    cells,refused = self.cells(known, schedule),self.refused(known, schedule)
     if not len(cells): raise ValueError(f"{f'No control of {refused[0]}' if refused else 'Nothing'} of {self.name} at the schedule {schedule} is on record: kdfast table {self.name} --schedule {schedule}")
     left_out = f"\n\nRefused, since their controls are not on record: {', '.join(refused)}." if refused else ''
     smoke = '\n\n**A smoke test: a few epochs on digits. These numbers mean nothing.**' if schedule=='smoke' else ''
     caption = self.caption + (f'. {self.small}' if schedule in ('smoke','cpu') and self.small else '')
     return (f"# {self.name}, {schedule}\n\n{caption}. Accuracy after the last epoch in %, over {self._seeds(cells)}; in brackets as published.{smoke}\n\n"
-        f"{to_markdown(self._laid(self.frame(records, schedule)))}{left_out}\n\nStudents: {self._how(schedule, cells)}. `kdfast table {self.name} --schedule {schedule}{self._part(cells)}`\n")
+        f"{to_markdown(self._laid(self.frame(known, schedule)))}{left_out}\n\nStudents: {self._how(schedule, cells)}. `kdfast table {self.name} --schedule {schedule}{self._part(cells)}`\n")
 
 # %% ../nbs/16g_tables.ipynb #c03b3748
 @patch
