@@ -60,6 +60,7 @@ class BatchFlip(Transform):
     def encodes(self, x:TensorImage):
         res = x.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
         flip = torch.rand(len(x), device=x.device)<self.p
+        if x.device.type!='cpu': return torch.where(flip[:,None,None,None], res.flip(-1), res)  # a GPU would wait to learn how many there are
         res[flip] = res[flip].flip(-1)
         return res
 

@@ -79,6 +79,7 @@ class ContrastMemory(nn.Module):
         for o in (self.of_student,self.of_teacher): o.copy_(F.normalize(torch.randn(o.shape, generator=g)))
         self.classes.fill_(-1)
         self.norms.zero_()
+        self.ready = False  # whether both norms are set: reading them would make a GPU wait
 
     def forward(self, s, t): return F.normalize(self.student(s)),F.normalize(self.teacher(t))
 
@@ -114,8 +115,9 @@ def contrast(self:ContrastMemory,
     (s,t),res = self(s, t),0.
     for i,(v,memory) in enumerate(((s,self.of_teacher),(t,self.of_student))):
         positive,negatives = (v*memory[ids]).sum(1)/tau,v@memory[drawn].T/tau
-        if not self.norms[i]: self.norms[i] = maybe_gather(negatives.detach().exp().mean()[None]).mean().mul(n).log()
+        if not (self.ready or self.norms[i]): self.norms[i] = maybe_gather(negatives.detach().exp().mean()[None]).mean().mul(n).log()
         res = res + crd_loss(positive-self.norms[i], negatives-self.norms[i], n, valid)
+    self.ready = True
     self.remember(ids, s, t, y)
     return res
 
@@ -144,8 +146,9 @@ class CRD(EmbeddingKD):
 
     def before_train(self):
         super().before_train()
-        if self.known!=(now := id(self.source.loader.dataset)): adapters_of(self.learn.model)[self._key('contrast')].forget()
-        self.known = now
+        m,now = adapters_of(self.learn.model)[self._key('contrast')],id(self.source.loader.dataset)
+        if self.known!=now: m.forget()
+        self.known,m.ready = now,False  # weights may have been loaded
 
     def _classes(self, y, n):
         "Labels, -1 where they are none; None where these are no numbers of classes"
@@ -159,7 +162,7 @@ class CRD(EmbeddingKD):
         (a,b), = self.layers.items()
         s,t,m = embedding(self.source.student_taps[a]),self.target(b),adapters_of(self.learn.model)[self._key('contrast')]
         y = self._classes(y, self.pred.shape[-1])
-        return full_precision(m.contrast)(s, t, torch.tensor(self.source.ids, device=s.device), y, self.negatives, self.tau)
+        return full_precision(m.contrast)(s, t, torch.tensor(self.source.ids).to(s.device, non_blocking=True), y, self.negatives, self.tau)
 
 # %% ../nbs/08d_distill_relations.ipynb #668603ef
 class SP(FeatureKD):

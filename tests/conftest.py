@@ -1,8 +1,11 @@
 "Small networks and data that the tests share"
-import matplotlib, pytest
+import matplotlib, pytest, warnings
 matplotlib.use('Agg')
+from contextlib import ExitStack
 from fastai.vision.all import *
 from kdfast.all import *
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 def pytest_collection_modifyitems(items):
     "fastai's star import brings fastcore's `test_eq` and the like, which are no tests"
@@ -37,3 +40,33 @@ def quiet():
     return fit
 
 def n_hooks(*models): return sum(len(m._forward_hooks)+len(m._forward_pre_hooks) for net in models for m in net.modules())
+
+class Waits(TorchDispatchMode):
+    "Counts the operations whose result a GPU must have computed before Python goes on: numbers that are read, shapes that depend on values"
+    n,reads = 0,('_local_scalar_dense','nonzero','masked_select','equal','_unique2')
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split('.')[0]
+        masked = name in ('index','index_put_','index_put') and any(o is not None and o.dtype==torch.bool for o in args[1])
+        self.n += name in self.reads or masked
+        return func(*args, **(kwargs or {}))
+
+class _ThirdStep(Callback):
+    "Watches the third step, from the loader on"
+    order,run_valid = 1000,False
+    def after_batch(self):
+        if self.iter==1: self.stack,self.waits,self.seen = ExitStack(),Waits(),[]
+        if self.iter==1 and torch.cuda.is_available():
+            self.seen = self.stack.enter_context(warnings.catch_warnings(record=True))
+            warnings.simplefilter('always')
+            torch.cuda.set_sync_debug_mode('warn')
+            self.stack.callback(torch.cuda.set_sync_debug_mode, 'default')
+        if self.iter==1: self.stack.enter_context(self.waits)
+        if self.iter==2:
+            self.stack.close()
+            raise CancelFitException
+
+def waits_of(learn):
+    "How often a GPU waits in one step, counted there by torch itself"
+    watch = _ThirdStep()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=watch)
+    return sum('synchronizing' in str(o.message) for o in watch.seen) if torch.cuda.is_available() else watch.waits.n

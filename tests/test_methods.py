@@ -1,7 +1,7 @@
 "Every loss against an independent computation, and every method alone and together"
 import pytest, torchvision
 from torch.autograd import gradcheck
-from conftest import n_hooks
+from conftest import n_hooks, waits_of
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.names import methods, terms_of
@@ -327,6 +327,15 @@ def test_the_exported_student_is_bare(name, trained, tmp_path, quiet):
     assert {*load_learner(learn.export_student()).model.state_dict()}=={*wrn(10, 1).state_dict()}
     assert all(torch.equal(v, before[k]) for k,v in trained.state_dict().items())
 
+@pytest.mark.cuda
+@pytest.mark.parametrize('name', names)
+def test_a_step_waits_for_nothing(name, trained):
+    "What fastai reads from the device in a step, and nothing else"
+    t = term(name)
+    arms = (None, None), (asked(trained, t), t)
+    alone,ours = (waits_of(distill_learner(digits_dls(20, per_class=8, pad=2), teacher, wrn(10, 1), cbs=cbs)) for teacher,cbs in arms)
+    assert ours<=alone, (ours,alone)
+
 # The teacher's classifier
 
 def test_simkd_leaves_the_labels_out(trained):
@@ -426,7 +435,7 @@ def test_the_axis_of_the_classes(quiet):
     dls = DataLoaders(*(DataLoader(data, bs=8) for _ in range(2)))
     net = lambda n: nn.Sequential(nn.Embedding(7, n), nn.Linear(n, 7))
     teacher,student = net(16),net(4)
-    learn = distill_learner(dls, teacher, student, cbs=[KD(alpha=.5), DKD(ramp=0.)], loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    learn = distill_learner(dls, teacher, student, cbs=[KD(alpha=.5), DKD(ramp=0.)], loss_func=CrossEntropyLossFlat(), opt_func=SGD, precision='float32')
     keep = Keep()
     learn.add_cb(keep)
     x,y = (torch.stack(o) for o in zip(*data[:8]))
