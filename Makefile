@@ -1,16 +1,30 @@
 # Every target does its own set-up in .venv
 PYTHON ?= python3
 BIN = .venv/bin
+SHELL = /bin/bash
+.SHELLFLAGS = -o pipefail -c
 NOTEBOOKS = $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
-.PHONY: demo test sync readme outputs docs bench tables clean
+.PHONY: demo test test-all check sync readme outputs docs bench bench-gpu wheels tables clean
 
 demo: .venv/installed
 	$(BIN)/kdfast demo
 
-test: .venv/developing sync
-	$(BIN)/chkstyle kdfast nbs
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Before each commit: style, exports, the library's notebooks, the quick tests
+test: NOTEBOOKS_RUN = --skip-folder-re '^(howto|tutorials|explanation)$$'
+test: TESTS_RUN = -m 'not slow'
+test: check
+
+# What CI runs: every notebook, and slow tests as well
+test-all: check
+
+# Each step runs whatever the ones before it have found, and prints what took longest; the exit code tells at the end
+check: .venv/developing
+	@failed=; \
+	$(BIN)/chkstyle kdfast nbs || failed=style; \
+	$(MAKE) --no-print-directory sync || failed="$$failed sync"; \
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing $(NOTEBOOKS_RUN) | sed -n 1,11p || failed="$$failed notebooks"; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10 $(TESTS_RUN) || failed="$$failed tests"; \
+	test -z "$$failed" || { echo "Failed: $$failed"; exit 1; }
 
 # The committed library is what the notebooks export
 sync: .venv/developing
@@ -19,9 +33,8 @@ sync: .venv/developing
 	diff -r -x __pycache__ .venv/before kdfast
 
 # README.md and its pictures, from nbs/index.ipynb
-OUT = .
 readme: .venv/developing
-	$(BIN)/python tools/site.py --readme $(OUT)
+	$(BIN)/python tools/site.py --readme $(or $(OUT),.)
 
 # The outputs that the notebooks keep
 outputs: .venv/developing
@@ -35,6 +48,15 @@ docs: .venv/developing
 # The tables in results/tables, from results/records.jsonl
 tables: .venv/developing
 	$(BIN)/kdfast table sanity,best-teacher,substitutions,stagewise,compression,teachers,budget-1mb --schedule cpu --report --out results
+
+# What a machine with a GPU makes of kdfast, in eight minutes; a machine without a registry takes its packages from `make wheels`
+bench-gpu:
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py --out $(or $(OUT),gpu)
+
+# For Python 3.12, in .wheels: what bench-gpu needs beside torch, torchvision, timm, scikit-learn, pandas, matplotlib and pytest
+wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d .wheels \
+		fastai fastcore fastdownload fastprogress fasttransform plum-dispatch beartype python-fasthtml starlette itsdangerous python-multipart httpx2 httpcore2 truststore torchdistill cython
 
 # CIFAR=path IMAGENETTE=path make bench
 bench: .venv/developing

@@ -14,9 +14,7 @@ from time import perf_counter
 warnings.filterwarnings('ignore')
 os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # the profiler's own messages
 from fastai.vision.all import *
-from fasterai.distill.all import Attention, KnowledgeDistillationCallback, SoftTarget
 from torch.profiler import ProfilerActivity, profile
-from torchdistill.core.distillation import DistillationBox
 from kdfast.all import *
 
 class Steps:
@@ -62,8 +60,9 @@ def sgd(params, **kwargs): return SGD(params, lr=1e-5, mom=.9)
 
 class Loop:
     "Training written by hand"
-    def __init__(self, work, loss, adapters=()):
+    def __init__(self, work, loss, adapters=(), half=False):
         self.work,self.student,self.adapters,self.loss = work,deepcopy(work.student),[deepcopy(a) for a in adapters],loss
+        if half: self.student.to(memory_format=torch.channels_last)
         self.opt = sgd([*self.student.parameters(), *(p for a in self.adapters if a for p in a.parameters())])
         work.teacher.eval()
 
@@ -90,6 +89,7 @@ class Fastai:
 
 def fasterai_terms(work, method):
     "Its callbacks, the teacher frozen by hand so that it has no graph"
+    from fasterai.distill.all import Attention, KnowledgeDistillationCallback, SoftTarget
     teacher = deepcopy(work.teacher).requires_grad_(False)
     soft = KnowledgeDistillationCallback(teacher, partial(SoftTarget, T=4), weight=.9)
     attention = KnowledgeDistillationCallback(teacher, Attention, [f'model.{g}' for g in work.groups], [*work.groups], weight=.5)
@@ -98,6 +98,7 @@ def fasterai_terms(work, method):
 class Torchdistill:
     "Its training box"
     def __init__(self, work, method):
+        from torchdistill.core.distillation import DistillationBox
         path = lambda n: dict(io='output', path=n)
         pairs = {g: dict(teacher=path(g), student=path(g), weight=1) for g in work.groups}
         ends = dict(student_module_path='fc', student_module_io='output', teacher_module_path='fc', teacher_module_io='output')
@@ -173,21 +174,33 @@ def rows(part, work, times, of, memory={}, over=None):
 
 # The parts
 
+def halved(work, loss):
+    "`loss` in bfloat16 wherever autocast takes it"
+    def half(*args):
+        with torch.autocast(work.device.type, torch.bfloat16): return loss(*args)
+    return half
+
+def contestants(work, method):
+    "Contestant to what makes it"
+    kd = lambda **kwargs: partial(Fastai, work, work.teacher, [t() for t in methods[method]], **kwargs)
+    def look():
+        def f(n):
+            with torch.no_grad(): return [work.teacher.eval()(work.batch[0]) for _ in range(n)] and None
+        return f
+    def by_hand(half=False):
+        exact,loss = kd(precision='float32')(),partial(loop_loss, work, method)
+        exact.learn.teacher.setup()
+        return Loop(work, halved(work, loss) if half else loss, adapters_for(work, exact.learn), half)
+    res = {'plain student': lambda: Loop(work, lambda s,a,x,y: F.cross_entropy(s(x), y)), 'teacher forward':look, 'loop by hand':by_hand, 'kdfast, float32':kd(precision='float32'), 'kdfast':kd()}
+    if work.device.type=='cpu': res['kdfast, int8'] = kd(precision='int8')
+    if native_bf16(work.device): res.update({'loop by hand in bf16':partial(by_hand, half=True), 'kdfast, student in bf16':kd(half=True), 'plain student in bf16':partial(Fastai, work, half=True)})
+    if method=='KD+AT': res['kdfast, compiled'] = kd(compile=True)
+    if method!='FitNet': res.update({'torchdistill':partial(Torchdistill, work, method), 'fasterai':lambda: Fastai(work, cbs=fasterai_terms(work, method))})
+    return res
+
 def step_ways(work, method):
     "Contestant to what runs it"
-    terms,ours = methods[method],{}
-    kd = lambda **kwargs: Fastai(work, work.teacher, [t() for t in terms], **kwargs)
-    def look(n):
-        with torch.no_grad(): return [work.teacher.eval()(work.batch[0]) for _ in range(n)] and None
-    exact = kd(precision='float32')
-    exact.learn.teacher.setup()
-    res = {'plain student': Loop(work, lambda s,a,x,y: F.cross_entropy(s(x), y)), 'teacher forward': look,
-        'loop by hand': Loop(work, partial(loop_loss, work, method), adapters_for(work, exact.learn)), 'kdfast, float32':exact, 'kdfast':kd(), 'kdfast, int8':kd(precision='int8'),
-        **({'kdfast, student in bf16':kd(half=True), 'plain student in bf16':Fastai(work, half=True)} if native_bf16(work.device) else {})}
-    if work.device.type=='cuda': res.pop('kdfast, int8')
-    if method=='KD+AT': res['kdfast, compiled'] = kd(compile=True)
-    if method!='FitNet': res.update({'torchdistill':Torchdistill(work, method), 'fasterai':Fastai(work, cbs=fasterai_terms(work, method))})
-    return res
+    return {k:make() for k,make in contestants(work, method).items()}
 
 def step_part(steps, turns):
     for work,method in itertools.product(works(), methods):

@@ -1,5 +1,6 @@
 "The benchmarks compare equal work, and say nothing where it is not"
-import importlib.util, json, pytest
+import importlib.util, json, subprocess, sys, pytest
+from argparse import Namespace
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
@@ -16,9 +17,11 @@ results = Path(__file__).parent.parent/'results'
 @pytest.fixture
 def work(): return bench.Work('small', wrn(16, 2), wrn(10, 1), 32, 32, ['group1','group2','group3'])
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', bench.methods)
 def test_gradients_are_those_of_the_loop(work, method): assert bench.gradient_error(work, method)<1e-5
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['kd_loss','at_loss','hint_loss'])
 def test_it_refuses_to_print_where_they_are_not(name, work, monkeypatch, capsys):
     "The loop is given another loss than kdfast has"
@@ -29,6 +32,7 @@ def test_it_refuses_to_print_where_they_are_not(name, work, monkeypatch, capsys)
     with pytest.raises(SystemExit, match='gradients differ'): bench.main(['--turns','1','--steps','1','--parts','step'])
     assert not capsys.readouterr().out
 
+@pytest.mark.slow
 def test_each_way_trains_and_kdfast_takes_no_memory_of_its_own(work):
     ways = bench.step_ways(work, 'KD+AT')
     memory = {k:bench.peak(f, work.device) for k,f in ways.items() if k!='kdfast, compiled'}
@@ -37,6 +41,7 @@ def test_each_way_trains_and_kdfast_takes_no_memory_of_its_own(work):
     lines = bench.markdown(bench.rows('step', 'small', times, 'loop by hand', memory, ('plain student','teacher forward'))).splitlines()
     assert len(lines)==2+len(memory) and all(line.count('|')==9 for line in lines)
 
+@pytest.mark.slow
 def test_the_parts_on_small_work(work, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, 'works', lambda: [work])
     monkeypatch.setattr(bench, 'imports', lambda turns: {'fastai.vision.all':[2.], 'and kdfast.all':[2.5]})
@@ -69,8 +74,10 @@ def stages():
     teacher,student,batch = wrn(16, 1),wrn(10, 1),(torch.randn(4, 3, 32, 32),torch.randint(0, 10, (4,)))
     return student,teacher,find_blocks(distill_learner(block_cost.loaders(batch, 1), teacher, student, loss_func=CrossEntropyLossFlat())),batch
 
+@pytest.mark.slow
 def test_block_gradients_are_those_of_whole_networks(stages): assert block_cost.gradient_error(*stages)<1e-5
 
+@pytest.mark.slow
 def test_it_sees_block_gradients_that_are_not(stages, monkeypatch, capsys):
     "A student of which the blocks before are left in training"
     train = PartOf.train
@@ -81,6 +88,7 @@ def test_it_sees_block_gradients_that_are_not(stages, monkeypatch, capsys):
     with pytest.raises(SystemExit, match='nothing to compare'): block_cost.main(['--size','32','--bs','2'])
     assert '|' not in capsys.readouterr().out
 
+@pytest.mark.slow
 def test_every_stage_is_timed(stages):
     names = ['group1','group2','group3','classifier']
     lines = block_cost.table(block_cost.measure(block_cost.ways(*stages), 2, 1), names).splitlines()
@@ -91,14 +99,17 @@ def test_the_committed_table_of_blocks_keeps_the_promise():
     totals = [r.split('|') for r in text.splitlines() if r.startswith('| all 6 stages')]
     assert len(totals)==2 and all(float(r[4])<=.6 for r in totals)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', conv_cost.kinds)
 def test_convolutions_are_those_written_by_hand(name): assert conv_cost.largest_error(name, conv_cost.kinds[name])<1e-4
 
+@pytest.mark.slow
 def test_it_refuses_convolutions_that_are_not(monkeypatch, capsys):
     monkeypatch.setitem(conv_cost.kinds, 'Dilated2x2', Full)
     with pytest.raises((SystemExit,RuntimeError)): conv_cost.main(['--turns','1'])
     assert '|' not in capsys.readouterr().out
 
+@pytest.mark.slow
 def test_convolutions_are_timed():
     rows = {**conv_cost.measure(1, ['Separable']), **conv_cost.measure_hashed(1, ((8,8),))}
     assert [*rows]==['Separable','8 channels, 8 px'] and all(r>0 and a>0 and b>0 for r,a,b in rows.values())
@@ -108,12 +119,14 @@ def test_the_committed_table_of_convolutions_keeps_the_promise():
     hashed = {k:v for k,v in rows.items() if ' px' in k}
     assert {*rows}-{*hashed}=={*conv_cost.kinds} and max(rows.values())<=1.5 and len(hashed)==3 and max(hashed.values())<=1.3
 
+@pytest.mark.slow
 def test_int8_has_one_row_a_form(monkeypatch, capsys):
     monkeypatch.setattr(int8_cost, 'networks', {'small':(partial(wrn, 10, 1), 32)})
     int8_cost.main(['--turns','1'])
     rows = [o.split('|') for o in capsys.readouterr().out.splitlines() if o.startswith('| small')]
     assert [o[2].strip() for o in rows]==['float32','bfloat16','int8','float32, onnxruntime','int8, onnxruntime'] and all(float(o[4])>0 and float(o[6])>0 for o in rows)
 
+@pytest.mark.slow
 def test_int8_says_nothing_of_another_network(monkeypatch, capsys):
     monkeypatch.setattr(int8_cost, 'networks', {'small':(partial(wrn, 10, 1), 32)})
     monkeypatch.setattr(int8_cost, 'quantize', lambda net,dls,n: (quantize(wrn(10, 1).eval(), dls, n)[0], None))
@@ -123,3 +136,32 @@ def test_int8_says_nothing_of_another_network(monkeypatch, capsys):
 def test_the_committed_table_of_int8():
     rows = [o.split('|') for o in (Path(__file__).parent.parent/'results/int8_cost.md').read_text().splitlines() if '| int8 |' in o]
     assert len(rows)==4 and all(float(o[7])>1.2 and float(o[8])<.2 for o in rows)
+
+# The script for a GPU
+
+def gpu_script(out, *args):
+    "Its exit code, its record and what it printed"
+    command = [sys.executable, results.parent/'benchmarks/gpu.py', '--device', 'cpu', '--tiny', '--out', out, *args]
+    res = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=500)
+    return res.returncode,json.loads((out/'gpu.json').read_text()),res.stdout
+
+@pytest.mark.slow
+def test_the_gpu_script_leaves_one_record(tmp_path):
+    code,record,printed = gpu_script(tmp_path)
+    assert code==0, printed
+    rows = {o['name']:{' '.join(str(r[k]) for k in ('who','what') if k in r):r for r in o['rows']} for o in record['parts']}
+    assert {o['state'] for o in record['parts']}=={'done'} and [*rows]==['machine','tests','step','methods','loader']
+    assert {o['value'] for o in rows['tests'].values()}=={'passed'} and {'kdfast','loop by hand','kdfast, compiled','torchdistill'} <= {*rows['step']}
+    assert all(r['waits']==rows['methods']['plain learner']['waits'] for r in rows['methods'].values()) and rows['methods']['crd']['mb']>0
+    assert printed.strip() in (tmp_path/'gpu.md').read_text() and '| tests | passed | ' in printed
+
+@pytest.mark.slow
+def test_the_gpu_script_tells_what_it_has_not_done(tmp_path):
+    "A part that fails, one that hangs, one for which no time is left"
+    gpu,rows = script('gpu'),[]
+    args = Namespace(device='cpu', tiny=True)
+    state,error = gpu.run('no such part', args, 60, gpu.environment(args), rows.append)
+    assert state=='failed' and 'no such part' in error and not rows
+    assert gpu.run('step', args, .5, gpu.environment(args), rows.append)==('out of time',None)
+    code,record,printed = gpu_script(tmp_path, '--minutes', '.01', '--parts', 'machine,step')
+    assert [o['state'] for o in record['parts']][1]=='not run, no time left' and '| step | not run, no time left | 0 s |' in printed

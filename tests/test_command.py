@@ -46,6 +46,7 @@ def test_distill_writes_what_it_says(done):
     assert 'kd+at, seed 1, epoch 2 of 2: train_loss' in stdout
     assert Image.open(out/'curves.png').size[0]>500
 
+@pytest.mark.slow
 def test_a_terminal_shows_bars(tmp_path):
     pty = pytest.importorskip('pty')
     ours,theirs = pty.openpty()
@@ -92,6 +93,7 @@ def test_an_interrupted_demo_says_that_it_begins_anew(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as e: main(['demo', '--out', str(tmp_path/'demo')])
     assert e.value.code==130 and 'Interrupted. A demo is not gone on with: the same command begins anew' in capsys.readouterr().err
 
+@pytest.mark.slow
 def test_ctrl_c_saves_what_was_reached(tmp_path):
     args = [kdfast_command, 'distill', *small[:-2], '--seeds', '1', '--out', str(tmp_path/'out')]
     args[args.index('--epochs')+1] = '6'
@@ -127,15 +129,20 @@ def test_a_convolution_and_a_budget(tmp_path):
     assert plain['setting']==groups['setting'] and plain['runs'][0]['history']['train_loss']!=groups['runs'][0]['history']['train_loss']
     fails('holds the results of other settings (wd_groups', *args, '--wd', '.2', '--out', tmp_path/'groups')
 
-def test_help_and_unknown_options():
+def exit_of(capsys, *args):
+    "Code, output and error output of the command in this process"
+    with pytest.raises(SystemExit) as e: main([*args])
+    return e.value.code,*capsys.readouterr()
+
+def test_help_and_unknown_options(capsys):
     for sub,options in dict(demo=['--seeds'], distill=['--teacher-file','--pretrained','--method']).items():
-        res = run(sub, '--help')
-        assert res.returncode==0 and all(o in res.stdout for o in options)
-    assert '--teacher-file' not in run('demo', '--help').stdout
+        code,out,_ = exit_of(capsys, sub, '--help')
+        assert code==0 and all(o in out for o in options)
+    assert '--teacher-file' not in exit_of(capsys, 'demo', '--help')[1]
     for args in (['--magic','3'], ['--seed','2']):
-        res = run('distill', *args)
-        assert res.returncode==2 and args[0] in res.stderr
-    assert run('--help').stdout.count('demo')>0
+        code,_,err = exit_of(capsys, 'distill', *args)
+        assert code==2 and args[0] in err
+    assert exit_of(capsys, '--help')[1].count('demo')>0
 
 bad = {
     'method': (['--method','magic'], 'choose from control, kd, at, fitnet'),
@@ -263,6 +270,7 @@ def test_pretrained_starts_from_the_weights_on_file(tmp_path, monkeypatch):
     main(['distill', *'--pct .1 --teacher torchvision.resnet18 --student wrn-10-1 --method kd --epochs 1'.split(), '--teacher-file', str(tmp_path/'out/teacher.pth'), '--out', str(tmp_path/'again')])
     assert record_of(tmp_path/'again')['teacher']['weights']==record_of(tmp_path/'out')['teacher']['weights']
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     "One says what happens and writes; the result is that of both"
     first,second = launch(2, kdfast_command, 'distill', *small[:-2], '--out', tmp_path/'two')
@@ -278,6 +286,7 @@ def tiny_cifar(path):
         Image.fromarray(np.random.randint(0, 255, (32,32,3), dtype=np.uint8)).save(path/part/c/f'{i}.png')
     return path
 
+@pytest.mark.slow
 def test_an_archive_for_two_processes(tmp_path, monkeypatch):
     "It is unpacked once, and a part smaller than a batch is trained on"
     tiny_cifar(tmp_path)
@@ -303,12 +312,14 @@ def test_arms_with_unequal_seeds(done, tmp_path, capsys):
     assert result_table(record).loc['at','against control (points)'].startswith(f"{100*(record['runs'][-1]['accuracy']-record['runs'][0]['accuracy']):+.1f} (one seed)")
     assert [*result_table(record)['seeds']]==[1,2,2,2,1]
 
+@pytest.mark.slow
 def test_accelerate_launch(tmp_path):
     args = ['launch','--cpu','--num_processes','1','--num_machines','1','--mixed_precision','no','--dynamo_backend','no', kdfast_command, 'distill', *small[:-2]]
     res = subprocess.run([str(Path(sys.executable).parent/'accelerate'), *args, '--out', str(tmp_path/'out')], capture_output=True, text=True, timeout=200)
     assert res.returncode==0, res.stderr
     assert len(record_of(tmp_path/'out')['runs'])==3
 
+@pytest.mark.slow
 def test_blocks_on_digits(tmp_path, capsys):
     "Every schedule by name, with a control and beside a term, and what a run of each leaves"
     names = ['blocks','blocks-nostem','blocks-parallel','simultaneous','blocks-pretrained','blocks-random','kd+blocks']
@@ -328,6 +339,7 @@ def test_blocks_on_digits(tmp_path, capsys):
     assert 'blocks, seed 0, group2: 2 epochs on hints' in out and 'blocks, seed 0, classifier: 1 epoch on labels' in out
     assert load_learner(tmp_path/'out/student-blocks.pkl').model(torch.zeros(2,3,32,32)).shape==(2,10)
 
+@pytest.mark.slow
 def test_every_method_by_its_name(tmp_path):
     "Alone and in sums, with arguments, and in two stages"
     names = [*(o for o in methods() if o!='sigmoidkd'), 'kd+at+sp', 'crd+dml:peers=2', 'factortransfer:k=.25+kd+two-stages', 'ab+kd+two-stages']

@@ -59,6 +59,7 @@ def test_it_goes_on(done, tmp_path, capsys):
     with pytest.raises(SystemExit) as e: main(['compress', *quick, '--steps', chains, '--method', 'control', '--out', str(out)])
     assert 'holds the results of other settings (method kd, not control)' in str(e.value)
 
+@pytest.mark.slow
 def test_it_goes_on_step_by_step(done, tmp_path, monkeypatch, capsys):
     "Stopped in its second step, it does not repeat the first, and ends as it would have"
     out,fits,fit = tmp_path/'out',[],Learner.fit_one_cycle
@@ -118,6 +119,7 @@ def test_a_pipeline_needs_an_accuracy(chain):
     assert stages[0].accuracy==stages[1].accuracy==pytest.approx(accuracy_of(stages[0].network, chain().dls))
     with pytest.raises(ValueError, match='only prepared for int8'): pipeline(chain(), [Learner.quantize_aware], short)
 
+@pytest.mark.slow
 def test_files_on_the_way(done, tmp_path):
     "Each row of the report is of the network as it was then"
     main(['compress', *quick[:2], '--epochs', '1', '--teacher-file', str(done/'teacher.pth'), '--steps', 'onnx,prune:.5', '--out', str(tmp_path/'out')])
@@ -125,6 +127,7 @@ def test_files_on_the_way(done, tmp_path):
     assert [o['parameters'] for o in (first,last)]==[o['parameters'] for o in (start,pruned)] and first['MB on disk']>2*last['MB on disk']
     assert {o.name for o in (tmp_path/'out').glob('*.onnx')}=={'student-onnx-prune-.5-1.onnx','student-onnx-prune-.5.onnx'}
 
+@pytest.mark.slow
 def test_other_steps(done, tmp_path):
     steps = 'swap:separable,program;distill:wrn-10-0.5,int8:aware;int8'
     main(['compress', *quick[:2], '--epochs', '1', '--teacher-file', str(done/'teacher.pth'), '--steps', steps, '--out', str(tmp_path/'out')])
@@ -133,6 +136,7 @@ def test_other_steps(done, tmp_path):
     assert fresh['report'][1]['parameters']==count_params(wrn(10, .5)) and [o['step'] for o in fresh['report']]==['as it was','distill:wrn-10-0.5','int8:aware','onnx']
     assert alone['history']=={} and abs(alone['accuracy']-alone['report'][0]['accuracy'])<.03
 
+@pytest.mark.slow
 def test_labels_alone(done, tmp_path):
     main(['compress', *quick, '--steps', 'prune:.5', '--method', 'control', '--teacher-file', str(done/'teacher.pth'), '--out', str(tmp_path/'out')])
     run, = record_of(tmp_path/'out')['runs']

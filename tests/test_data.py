@@ -112,6 +112,7 @@ def test_cutmix_does_not_write_into_the_data():
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert torch.equal(images, before)
 
+@pytest.mark.slow
 def test_accuracy_in_memory_is_that_from_files(tmp_path):
     "Both paths, one recipe: accuracies differ by less than the seeds do"
     root = fill(tmp_path/'d', ('train','test'), n=100, classes='0123456789')

@@ -80,6 +80,7 @@ def _ours(link):
     m = re.match(r'https://github\.com/kdfast/kdfast/(?:blob|tree|edit|raw)/main/([^#?]*)', link)
     return root/unquote(m[1]) if m else None
 
+@pytest.mark.slow
 def test_links_pictures_and_anchors_resolve(site, pages):
     broken = []
     for name,page in pages.items():
@@ -102,6 +103,7 @@ def test_links_of_the_text_files():
         for link in re.findall(r'https://github\.com/kdfast/kdfast/[^\s)"\']*', text): assert _ours(link) is None or _ours(link).exists(), (f.name, link)
         for link in re.findall(r'\]\((?!http)([^)#]+)\)', text): assert (f.parent/link).exists(), (f.name, link)
 
+@pytest.mark.slow
 def test_names_of_fastai_and_torch_become_links(pages):
     links = {o for p in pages.values() for o in p.links}
     assert any(o.startswith('https://docs.fast.ai/learner.html#learner') for o in links) and any(o.startswith('https://pytorch.org/docs/') for o in links)
@@ -119,6 +121,7 @@ def _shown():
                 if m: res[m[1].replace('\\_', '_')] = (p,m[2],m[3])
     return res
 
+@pytest.mark.slow
 def test_every_public_symbol_is_on_a_page(site, pages):
     from kdfast._modidx import d
     shown = _shown()
@@ -141,6 +144,7 @@ def _object(name):
     code,n = f.__code__,f.__code__.co_argcount+f.__code__.co_kwonlyargcount
     return o,[k for k in code.co_varnames[:n+bool(code.co_flags & inspect.CO_VARARGS)] if k not in ('self','cls')]
 
+@pytest.mark.slow
 def test_every_symbol_says_what_it_does_and_what_it_takes(site):
     from fastcore.docments import docments
     shown,lacking = _shown(),[]

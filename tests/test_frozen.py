@@ -5,6 +5,7 @@ from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.learner import LoaderHint
 
+pytestmark = pytest.mark.usefixtures('native')
 x32 = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def moved(net):
@@ -71,6 +72,7 @@ def test_answers(precision, tol, teacher):
     out,maps = Frozen(teacher, (x32[:2],), names, precision=precision)(x32)
     assert far(out, exact[0])<tol and all(far(maps[n], exact[1][n])<tol for n in names) and teacher.training and n_hooks(teacher)==0
 
+@pytest.mark.slow
 def test_compiled_and_short(teacher):
     exact,frozen = (Frozen(teacher, (x32[:2],), ['group1','group2'], outputs=False, precision='float32', compile=o) for o in (False,True))
     (none,theirs),(nothing,ours) = exact(x32),frozen(x32)
@@ -95,14 +97,11 @@ def test_precision_that_cannot_be(precision, match, dls, teacher):
     with pytest.raises(ValueError, match=match): distill_learner(dls, teacher, wrn(10, 1), precision=precision)
 
 def test_bf16_where_it_is_not_native(dls, teacher, monkeypatch):
-    import kdfast.frozen as frozen
-    monkeypatch.setattr(frozen, 'native_bf16', lambda device: False)
+    monkeypatch.setenv('KDFAST_NATIVE_BF16', '0')
     with pytest.raises(ValueError, match="use precision='auto'"): distill_learner(dls, teacher, wrn(10, 1), precision='bf16')
     frozen = Frozen(teacher, (x32[:2],))
     assert frozen.dtype==torch.float32 and frozen(x32)[0].dtype==torch.float32
     with torch.autocast('cpu', torch.bfloat16): assert frozen(x32)[0].dtype==torch.float32  # a student in bfloat16 does not slow the teacher down
-    import kdfast.learner as learner
-    monkeypatch.setattr(learner, 'native_bf16', lambda device: False)
     with pytest.warns(UserWarning, match='only emulates bfloat16'): distill_learner(dls, teacher, wrn(10, 1)).to_bf16()
 
 # In a learner
@@ -127,7 +126,7 @@ class Keep(Callback):
         raise CancelFitException
 
 @pytest.mark.parametrize('precision,tol', [('auto',.05),('int8',.3)])
-def test_gradients_differ_by_rounding(precision, tol, dls, quiet):
+def test_gradients_differ_by_rounding(precision, tol, dls, quiet, native):
     teacher,student = wrn(10, 2),wrn(10, 1)
     quiet(Learner(dls, teacher), 2, 1e-2)
     def grads(p):
@@ -136,8 +135,7 @@ def test_gradients_differ_by_rounding(precision, tol, dls, quiet):
         dls.train.rng.seed(0)
         quiet(distill_learner(dls, teacher, deepcopy(student), cbs=[KD(), AT(), keep], precision=p), 1)
         return keep.grads
-    rounded = precision=='int8' or native_bf16(torch.device('cpu'))
-    assert (far(grads(precision), grads('float32'))>0)==rounded and far(grads(precision), grads('float32'))<tol
+    assert (far(grads(precision), grads('float32'))>0)==(native or precision=='int8') and far(grads(precision), grads('float32'))<tol
 
 def test_weights_that_fastai_changes_are_seen(dls, teacher, quiet):
     "Its optimizers write to `p.data`, which no version counter tells"

@@ -4,6 +4,7 @@ from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
 
+pytestmark = pytest.mark.slow
 here,bin = Path(__file__).parent,Path(sys.executable).parent
 
 def free_port():
@@ -97,6 +98,7 @@ def test_four_processes_end_with_one_student(tmp_path):
     for o in states[1:]:
         for k,v in learnt(states[0]['after']).items(): assert torch.equal(v, o['after'][k]), k
 
+@pytest.mark.cuda
 @pytest.mark.skipif(torch.cuda.device_count()<2, reason='needs two GPUs')
 def test_sync_batchnorm_on_gpus(tmp_path):
     a,b = trained('gpus', 2, tmp_path)

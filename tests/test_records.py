@@ -7,6 +7,7 @@ root = Path(__file__).parent.parent
 arms = 'control','kd','at','kd+at','fitnet'
 records = [f for f in (root/'demo/record.json', root/'results/demo/record.json', root/'results/imagenette/record.json') if f.exists()]
 
+@pytest.mark.slow
 def test_the_demo_writes_what_it_says(tmp_path):
     args = [Path(sys.executable).parent/'kdfast', 'demo', '--out', tmp_path/'out', '--epochs', '1', '--teacher-epochs', '1', '--seeds', '2']
     res = subprocess.run(args, capture_output=True, text=True, timeout=200, cwd=tmp_path)

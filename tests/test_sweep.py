@@ -28,6 +28,7 @@ def whole(tmp_path_factory):
     assert code==0 and len(kills.results(out))==3 and len(kills.epochs(out))==6
     return kills.results(out),seconds
 
+@pytest.mark.slow
 @pytest.mark.parametrize('at', ['time','checkpoint:5','record:2'])
 def test_a_killed_command_ends_as_an_uninterrupted_one(whole, at, tmp_path):
     results,seconds = whole
@@ -42,6 +43,7 @@ def test_kills_are_spread_and_a_quarter_of_them_within_a_write():
 
 # --- several processes
 
+@pytest.mark.slow
 def test_two_workers_share_one_sweep(tmp_path, capfd):
     "Each run is told once, by whichever process did it"
     runs = [replace(o, seed=s) for s in range(2) for o in (kd,at)]
@@ -53,6 +55,7 @@ def test_two_workers_share_one_sweep(tmp_path, capfd):
     alone.run()
     assert all(sweep.records.get(o)['images']==alone.records.get(o)['images'] for o in alone.runs)
 
+@pytest.mark.slow
 def test_two_commands_share_one_folder(tmp_path):
     "No run twice, none lost: each is told by one of them alone"
     command = [bin/'kdfast', 'table', 'sanity', '--schedule', 'smoke', '--rows', '16-1 from 16-2', '--arms', 'KD', '--seeds', '2', '--out', tmp_path]
@@ -68,6 +71,7 @@ def _claim(sweep, run, started, go_on):
         started.put(mine)
         go_on.wait(60)
 
+@pytest.mark.slow
 def test_a_dead_process_holds_nothing(tmp_path):
     sweep,context = Sweep('locks', [kd], tmp_path),multiprocessing.get_context('spawn')
     started,go_on = context.Queue(),context.Event()
@@ -79,6 +83,7 @@ def test_a_dead_process_holds_nothing(tmp_path):
     other.join()
     with sweep._claimed(big) as mine: assert mine
 
+@pytest.mark.slow
 def test_a_cluster_of_two_workers(tmp_path):
     distributed = pytest.importorskip('distributed')
     one = Sweep('one machine', [kd,at], tmp_path/'one')
@@ -114,7 +119,7 @@ def done(run, nets, file=None, cbs=None):
     return [p.detach().clone() for p in learn.student.parameters()],{k:result[k] for k in ('accuracy','history','parameters')}
 
 @pytest.mark.parametrize('kind', kinds)
-@pytest.mark.parametrize('at', [1,2])
+@pytest.mark.parametrize('at', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_goes_on_as_if_nothing_had_happened(kind, at, tmp_path):
     if kind=='pruned': pytest.importorskip('torch_pruning')
     set_seed(3)
@@ -178,6 +183,7 @@ def test_other_files_are_refused_and_stay(tmp_path):
     made('later.db', 'pragma user_version=2')
     with pytest.raises(ValueError, match='version 2, this kdfast reads version 1: pip install -U kdfast'): Sweep('later', [kd], tmp_path/'x').records.__class__(tmp_path/'later.db')
 
+@pytest.mark.slow
 def test_many_processes_write_at_once(tmp_path):
     "No record is lost, and the table is made by one of them"
     code = f"import sys; from kdfast.records import *; from kdfast.runs import Run; r = Records('{tmp_path}/r.db'); " \
@@ -270,6 +276,7 @@ def test_a_folder_in_the_layout_of_imagenet(tmp_path, dls):
     sweep = Sweep('imagenet', [Run(**short, student='resnet10', method='at', teacher=Run(**short, student='resnet14'))], tmp_path/'out', tmp_path)
     assert (sweep.run().top5==1).all() and sweep.records.get(sweep.runs[0])['images']['training']==24
 
+@pytest.mark.slow
 def test_two_processes_train_one_network(tmp_path):
     "As `accelerate launch` would start them"
     from test_processes import launch
@@ -278,6 +285,7 @@ def test_two_processes_train_one_network(tmp_path):
     assert len(records.runs())==3 and all(records.get(o)['processes']==2 for o in records.runs())
     assert sum(o.count('% in ') for o in outs)==3 and not [*(tmp_path/'.checkpoints').iterdir()]
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_bar_in_a_bar(tmp_path):
     pty = pytest.importorskip('pty')
     ours,theirs = pty.openpty()

@@ -1,5 +1,5 @@
 "`kdfast table`, and the tables that are committed"
-import re, shlex, pytest
+import re, shlex, sqlite3, pytest
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.cli import main
@@ -45,7 +45,7 @@ def test_failures_are_told_and_the_rest_is_done(tmp_path, monkeypatch, capsys):
 class Broken(AT):
     def term(self): raise ValueError('no such luck')
 
-@pytest.mark.parametrize('args', ['imagenet --schedule full', 'substitutions --schedule full', 'pruning --schedule cpu'])
+@pytest.mark.parametrize('args', [pytest.param('imagenet --schedule full', marks=pytest.mark.slow), pytest.param('substitutions --schedule full', marks=pytest.mark.slow), 'pruning --schedule cpu'])
 def test_a_dry_run_needs_neither_data_nor_half_a_minute(args, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('kdfast.data.untar_data', lambda *args: pytest.fail('downloaded'))
@@ -96,6 +96,30 @@ def records(tmp_path_factory):
     store = Records(tmp_path_factory.mktemp('records')/'records.db')
     store.take(root/'results/records.jsonl')
     return store
+
+def test_a_table_reads_the_records_once(records, monkeypatch):
+    opened,connect = [],sqlite3.connect
+    monkeypatch.setattr('kdfast.records.sqlite3.connect', lambda *args, **kwargs: opened.append(1) or connect(*args, **kwargs))
+    research['sanity'].markdown(records, 'cpu')
+    assert len(opened)==1
+
+def test_lines_are_taken_in_one_transaction(records, tmp_path, monkeypatch):
+    "All of them or none"
+    lines = (root/'results/records.jsonl').read_text().splitlines()
+    (tmp_path/'few.jsonl').write_text('\n'.join(lines[:20]))
+    store,begun = Records(tmp_path/'records.db'),[]
+    class Watched(sqlite3.Connection):
+        def execute(self, sql, *values):
+            begun.append(sql.startswith('begin'))
+            if len(begun)==15 and stop: raise sqlite3.OperationalError('disk I/O error')
+            return super().execute(sql, *values)
+    connect,stop = sqlite3.connect,True
+    monkeypatch.setattr('kdfast.records.sqlite3.connect', lambda *args, **kwargs: connect(*args, **kwargs, factory=Watched))
+    with pytest.raises(OSError, match='is as it was'): store.take(tmp_path/'few.jsonl')
+    stop = False
+    assert not store.runs()
+    begun.clear()
+    assert store.take(tmp_path/'few.jsonl')==20==len(store.runs()) and sum(begun)==1 and store.take(tmp_path/'few.jsonl')==0
 
 @pytest.mark.parametrize('file', committed, ids=lambda f: f.stem)
 def test_committed_tables_are_those_of_the_committed_records(file, records):
