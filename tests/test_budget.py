@@ -17,6 +17,7 @@ def by_ratio(name): return lambda r: nn.Sequential(*(kinds[name].func(16, 32, ra
 cases = {**{k:(by_width(k), (4,96), 1) for k in kinds}, **{f'{k}_ratio':(by_ratio(k), (.02,1.), .98/2**20) for k in kinds if 'ratio' in getattr(kinds[k], 'keywords', {})},
     'depth':(lambda n: wrn(6*n+4, .25), (1,12), 1)}
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', cases)
 def test_fifty_budgets(name):
     make,over,step = cases[name]

@@ -54,7 +54,7 @@ def test_a_cached_fit_is_the_fit_without(terms, views, moved, tmp_path, exact):
     assert n==4*max(1, views)==len(calls)
     plain = fit(moved, *([Live(tmp_path/'c', views)] if views else []), terms=terms, pad=pad)
     assert torch.equal(weights(cached), weights(again))
-    assert apart(cached, plain)<1e-5 and apart(cached, fit(None, terms=()))>2
+    assert apart(cached, plain)<1e-5 and apart(cached, fit(None, terms=()))>.5
     assert cached.recorder.history.values==pytest.approx(plain.recorder.history.values, rel=1e-4)
 
 @pytest.mark.parametrize('terms', [(KD,), (KD,AT)], ids=['KD','KD+AT'])

@@ -49,6 +49,7 @@ def test_what_it_leaves_predicts(done):
         assert Learner(dls, net, metrics=accuracy).validate()[1]==pytest.approx(run['accuracy'], abs=1e-6) and count_params(net)==run['parameters']
         assert accuracy_of(file, dls)==pytest.approx(run['report'][-1]['accuracy'], abs=1e-6)
 
+@pytest.mark.slow
 def test_it_goes_on(done, tmp_path, capsys):
     out = shutil.copytree(done, tmp_path/'out')
     before = record_of(out)['runs']

@@ -78,6 +78,7 @@ def test_compile_and_export(conv):
     more = torch.randn(5,8,6,6)
     assert torch.allclose(exported(more), c(more), atol=1e-5)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['Hashed','ACDC'])
 def test_compile_to_machine_code(name):
     "The two with operations that are no convolutions"
@@ -86,6 +87,7 @@ def test_compile_to_machine_code(name):
     for o in (c,fast): o(x).square().sum().backward()
     for a,b in zip(c.parameters(), fast.parameters()): assert torch.allclose(a.grad, b.grad, atol=1e-3, rtol=1e-3)
 
+@pytest.mark.slow
 @each
 def test_wrn_40_2(conv, tmp_path):
     "Builds, trains a step, exports"

@@ -8,7 +8,7 @@ def relative(a, b): return ((a-b).norm()/b.norm()).item()
 nets = {'wrn': lambda: wrn(10, 1), 'separable': lambda: wrn(10, 1, conv=Separable), 'hashed': lambda: wrn(10, 1, conv=partial(Hashed, ratio=.5)), 'mobile': lambda: mobile(width=.25), 'torchvision': lambda: torchvision.models.resnet18(num_classes=10)}
 
 @pytest.mark.parametrize('in_int8', [False,True])
-@pytest.mark.parametrize('name', nets)
+@pytest.mark.parametrize('name', ['wrn',*(pytest.param(o, marks=pytest.mark.slow) for o in nets if o!='wrn')])
 def test_files_are_the_network(name, in_int8, dls, tmp_path):
     net = nets[name]().eval()
     for b in dls.train: net.train()(b[0].as_subclass(Tensor))

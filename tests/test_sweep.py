@@ -118,7 +118,7 @@ def done(run, nets, file=None, cbs=None):
     learn,result = do_run(run, checkpoint=file, cbs=cbs, **{k:v for k,v in nets.items() if getattr(run, k)})
     return [p.detach().clone() for p in learn.student.parameters()],{k:result[k] for k in ('accuracy','history','parameters')}
 
-@pytest.mark.parametrize('kind', kinds)
+@pytest.mark.parametrize('kind', [*(o for o in kinds if o!='pruned'), pytest.param('pruned', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('at', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_goes_on_as_if_nothing_had_happened(kind, at, tmp_path):
     if kind=='pruned': pytest.importorskip('torch_pruning')
@@ -266,6 +266,7 @@ def test_what_failed_is_tried_again_on_demand(tmp_path, monkeypatch):
     time.sleep(1.1)
     assert len(sweep.run(retry=True))==3 and not sweep.errors()
 
+@pytest.mark.slow
 def test_a_folder_in_the_layout_of_imagenet(tmp_path, dls):
     images,labels = (t.tfms.fs[0] for t in dls.valid_ds.tls)
     for part,n in (('train',12),('val',4)):

@@ -27,6 +27,7 @@ def test_bad_arguments(case, tmp_path, monkeypatch):
     fails(message, *args)
     assert not [*tmp_path.rglob('*.pth')]
 
+@pytest.mark.slow
 def test_failures_are_told_and_the_rest_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('kdfast.names.methods', lambda known=__import__('kdfast.names').names.methods: {**known(), 'at':Broken})
     fails("1 of 4 runs of sanity-smoke are not done: wrn-16-1 at from wrn-16-2, seed 0", 'sanity', '--schedule', 'smoke', '--rows', '16-1 from 16-2', '--out', tmp_path)
@@ -60,7 +61,7 @@ def test_a_dry_run_needs_neither_data_nor_half_a_minute(args, tmp_path, monkeypa
 
 def test_estimates_are_of_the_right_size():
     "Against a run of this process; both are noisy"
-    run = Run(student='wrn-16-2', epochs=2)
+    run = Run(student='wrn-16-2', epochs=1, pct=.5)
     start = time.perf_counter()
     do_run(run)
     took = time.perf_counter()-start
