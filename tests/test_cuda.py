@@ -145,9 +145,23 @@ def test_loaders_of_files(workers, trained, tmp_path, quiet):
     for i,(x,y) in enumerate(digits_dls(1, per_class=4).train_ds):
         (tmp_path/str(int(y))).mkdir(exist_ok=True)
         to_image(x).save(tmp_path/str(int(y))/f'{i}.png')
-    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.2, seed=0, bs=8, num_workers=workers, item_tfms=Resize(32), batch_tfms=aug_transforms(size=32), device=device)
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.2, seed=0, bs=8, num_workers=workers, pin_memory=device.type=='cuda', item_tfms=Resize(32), batch_tfms=aug_transforms(size=32), device=device)
     learn = quiet(learner(deepcopy(trained), KD(), AT(), dls=dls), 1, 1e-3)
     assert places(learn.model)=={device.type} and learn.recorder.history['at'].iloc[0]>0
+
+@gpu
+def test_another_stream(trained, quiet):
+    "A fit in a stream of its own ends as in the default one"
+    def fit():
+        set_seed(0)
+        dls = images(pad=2)
+        dls.train.rng.seed(0)
+        learn = quiet(learner(deepcopy(trained), KD(), AT(), student=wrn(10, 1), dls=dls, precision='float32'), 1, 1e-3)
+        return torch.cat([p.detach().flatten() for p in learn.student.parameters()])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream): ours = fit()
+    stream.synchronize()
+    assert far(ours, fit())<1e-3
 
 # Costs
 

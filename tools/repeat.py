@@ -38,6 +38,10 @@ def pytest_runtest_makereport(item, call):
 
 def settings(i): return dict(PYTHONHASHSEED=str(i), OMP_NUM_THREADS=str(1+i%2), KDFAST_NATIVE_BF16=str(i//2%2), KDFAST_SHIFT_SEEDS=str(i))
 
+def workers(env):
+    "Processes beside each other, each of which has its threads to itself: two that share a core wait for each other at every operation"
+    return max(1, os.cpu_count()//int(env['OMP_NUM_THREADS']))
+
 def teaches(nb):
     "Whether a notebook fits a learner"
     code = ''.join(''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type']=='code')
@@ -48,7 +52,7 @@ def tests(env, chosen, folder):
     file,names = folder/'junit.xml',folder/'names'
     names.write_text('\n'.join(chosen))
     which = [f'@{names}'] if chosen else ['tests','-m','not slow']
-    subprocess.run([sys.executable, '-m', 'pytest', '-n', '2', '--dist', 'worksteal', '-p', 'no:cacheprovider', '-p', 'kdfast_notes', '--tb=line', f'--junitxml={file}', *which], cwd=root, env=env, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, '-m', 'pytest', '-n', str(workers(env)), '--dist', 'worksteal', '-p', 'no:cacheprovider', '-p', 'kdfast_notes', '--tb=line', f'--junitxml={file}', *which], cwd=root, env=env, stdout=subprocess.DEVNULL)
     cases = [*ET.parse(file).iter('testcase')]
     told = lambda c: {o.get('name'):o.get('value') for o in c.iter('property')}
     found = {f"{c.get('classname')}::{c.get('name')}":' '.join(o.get('message', '').split())[:200] for c in cases for o in c if o.tag in ('failure','error')}
@@ -57,19 +61,20 @@ def tests(env, chosen, folder):
 def lessons(env, chosen):
     "Notebooks that failed, with the last line of their errors"
     def run(nb): return subprocess.run([Path(sys.executable).parent/'nbdev-test', nb], cwd=root, env=env, capture_output=True, text=True)
-    with ThreadPoolExecutor(2) as pool: done = dict(zip(chosen, pool.map(run, chosen)))
+    with ThreadPoolExecutor(workers(env)) as pool: done = dict(zip(chosen, pool.map(run, chosen)))
     last = lambda text: next((o for o in reversed(text.splitlines()) if re.match(r'\w*(Error|Exception|Warning)', o)), text[-200:])
     return {str(nb.relative_to(root)):last(o.stderr) for nb,o in done.items() if o.returncode}
 
 def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--times', type=int, default=10)
-    parser.add_argument('--first', type=int, default=0, help="Number of the first repetition")
+    parser.add_argument('--numbers', help="Some repetitions instead, such as 2,4")
     parser.add_argument('--only', default='', help="A regular expression for names of tests and notebooks")
     parser.add_argument('--skip', choices=('tests','lessons'), help="What to leave out")
     args,failed,known = parser.parse_args(),{},[]
+    numbers = [*map(int, args.numbers.split(','))] if args.numbers else range(args.times)
     books = [o for o in sorted((root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in str(o) and teaches(o) and re.search(args.only, o.name)]
-    for i in range(args.first, args.first+args.times):
+    for i in numbers:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             (folder/'sitecustomize.py').write_text(shifted)
@@ -82,7 +87,7 @@ def main():
         for name,what in found.items(): failed.setdefault(name, []).append(i)
         told = ' '.join(f'{k}={v}' for k,v in settings(i).items())
         print(f'{told}: {len(known)} tests that train, {len(books)} notebooks, {len(found)} failed', *(f'  {k}: {v}' for k,v in found.items()), sep='\n', flush=True)
-    for name,at in sorted(failed.items(), key=lambda o: -len(o[1])): print(f'{len(at)} of {args.times}: {name}, in the repetitions {at}')
+    for name,at in sorted(failed.items(), key=lambda o: -len(o[1])): print(f'{len(at)} of {len(numbers)}: {name}, in the repetitions {at}')
     sys.exit(bool(failed))
 
 if __name__=='__main__': main()
