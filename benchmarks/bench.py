@@ -8,6 +8,7 @@ each; torchdistill has its own training box; both keep the formulas of their lib
 contestant, the copy of the teacher included. A machine with a GPU runs the same, on it."""
 import gc, itertools, json, os, subprocess, sys, warnings
 from argparse import ArgumentParser
+from copy import copy, deepcopy
 from importlib.metadata import version
 from statistics import median
 from time import perf_counter
@@ -60,9 +61,8 @@ def sgd(params, **kwargs): return SGD(params, lr=1e-5, mom=.9)
 
 class Loop:
     "Training written by hand"
-    def __init__(self, work, loss, adapters=(), half=False):
+    def __init__(self, work, loss, adapters=()):
         self.work,self.student,self.adapters,self.loss = work,deepcopy(work.student),[deepcopy(a) for a in adapters],loss
-        if half: self.student.to(memory_format=torch.channels_last)
         self.opt = sgd([*self.student.parameters(), *(p for a in self.adapters if a for p in a.parameters())])
         work.teacher.eval()
 
@@ -174,6 +174,12 @@ def rows(part, work, times, of, memory={}, over=None):
 
 # The parts
 
+def channels_last(work):
+    "The same work with networks and images in the order in memory that convolutions in half precision are fastest in"
+    res,last = copy(work),dict(memory_format=torch.channels_last)
+    res.teacher,res.student,res.batch = deepcopy(work.teacher).to(**last),deepcopy(work.student).to(**last),(work.batch[0].to(**last),work.batch[1])
+    return res
+
 def halved(work, loss):
     "`loss` in bfloat16 wherever autocast takes it"
     def half(*args):
@@ -188,9 +194,11 @@ def contestants(work, method):
             with torch.no_grad(): return [work.teacher.eval()(work.batch[0]) for _ in range(n)] and None
         return f
     def by_hand(half=False):
-        exact,loss = kd(precision='float32')(),partial(loop_loss, work, method)
+        exact = kd(precision='float32')()
         exact.learn.teacher.setup()
-        return Loop(work, halved(work, loss) if half else loss, adapters_for(work, exact.learn), half)
+        mine = channels_last(work) if half else work
+        loss = partial(loop_loss, mine, method)
+        return Loop(mine, halved(mine, loss) if half else loss, adapters_for(work, exact.learn))
     res = {'plain student': lambda: Loop(work, lambda s,a,x,y: F.cross_entropy(s(x), y)), 'teacher forward':look, 'loop by hand':by_hand, 'kdfast, float32':kd(precision='float32'), 'kdfast':kd()}
     if work.device.type=='cpu': res['kdfast, int8'] = kd(precision='int8')
     if native_bf16(work.device): res.update({'loop by hand in bf16':partial(by_hand, half=True), 'kdfast, student in bf16':kd(half=True), 'plain student in bf16':partial(Fastai, work, half=True)})

@@ -66,7 +66,8 @@ class OFD(BeforeReLU):
 
     def before_train(self):
         super().before_train()
-        self.margins = {a:self._margin(a) for a in self.layers}
+        device = next(self.learn.model.parameters()).device  # the teacher's own weights may be elsewhere
+        self.margins = {a:self._margin(a).to(device) for a in self.layers}
 
     def one(self, a, s, t): return ofd_loss(s, t, self.margins[a])
 

@@ -10,6 +10,7 @@ __all__ = ['Stage', 'versus', 'by_arm', 'beside_control', 'result_table', 'descr
 
 # %% ../nbs/16_experiments.ipynb #ea8c40b6
 import hashlib, json, platform, sys
+import kdfast
 from collections import namedtuple
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -222,7 +223,7 @@ def _digest(model): return hashlib.sha256(b''.join(v.float().cpu().contiguous().
 def machine_facts() -> dict: # Plain values
     "What a time in seconds depends on"
     device = torch.cuda.get_device_name() if default_device().type=='cuda' else f'{platform.machine()}, {torch.get_num_threads()} threads'
-    return dict(device=device, processes=max(1, num_distrib()), python=platform.python_version(), **{o:version(o) for o in ('kdfast','fastai','torch')})
+    return dict(device=device, processes=max(1, num_distrib()), python=platform.python_version(), kdfast=kdfast.__version__, **{o:version(o) for o in ('fastai','torch')})
 
 class RunFolder:
     "Where an experiment leaves its record, table, curves and networks"

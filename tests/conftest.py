@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from fastai.vision.all import *
 from kdfast.all import *
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 def pytest_collection_modifyitems(items):
     "fastai's star import brings fastcore's `test_eq` and the like, which are no tests"
@@ -58,20 +57,20 @@ class Waits(TorchDispatchMode):
 class _ThirdStep(Callback):
     "Watches the third step, from the loader on"
     order,run_valid = 1000,False
+    def __init__(self): self.stack,self.waits,self.seen = ExitStack(),Waits(),[]
     def after_batch(self):
-        if self.iter==1: self.stack,self.waits,self.seen = ExitStack(),Waits(),[]
         if self.iter==1 and torch.cuda.is_available():
             self.seen = self.stack.enter_context(warnings.catch_warnings(record=True))
             warnings.simplefilter('always')
             torch.cuda.set_sync_debug_mode('warn')
             self.stack.callback(torch.cuda.set_sync_debug_mode, 'default')
         if self.iter==1: self.stack.enter_context(self.waits)
-        if self.iter==2:
-            self.stack.close()
-            raise CancelFitException
+        if self.iter==2: raise CancelFitException
 
 def waits_of(learn):
     "How often a GPU waits in one step, counted there by torch itself"
     watch = _ThirdStep()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=watch)
-    return sum('synchronizing' in str(o.message) for o in watch.seen) if torch.cuda.is_available() else watch.waits.n
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=watch)
+    finally: watch.stack.close()
+    return sum('called a synchronizing CUDA operation' in str(o.message) for o in watch.seen) if torch.cuda.is_available() else watch.waits.n

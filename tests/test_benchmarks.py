@@ -150,18 +150,21 @@ def test_the_gpu_script_leaves_one_record(tmp_path):
     code,record,printed = gpu_script(tmp_path)
     assert code==0, printed
     rows = {o['name']:{' '.join(str(r[k]) for k in ('who','what') if k in r):r for r in o['rows']} for o in record['parts']}
-    assert {o['state'] for o in record['parts']}=={'done'} and [*rows]==['machine','tests','step','methods','loader']
-    assert {o['value'] for o in rows['tests'].values()}=={'passed'} and {'kdfast','loop by hand','kdfast, compiled','torchdistill'} <= {*rows['step']}
+    assert {o['state'] for o in record['parts']}=={'done'} and [*rows]==['environment','machine','tests','step','methods','loader','compiled']
+    assert len(rows['tests'])>3 and {o['value'] for o in rows['tests'].values()}=={'passed'}
+    assert {'kdfast','loop by hand','torchdistill','fasterai'} <= {*rows['step']} and 'kdfast, compiled' in rows['compiled'] and all(o['ms']>0 for o in rows['step'].values() if 'ms' in o)
     assert all(r['waits']==rows['methods']['plain learner']['waits'] for r in rows['methods'].values()) and rows['methods']['crd']['mb']>0
     assert printed.strip() in (tmp_path/'gpu.md').read_text() and '| tests | passed | ' in printed
 
 @pytest.mark.slow
-def test_the_gpu_script_tells_what_it_has_not_done(tmp_path):
-    "A part that fails, one that hangs, one for which no time is left"
-    gpu,rows = script('gpu'),[]
-    args = Namespace(device='cpu', tiny=True)
+def test_the_gpu_script_tells_what_it_has_not_done(tmp_path, monkeypatch):
+    "A part that fails, one that hangs, one for which no time is left, a test that is red"
+    gpu,rows,args = script('gpu'),[],Namespace(device='cpu', tiny=True)
     state,error = gpu.run('no such part', args, 60, gpu.environment(args), rows.append)
-    assert state=='failed' and 'no such part' in error and not rows
+    assert state.startswith('failed') and 'no such part' in error and not rows
     assert gpu.run('step', args, .5, gpu.environment(args), rows.append)==('out of time',None)
     code,record,printed = gpu_script(tmp_path, '--minutes', '.01', '--parts', 'machine,step')
-    assert [o['state'] for o in record['parts']][1]=='not run, no time left' and '| step | not run, no time left | 0 s |' in printed
+    assert code and record['parts'][2]['state']=='not run, no time left' and '| step | not run, no time left | 0 s |' in printed
+    seen = []
+    gpu.Told(seen.append).pytest_runtest_logreport(Namespace(outcome='failed', failed=True, when='setup', longreprtext='why', nodeid='a.py::b'))
+    assert seen==[dict(what='b', value='failed', log='why')]

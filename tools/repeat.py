@@ -9,14 +9,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 root = Path(__file__).absolute().parent.parent
-shifted = '''import os, random
-import numpy as np, torch
+shifted = '''import os, random, sys
+from importlib.util import find_spec
 by = int(os.environ['KDFAST_SHIFT_SEEDS'])
 def shift(seed):
     def shifted(s=None, *args, **kwargs): return seed(s+by if isinstance(s, int) else s, *args, **kwargs)
     return shifted
-random.seed,np.random.seed,torch.manual_seed = (shift(o) for o in (random.seed,np.random.seed,torch.manual_seed))
-torch.manual_seed(0)
+class AfterTorch:
+    "Importing torch here would be seen by tests of what is imported"
+    def find_spec(self, name, path=None, target=None):
+        if name!='torch': return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        load = spec.loader.exec_module
+        def exec_module(torch):
+            load(torch)
+            import numpy
+            for o,k in ((random,'seed'),(numpy.random,'seed'),(torch,'manual_seed')): setattr(o, k, shift(getattr(o, k)))
+            torch.manual_seed(0)
+        spec.loader.exec_module = exec_module
+        return spec
+sys.meta_path.insert(0, AfterTorch())
 '''
 notes = '''import pytest
 from fastai.learner import Learner
@@ -53,6 +66,7 @@ def tests(env, chosen, folder):
     names.write_text('\n'.join(chosen))
     which = [f'@{names}'] if chosen else ['tests','-m','not slow']
     subprocess.run([sys.executable, '-m', 'pytest', '-n', str(workers(env)), '--dist', 'worksteal', '-p', 'no:cacheprovider', '-p', 'kdfast_notes', '--tb=line', f'--junitxml={file}', *which], cwd=root, env=env, stdout=subprocess.DEVNULL)
+    if not file.exists(): return chosen,{'pytest':'it ended before it could tell what failed'}
     cases = [*ET.parse(file).iter('testcase')]
     told = lambda c: {o.get('name'):o.get('value') for o in c.iter('property')}
     found = {f"{c.get('classname')}::{c.get('name')}":' '.join(o.get('message', '').split())[:200] for c in cases for o in c if o.tag in ('failure','error')}
@@ -83,6 +97,7 @@ def main():
             if args.skip!='tests':
                 trains,found = tests(env, known, folder)
                 known = known or [o for o in trains if re.search(args.only, o)]
+                if not known: sys.exit(f"No test that trains matches {args.only!r}")
             if args.skip!='lessons': found.update(lessons(env, books))
         for name,what in found.items(): failed.setdefault(name, []).append(i)
         told = ' '.join(f'{k}={v}' for k,v in settings(i).items())
