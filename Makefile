@@ -3,7 +3,6 @@ PYTHON ?= python3
 BIN = .venv/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
-NOTEBOOKS = $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 .PHONY: demo test test-all check sync readme outputs docs bench bench-gpu wheels tables clean
 
 demo: .venv/installed
@@ -38,7 +37,7 @@ readme: .venv/developing
 
 # The outputs that the notebooks keep
 outputs: .venv/developing
-	PYTHONWARNINGS=ignore $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS)
+	PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --to notebook --execute --inplace $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb))
 	$(BIN)/nbdev-clean
 
 # The pages as a site in _docs, to be browsed without Quarto, and nbs/llms.txt
@@ -54,10 +53,10 @@ bench-gpu:
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py --out $(or $(OUT),gpu)
 
 # In .wheels, for Python 3.12: what bench-gpu needs beside torch, torchvision, timm, scikit-learn, pandas, matplotlib and pytest, in the versions of .venv
-WHEELS = fastai fastcore fastdownload fastprogress fasttransform plum-dispatch beartype python-fasthtml starlette itsdangerous python-multipart httpx2 httpcore2 truststore torchdistill cython fasterai torch-pruning
+WHEELS = fastai fastcore fastdownload fastprogress fasttransform plum-dispatch beartype python-fasthtml starlette itsdangerous python-multipart httpx2 httpcore2 truststore torchdistill fasterai torch-pruning
 wheels: .venv/developing
 	rm -rf .wheels
-	$(BIN)/pip freeze | grep -E "^($$(echo $(WHEELS) | tr ' ' '|' | sed 's/-/[-_]/g'))==" | xargs $(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	$(BIN)/pip freeze | grep -iE "^($$(echo $(WHEELS) | tr ' ' '|' | sed 's/-/[-_]/g'))==" | xargs $(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d .wheels
 
 # CIFAR=path IMAGENETTE=path make bench
