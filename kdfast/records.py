@@ -41,6 +41,9 @@ def _made(db):
 
 # %% ../nbs/16e_records.ipynb #a6480e53
 _columns = 'key','state','student','method','seed','accuracy','seconds','settings','result'
+_insert = f"insert into runs ({','.join(_columns)}) values ({','.join('?'*len(_columns))}) on conflict (key) do update set {', '.join(f'{o}=excluded.{o}' for o in _columns[1:])} where state='failed' or ?"
+
+def _row(run, result, state): return run.key, state, run.student, run.method, run.seed, result.get('accuracy'), result.get('seconds'), json.dumps(run.settings), json.dumps(result)
 
 class Records:
     "Results of runs in a file; raises `ValueError` for a file that holds something else, or records of another version"
@@ -67,10 +70,6 @@ class Records:
         with self._db() as db: return db.execute(f"select {','.join(_columns)} from runs {where}", values).fetchall()
 
 # %% ../nbs/16e_records.ipynb #1dd6b6b2
-_insert = f"insert into runs ({','.join(_columns)}) values ({','.join('?'*len(_columns))}) on conflict (key) do update set {', '.join(f'{o}=excluded.{o}' for o in _columns[1:])} where state='failed' or ?"
-
-def _row(run, result, state): return run.key, state, run.student, run.method, run.seed, result.get('accuracy'), result.get('seconds'), json.dumps(run.settings), json.dumps(result)
-
 @patch
 def add(self:Records,
     run:Run, # What was done
@@ -110,6 +109,7 @@ def table(self:Records) -> pd.DataFrame:
     "One row a run, without curves"
     return pd.DataFrame([_flat(*row) for row in self._rows('order by rowid')])
 
+# %% ../nbs/16e_records.ipynb #5d1de7bb
 @patch
 def results(self:Records) -> dict: # `Run` to result, in the order in which they were recorded
     "All runs that are done, read in one query"
