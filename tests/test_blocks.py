@@ -188,7 +188,7 @@ def test_what_the_student_feeds_itself(teacher, fit):
         by_itself = F.mse_loss(student.group2(s1), t2).item()
     assert run.fed.loc['group2','fed by itself']==pytest.approx(by_itself, rel=1e-3)
     by_teacher = run.fed.loc['group2','fed by the teacher']
-    assert by_teacher==pytest.approx(run.stages[0]['frame'].group2.iloc[-1], rel=1e-4) and by_teacher<by_itself
+    assert by_teacher==pytest.approx(run.stages[0]['frame'].group2.iloc[-1], rel=1e-4) and by_teacher!=pytest.approx(by_itself, rel=1e-3)
     assert list(fit(distill_learner(dls, teacher, student), 1, head=0, mode='parallel', validate=False).fed)==['fed by itself']
 
 def test_norms_have_the_statistics_of_what_they_are_fed(dls, fit):
