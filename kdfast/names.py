@@ -159,7 +159,7 @@ def student_at(
     conv = conv or getattr(inspect.signature(arch).parameters.get('conv'), 'default', convs.Full)
     by_ratio = {'ratio','budget','rank'} & {*inspect.signature(conv).parameters} and not {'ratio','budget','rank'} & {*getattr(conv, 'keywords', ())}
     make = (lambda r: _in_full(arch, partial(conv, ratio=r))) if by_ratio else _in_width(arch, conv)
-    setting = fit_budget(lambda s: make(s)(n_out=n_out), params=params, over=(1e-3,1.) if by_ratio else (1,1024)).setting
+    setting = fit_budget(lambda s: make(s)(n_out=n_out), params=params, over=(1e-3,1.) if by_ratio else (1,4096)).setting
     return make(setting),dict(ratio=setting) if by_ratio else dict(width=setting/64)
 
 # %% ../nbs/16c_names.ipynb #f1284772

@@ -59,6 +59,15 @@ def test_a_dry_run_needs_neither_data_nor_half_a_minute(args, tmp_path, monkeypa
     assert f'{n} runs of {name} at the schedule {schedule}, about ' in out and len(re.findall(r', seed 0 ', out))==n
     assert not [*tmp_path.iterdir()]
 
+@pytest.mark.slow
+@pytest.mark.parametrize('schedule', ['cpu','full'])
+def test_every_budget_can_be_met(schedule):
+    "An estimate that runs out of time does not come to each of them"
+    from kdfast.names import conv_of, network_of, student_at
+    wanted = {(o.student,o.conv,o.params) for t in research.values() if t.data in ('cifar10','imagenette') for o in t.runs(schedule) if o.params}
+    for student,conv,params in wanted: assert student_at(network_of(student, 32), conv and conv_of(conv), params)[1]
+    assert len(wanted)>10
+
 def test_estimates_are_of_the_right_size():
     "Against a run of this process; both are noisy"
     run = Run(student='wrn-16-2', epochs=1, pct=.5)
