@@ -200,7 +200,7 @@ def contestants(work, method):
         loss = partial(loop_loss, mine, method)
         return Loop(mine, halved(mine, loss) if half else loss, adapters_for(work, exact.learn))
     res = {'plain student': lambda: Loop(work, lambda s,a,x,y: F.cross_entropy(s(x), y)), 'teacher forward':look, 'loop by hand':by_hand, 'kdfast, float32':kd(precision='float32'), 'kdfast':kd()}
-    if work.device.type=='cpu': res['kdfast, int8'] = kd(precision='int8')
+    if work.device.type=='cpu': res['kdfast, int8'] = kd(precision=int8_teacher)
     if native_bf16(work.device): res.update({'loop by hand in bf16':partial(by_hand, half=True), 'kdfast, student in bf16':kd(half=True), 'plain student in bf16':partial(Fastai, work, half=True)})
     if method=='KD+AT': res['kdfast, compiled'] = kd(compile=True)
     if method!='FitNet': res.update({'torchdistill':partial(Torchdistill, work, method), 'fasterai':lambda: Fastai(work, cbs=fasterai_terms(work, method))})

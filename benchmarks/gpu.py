@@ -27,7 +27,7 @@ def machine(args):
     yield dict(what='python', value=sys.version.split()[0])
     for o in ('torch','torchvision','fastai','fastcore','timm','torchdistill','fasterai','torch-pruning'): yield dict(what=o, value=_version(o))
     import torch
-    from kdfast.frozen import native_bf16
+    from kdfast.devices import native_bf16
     yield dict(what='bfloat16', value='native' if native_bf16(torch.device(args.device)) else 'emulated')
     if args.device=='cpu': return
     gpu = torch.cuda.get_device_properties(0)
@@ -71,7 +71,7 @@ def in_turns(ways, args):
 
 def works(tiny):
     from bench import Work
-    from kdfast.models import resnet, wrn
+    from kdfast.models.nets import resnet, wrn
     groups = ['group1','group2','group3']
     if tiny: return [lambda: Work('WRN-10-2 to WRN-10-1, 4 images of 32 px', wrn(10, 2), wrn(10, 1), 32, 4, groups)]
     return [lambda: Work('WRN-40-2 to WRN-16-1, 128 images of 32 px', wrn(40, 2), wrn(16, 1), 32, 128, groups),
@@ -104,7 +104,7 @@ def methods(args):
     from conftest import waits_of
     from fastai.callback.core import Callback, CancelFitException
     from kdfast.all import digits_stats, distill_learner, tensor_dls, wrn
-    from kdfast.names import methods, terms_of
+    from kdfast.experiments.spec import methods, terms_of
     device,n,bs = torch.device(args.device),*((160,8) if args.tiny else (10_000,128))
     x,(teacher,student) = torch.randint(256, (n,3,32,32), dtype=torch.uint8),((wrn(10, 2),wrn(10, 1)) if args.tiny else (wrn(40, 2),wrn(16, 1)))
     dls = tensor_dls((x, torch.arange(n)%10), (x[:64], torch.arange(64)%10), bs=bs, stats=digits_stats, device=device)

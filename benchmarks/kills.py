@@ -9,14 +9,15 @@ from pathlib import Path
 def child(args):
     "One start of the command, in this process, which kills itself as `--at` asks"
     import io, sqlite3, threading
-    from kdfast import cli, records, runs
+    from kdfast import cli
+    from kdfast.experiments import records, run
     kind,_,n = args.at.partition(':')
     count = dict(checkpoint=0, record=0)
     def die(): os.kill(os.getpid(), signal.SIGKILL)
     def due(what):
         count[what] += 1
         return what==kind and count[what]==int(n)
-    write,save,connect = runs.EpochCheckpoint._write,runs.torch.save,sqlite3.connect
+    write,save,connect = run.EpochCheckpoint._write,run.torch.save,sqlite3.connect
     def saved(o, file):
         if not (isinstance(o, dict) and 'fits' in o and due('checkpoint')): return save(o, file)
         whole = io.BytesIO()
@@ -33,7 +34,7 @@ def child(args):
             done = super().execute(sql, *values)
             if doomed: die()
             return done
-    runs.torch.save,runs.EpochCheckpoint._write = saved,wrote
+    run.torch.save,run.EpochCheckpoint._write = saved,wrote
     records.sqlite3.connect = lambda *a, **k: connect(*a, **k, factory=Database)
     if kind=='time': threading.Timer(float(n), die).start()
     cli.main(['table', args.table, '--schedule', 'smoke', '--out', args.out, *args.more])

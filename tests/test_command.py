@@ -5,8 +5,8 @@ from test_processes import launch
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.cli import main
-from kdfast.experiments import load_network, save_network
-from kdfast.names import methods
+from kdfast.experiments.results import load_network, save_network
+from kdfast.experiments.spec import methods
 
 kdfast_command = str(Path(sys.executable).parent/'kdfast')
 small = '--pct .2 --teacher wrn-10-2 --student wrn-10-1 --method kd,kd+at --epochs 2 --teacher-epochs 1 --seeds 2'.split()
@@ -243,7 +243,7 @@ def test_results_of_other_settings_stay(done, tmp_path, monkeypatch):
     main(['distill', *small, '--teacher-file', str(out/'teacher.pth'), '--out', str(tmp_path/'taught')])
     monkeypatch.setattr(Learner, 'fit', lambda *args, **kwargs: pytest.fail('trained'))
     fails(f"results of the teacher {out/'teacher.pth'}", *small, '--out', tmp_path/'taught')
-    monkeypatch.setattr('kdfast.cli._images', lambda dls: dict(training=240, validation=599, first='other'))
+    monkeypatch.setattr('kdfast.cli.images_of', lambda dls: dict(training=240, validation=599, first='other'))
     fails('holds the results of other settings (images', *small, '--out', out)
     assert (out/'record.json').read_bytes()==before
 

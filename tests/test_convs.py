@@ -167,7 +167,7 @@ def test_hooks_of_the_counter_are_gone_after_an_error():
 
 def test_the_hash_is_the_same_everywhere():
     "A checkpoint holds no index, so the index may never change"
-    from kdfast.structured import _hash, _shared_index
+    from kdfast.models.structured import _hash, _shared_index
     assert _hash(6).tolist()==[0,824515495,1722258072,3753300549,3444516145,592649042] and _shared_index(12, 5).tolist()==[0,9,2,6,5,1,0,7,8,6,4,3]
     torch.manual_seed(1)
     a = Hashed(8, 8, ratio=.2).index

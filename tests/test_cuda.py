@@ -3,7 +3,7 @@ import pytest
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.names import methods, terms_of
+from kdfast.experiments.spec import methods, terms_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -120,7 +120,7 @@ def test_a_copy_in_half_precision(trained):
 
 @gpu
 def test_int8_is_for_cpus(trained, quiet):
-    with pytest.raises(ValueError, match='computes on a CPU'): quiet(learner(deepcopy(trained), KD(), precision='int8'), 1)
+    with pytest.raises(ValueError, match='computes on a CPU'): quiet(learner(deepcopy(trained), KD(), precision=int8_teacher), 1)
 
 # Data
 

@@ -2,7 +2,7 @@
 import json, os, re, subprocess, sys, pytest
 from pathlib import Path
 import torch
-from kdfast.frozen import native_bf16
+from kdfast.devices import native_bf16
 
 nbs = Path(__file__).parent.parent/'nbs'
 
@@ -10,7 +10,7 @@ def code_of(nb): return '\n'.join(''.join(c['source']) for c in json.loads(nb.re
 
 books = [str(o.relative_to(nbs)) for o in sorted(nbs.rglob('*.ipynb')) if '.ipynb_checkpoints' not in str(o) and re.search(r'\bprecision\b|bf16|Frozen', code_of(o))]
 
-def test_there_are_such_lessons(): assert {'05b_frozen.ipynb','09_learner.ipynb','explanation/speed.ipynb'} <= {*books}
+def test_there_are_such_lessons(): assert {'teacher/inference.ipynb','learner.ipynb','explanation/speed.ipynb'} <= {*books}
 
 @pytest.mark.slow
 @pytest.mark.parametrize('book', books)

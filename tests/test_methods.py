@@ -4,8 +4,8 @@ from torch.autograd import gradcheck
 from conftest import n_hooks, waits_of
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.names import methods, terms_of
-from kdfast.runs import _learner
+from kdfast.experiments.spec import methods, terms_of
+from kdfast.experiments.run import learner_of
 
 # By hand, in NumPy
 
@@ -633,7 +633,7 @@ def test_no_teacher_is_asked(trained, quiet):
     learn.add_cb(AT())
     with pytest.raises(ValueError, match='AT need a teacher'): learn.teacher.setup()
     with pytest.raises(ValueError, match='needs a teacher'): distill_learner(digits_dls(20, per_class=4), None, wrn(10, 1), cbs=[TfKD(), KD()])
-    blocks = _learner(digits_dls(20, per_class=4), trained, wrn(10, 1), 'tfkd+blocks')
+    blocks = learner_of(digits_dls(20, per_class=4), trained, wrn(10, 1), 'tfkd+blocks')
     assert [t.column for t in blocks.teacher.terms]==['tfkd'] and blocks.teacher.network is trained
     with pytest.raises(ValueError, match='needs a teacher'): distill_learner(digits_dls(20, per_class=4), None, wrn(10, 1), cbs=TfKD()).fit_blocks(1)
 

@@ -11,7 +11,7 @@ def run(*args, **kwargs): return subprocess.run([str(a) for a in args], capture_
 def test_no_name_shadows_fastai():
     import fastai.vision.all as fastai, kdfast.all as kdfast, pkgutil, importlib
     rooms = [importlib.import_module(f'kdfast.{m.name}') for m in pkgutil.iter_modules(kdfast.__path__ if hasattr(kdfast, '__path__') else [root/'kdfast'])]
-    public = {n for m in rooms if m.__name__ not in ('kdfast.all','kdfast._modidx','kdfast.cli','kdfast.names') for n in m.__all__}
+    public = {n for m in rooms if m.__name__ not in ('kdfast.all','kdfast._modidx','kdfast.cli','kdfast.experiments.spec') for n in m.__all__}
     assert len(public)>30 and not public & set(dir(fastai))
     assert public <= set(dir(kdfast))
 
@@ -44,7 +44,7 @@ def test_the_sdist_builds_and_its_wheel_installs(tmp_path):
     always = [o for o in meta.splitlines() if o.startswith('Requires-Dist:') and 'extra ==' not in o]
     assert len(always)==len(setting('DEFAULT', 'requirements'))
     with zipfile.ZipFile(wheel) as z: ours = {o for o in z.namelist() if '.dist-info/' not in o}
-    assert ours=={f'kdfast/{o.name}' for o in (root/'kdfast').glob('*.py')}
+    assert ours=={str(o.relative_to(root)) for o in (root/'kdfast').rglob('*.py')}
     with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as t: held = {o.partition('/')[2] for o in t.getnames()}
     assert {'README.md','LICENSE','CHANGELOG.md','CITATION.cff','CONTRIBUTING.md','settings.ini'} <= held and not any(o.startswith(('nbs/','results/','.venv')) for o in held)
 

@@ -4,7 +4,7 @@ import torch_pruning as tp
 from torch.ao.quantization import quantize_dynamic
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.prune import _positions, _prune
+from kdfast.compress.prune import _positions, _prune
 from conftest import n_hooks
 
 importances = dict(L1=tp.importance.GroupMagnitudeImportance(p=1), L2=None, Taylor=tp.importance.GroupTaylorImportance(), scale=tp.importance.BNScaleImportance(), random=tp.importance.RandomImportance())

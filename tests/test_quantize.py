@@ -2,7 +2,7 @@
 import io, pickle, pytest, torchvision
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.quantize import _Rounding
+from kdfast.compress.quantize import _Rounding
 from conftest import n_hooks
 from test_benchmarks import int8_cost
 

@@ -104,11 +104,11 @@ def test_records_of_compression(name):
 
 def test_a_teacher_is_kept():
     "The weights that the record names, in half precision"
-    from kdfast.cli import _digest
+    from kdfast.core import digest
     from kdfast.all import load_network, wrn
     net,record = wrn(16, 2),json.loads((root/'results/cifar10/record.json').read_text())
     load_network(net, root/'results/teachers/cifar10-wrn-16-2.pth')
-    assert _digest(net)==record['teacher']['weights']
+    assert digest(net)==record['teacher']['weights']
 
 @pytest.mark.parametrize('file', sorted(root.glob('results/**/record.json')), ids=lambda f: str(f.parent.relative_to(root/'results')))
 def test_commands_on_record_are_commands(file):

@@ -3,7 +3,7 @@ import pytest
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.names import methods, terms_of
+from kdfast.experiments.spec import methods, terms_of
 
 @pytest.mark.parametrize('name', [o for o in methods() if o!='sigmoidkd'])
 def test_every_method_shows_itself(name, trained):

@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_store_whole(tmp_path, monkeypatch):
         db = connect(*args, **kwargs)
         db.execute('pragma max_page_count=4')
         return db
-    monkeypatch.setattr('kdfast.records.sqlite3.connect', small)
+    monkeypatch.setattr('kdfast.experiments.records.sqlite3.connect', small)
     with pytest.raises(OSError, match='full.*free some space'): records.add(at, dict(accuracy=.6, seconds=1., history=['x'*1000]*100))
     assert (records.get(kd)['accuracy'],records.get(at))==(.5,None)
     monkeypatch.undo()
@@ -186,7 +186,7 @@ def test_other_files_are_refused_and_stay(tmp_path):
 @pytest.mark.slow
 def test_many_processes_write_at_once(tmp_path):
     "No record is lost, and the table is made by one of them"
-    code = f"import sys; from kdfast.records import *; from kdfast.runs import Run; r = Records('{tmp_path}/r.db'); " \
+    code = f"import sys; from kdfast.experiments.records import *; from kdfast.experiments.run import Run; r = Records('{tmp_path}/r.db'); " \
         "[r.add(Run(seed=100*int(sys.argv[1])+i), dict(accuracy=i/25, seconds=1.)) for i in range(25)]"
     many = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(i)]) for i in range(3)]
     assert [o.wait(200) for o in many]==[0]*3
@@ -227,7 +227,7 @@ def test_a_teacher_that_cannot_be_made_again_ends_the_sweep(tmp_path, monkeypatc
     def broken(run, *args, **kwargs):
         calls.append(run)
         raise RuntimeError('CUDA out of memory')
-    monkeypatch.setattr('kdfast.sweep.do_run', broken)
+    monkeypatch.setattr('kdfast.experiments.sweep.do_run', broken)
     with pytest.raises(RuntimeError, match='2 of 4 runs of teachers are not done'): sweep.run()
     assert calls==[big] and 'CUDA out of memory' in sweep.errors()[big] and sweep.records.get(big)
 
@@ -258,7 +258,7 @@ def test_what_failed_is_tried_again_on_demand(tmp_path, monkeypatch):
     def broken(run, *args, **kwargs):
         calls.append(run)
         raise RuntimeError('CUDA out of memory')
-    monkeypatch.setattr('kdfast.sweep.do_run', broken)
+    monkeypatch.setattr('kdfast.experiments.sweep.do_run', broken)
     with pytest.raises(RuntimeError, match='3 of 3 runs of retry are not done'): sweep.run()
     with pytest.raises(RuntimeError): sweep.run()
     assert [*map(str, calls)]==[str(big), str(kd.control)] and 'CUDA out of memory' in sweep.errors()[big]

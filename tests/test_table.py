@@ -3,7 +3,9 @@ import re, shlex, sqlite3, pytest
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.cli import main
-from kdfast.tables import _schedules
+from kdfast.core import digest
+from kdfast.experiments.spec import methods
+from kdfast.experiments.tables import _schedules
 
 root = Path(__file__).parent.parent
 
@@ -29,7 +31,7 @@ def test_bad_arguments(case, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_failures_are_told_and_the_rest_is_done(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('kdfast.names.methods', lambda known=__import__('kdfast.names').names.methods: {**known(), 'at':Broken})
+    monkeypatch.setattr('kdfast.experiments.spec.methods', lambda known=methods: {**known(), 'at':Broken})
     fails("1 of 4 runs of sanity-smoke are not done: wrn-16-1 at from wrn-16-2, seed 0", 'sanity', '--schedule', 'smoke', '--rows', '16-1 from 16-2', '--out', tmp_path)
     assert 'failed, ValueError: no such luck' in capsys.readouterr().out
     monkeypatch.undo()
@@ -63,7 +65,7 @@ def test_a_dry_run_needs_neither_data_nor_half_a_minute(args, tmp_path, monkeypa
 @pytest.mark.parametrize('schedule', ['cpu','full'])
 def test_every_budget_can_be_met(schedule):
     "An estimate that runs out of time does not come to each of them"
-    from kdfast.names import conv_of, network_of, student_at
+    from kdfast.experiments.spec import conv_of, network_of, student_at
     wanted = {(o.student,o.conv,o.params) for t in map(table_of, ('substitutions','compression','budget-1mb')) for o in t.runs(schedule) if o.params}
     for student,conv,params in wanted: assert student_at(network_of(student, 32), conv and conv_of(conv), params)[1]
     assert len(wanted)>10
@@ -95,7 +97,7 @@ def test_the_full_schedule_is_the_published_one():
 
 def test_the_late_arm_is_late():
     late, = table_of('imagenet').runs('full', ['ResNet-18'], ['AT late'])[1:]
-    from kdfast.names import terms_of
+    from kdfast.experiments.spec import terms_of
     term, = terms_of(late.method)
     assert (term.weight(.59),term.weight(.61))==(0., 1e3)
 
@@ -109,7 +111,7 @@ def records(tmp_path_factory):
 
 def test_a_table_reads_the_records_once(records, monkeypatch):
     opened,connect = [],sqlite3.connect
-    monkeypatch.setattr('kdfast.records.sqlite3.connect', lambda *args, **kwargs: opened.append(1) or connect(*args, **kwargs))
+    monkeypatch.setattr('kdfast.experiments.records.sqlite3.connect', lambda *args, **kwargs: opened.append(1) or connect(*args, **kwargs))
     research['sanity'].markdown(records, 'cpu')
     assert len(opened)==1
 
@@ -124,7 +126,7 @@ def test_lines_are_taken_in_one_transaction(records, tmp_path, monkeypatch):
             if len(begun)==15 and stop: raise sqlite3.OperationalError('disk I/O error')
             return super().execute(sql, *values)
     connect,stop = sqlite3.connect,True
-    monkeypatch.setattr('kdfast.records.sqlite3.connect', lambda *args, **kwargs: connect(*args, **kwargs, factory=Watched))
+    monkeypatch.setattr('kdfast.experiments.records.sqlite3.connect', lambda *args, **kwargs: connect(*args, **kwargs, factory=Watched))
     with pytest.raises(OSError, match='is as it was'): store.take(tmp_path/'few.jsonl')
     stop = False
     assert not store.runs()
@@ -151,4 +153,4 @@ def test_committed_teachers_are_those_that_taught(records):
     for run in taught:
         net = network_at(run, digits_dls(8))
         about = load_network(net, root/f'results/teachers/{run.data}-{run.student}-{run.key}.pth')
-        assert records.get(run)['weights']==__import__('kdfast.experiments').experiments._digest(net) and about['key']==run.key
+        assert records.get(run)['weights']==digest(net) and about['key']==run.key

@@ -14,9 +14,8 @@ root = Path(__file__).parent.parent
 nbs,host = root/'nbs','https://kdfast.github.io/kdfast/'
 
 def url_of(path):
-    "Where the notebook `path`, relative to nbs, stands in the site: its number goes"
-    path = Path(path)
-    return str(path.with_name(re.sub(r'^\d+[a-z]?_', '', path.stem) + '.html'))
+    "Where the notebook `path`, relative to nbs, stands in the site"
+    return str(Path(path).with_suffix('.html'))
 
 def sidebar():
     "Section to notebooks, in reading order; those before the first section have none"
@@ -119,7 +118,7 @@ def build(out, proc=root/'_proc'):
             warnings.simplefilter('ignore')
             body,_ = exporter.from_notebook_node(nb)
         dest = out/page
-        dest.parent.mkdir(exist_ok=True)
+        dest.parent.mkdir(parents=True, exist_ok=True)
         dest.write_text(_page(page, *told(path), _relative(_anchored(body), page), style))
         for pic in (nbs/path).parent.glob('*.svg'): shutil.copy(pic, dest.parent)
 

@@ -1,0 +1,6 @@
+"Prune, factorize, quantize, export"
+from .prune import *
+from .factorize import *
+from .quantize import *
+from .export import *
+from .pipeline import *

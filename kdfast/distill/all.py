@@ -1,0 +1,7 @@
+"All methods"
+from .core import *
+from .logits import *
+from .features import *
+from .relations import *
+from .activations import *
+from .online import *

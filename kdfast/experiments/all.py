@@ -1,0 +1,6 @@
+"Runs, records, tables"
+from .results import *
+from .run import *
+from .records import *
+from .sweep import *
+from .tables import *

@@ -1,0 +1,5 @@
+"Taps, pairs and adapters of any network's layers"
+from .taps import *
+from .pairs import *
+from .adapters import *
+from .cut import *

@@ -1,0 +1,4 @@
+"Pictures and comparisons"
+from .plots import *
+from .compare import *
+from .show import *
