@@ -17,6 +17,9 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '5')  # the profiler's own messages
 from fastai.vision.all import *
 from torch.profiler import ProfilerActivity, profile
 from kdfast.all import *
+from kdfast.devices import native_bf16
+from kdfast.layers.adapters import adapters_of
+from kdfast.losses.core import at_loss, hint_loss, kd_loss
 
 class Steps:
     "A loader that gives one batch `n` times"

@@ -15,6 +15,7 @@ from time import perf_counter
 warnings.filterwarnings('ignore')
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.layers.taps import get_layer
 
 class Steps:
     "A loader that gives one batch `n` times"

@@ -1,15 +1,12 @@
-"Everything: `from kdfast.all import *`, after `from fastai.vision.all import *`"
-from .core import *
+"What a user writes: `from kdfast.all import *`, after `from fastai.vision.all import *`. Losses, layers and experiments have more in their own `all`"
+from .core import probing  # chkstyle: ignore
 from .data import *
-from .losses.all import *
+from .devices import BF16, LoaderHint, all_processes  # chkstyle: ignore
 from .models.all import *
-from .devices import *
-from .layers.all import *
+from .layers.all import Taps, Truncated, layer_sizes, pair_layers, stage_taps  # chkstyle: ignore
 from .teacher.all import *
 from .distill.all import *
 from .learner import *
 from .train.all import *
 from .compress.all import *
 from .look.all import *
-from .experiments.all import *
-from .doctor import *

@@ -24,7 +24,7 @@ from .doctor import doctor
 from .experiments.records import Records
 from .experiments.results import beside_control, by_arm, described, load_network, machine_facts, result_table, run_arm, RunFolder, save_network, versus
 from .experiments.run import epochs_of, fitter, images_of, learner_of
-from .experiments.spec import conv_of, data_of, method_table, network_of, schedule_of, steps_of, student_at, terms_of
+from .experiments.spec import comes_in_memory, conv_of, data_of, method_table, network_of, schedule_of, steps_of, student_at, terms_of
 from .experiments.sweep import say, Sweep, with_controls
 from .experiments.tables import estimate, table_of
 from .learner import accuracy_of, distill_learner, student_of, teacher_of
@@ -152,7 +152,7 @@ def _arms(method):
 
 def _check(data, teacher, student, conv, teacher_file, pretrained, from_files, lr, wd):
     if pretrained and teacher_file: raise ValueError("--pretrained starts a teacher from ImageNet weights, --teacher-file has one that is trained: leave one out")
-    if data=='digits' and from_files: raise ValueError("The digits are no files: leave --from-files out")
+    if from_files and 'path' not in inspect.signature(data_of(data)).parameters: raise ValueError(f"The {data} are no files: leave --from-files out")
     if not 0<lr<math.inf: raise ValueError(f"--lr must be positive, got {lr}")
     if wd is not None and not 0<=wd<math.inf: raise ValueError(f"--wd is 0 or more, got {wd}")
     for o in (teacher,student): network_of(o)
@@ -179,7 +179,7 @@ def _in_turn():
 
 # %% ../nbs/cli.ipynb #fe468519
 def distill(
-    data:str='digits', # digits, cifar10, imagenette or imagenet
+    data:str='digits', # A data set: `kdfast doctor` lists them
     path:Path=None, # Folder or archive of the data, downloaded if left out
     size:int=None, # Side of the images of imagenette, pixels, 128 if left out
     pct:float=1., # Part of the training images for the students, the same of each class
@@ -206,7 +206,7 @@ def distill(
     if pretrained: teacher = f"torchvision.{teacher.removeprefix('torchvision.')}"
     _check(data, teacher, student, conv, teacher_file, pretrained, from_files, lr, wd)
     _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size, params=params)
-    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=None if data in ('digits','imagenet') else not from_files)
+    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=not from_files if comes_in_memory(data) else None)
     with _in_turn(): dls = make_dls(pct=pct)
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files, processes=max(1, num_distrib()))
     made = {k:v for k,v in dict(conv=conv, params=params, wd=wd, wd_groups=wd_groups or None).items() if v is not None}
@@ -253,7 +253,7 @@ def _tell_chains(folder):
 
 # %% ../nbs/cli.ipynb #9f311c7c
 def compress(
-    data:str='digits', # digits, cifar10, imagenette or imagenet
+    data:str='digits', # A data set: `kdfast doctor` lists them
     path:Path=None, # Folder or archive of the data, downloaded if left out
     size:int=None, # Side of the images of imagenette, pixels, 128 if left out
     pct:float=1., # Part of the training images for the training after each step, the same of each class
@@ -278,7 +278,7 @@ def compress(
     for o in chains: steps_of(o)
     if any(isinstance(o, FitNet) for o in terms_of(method)) and ',' in steps: raise ValueError("fitnet reads channels through an adapter, which a second step would change: take one step a chain, or another --method")
     if schedule_of(method) is not None: raise ValueError(f"{method} trains block by block: choose terms such as kd, or control")
-    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=None if data in ('digits','imagenet') else not from_files)
+    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=not from_files if comes_in_memory(data) else None)
     with _in_turn(): dls = make_dls(pct=pct)
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files, processes=max(1, num_distrib()))
     folder = RunFolder(out, dict(shared, pct=pct, method=method, epochs=epochs, images=images_of(dls)))

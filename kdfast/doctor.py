@@ -8,10 +8,11 @@ Docs: https://kdfast.github.io/kdfast/doctor.html.md"""
 __all__ = ['missing', 'doctor']
 
 # %% ../nbs/doctor.ipynb #81a4fdeb
-import os, platform
+import inspect, os, platform
 from importlib.metadata import PackageNotFoundError, requires, version
 from fastai.vision.all import *
 from packaging.requirements import Requirement
+from .data import data_sets
 from .devices import native_bf16
 
 # %% ../nbs/doctor.ipynb #8a7fc93c
@@ -38,12 +39,16 @@ def _device():
 
 def _bf16(): return "computed by this device: use --bf16, learn.to_bf16()" if native_bf16(default_device()) else "only emulated by this device, slower than float32: leave --bf16 and to_bf16 out"
 
-_data = dict(cifar10=URLs.CIFAR, imagenette=URLs.IMAGENETTE, imagenette_160=URLs.IMAGENETTE_160, imagenette_320=URLs.IMAGENETTE_320)
-
 # %% ../nbs/doctor.ipynb #0173c393
 def _place(url):
     where = fastai_path('data')/Path(url).stem
     return str(where) if where.exists() else f'not in {where.parent}: downloaded when first used, or pass --path'
+
+def _places():
+    "Where the data sets are, a line an address"
+    for name,f in data_sets().items():
+        if f.facts.urls: yield from ((k, _place(url)) for k,url in f.facts.urls.items())
+        else: yield name,'pass --path: it cannot be downloaded' if 'path' in inspect.signature(f).parameters else 'embedded in an installed package'
 
 def _extra(name): return ' and '.join(lacks) + f": pip install 'kdfast[{name}]'" if (lacks := missing(name)) else 'installed'
 
@@ -54,8 +59,7 @@ def doctor() -> PrettyString: # A line each
     extras = dict.fromkeys(str(Requirement(o).marker).split('"')[1] for o in requires('kdfast') if Requirement(o).marker and 'dev' not in str(Requirement(o).marker))
     versions = dict(kdfast=version('kdfast'), python=f'{platform.python_version()}, {platform.system()}', **{o:_found(Requirement(o)) or 'missing' for o in names})
     device = dict(device=_device(), bfloat16=_bf16(), int8=f'by the backend {torch.backends.quantized.engine}')
-    data = dict(digits='embedded in scikit-learn', **{k:_place(o) for k,o in _data.items()})
-    sections = dict(Versions=versions, Device=device, Data=data, Extras={o:_extra(o) for o in extras})
+    sections = dict(Versions=versions, Device=device, Data=dict(_places()), Extras={o:_extra(o) for o in extras})
     told = '\n\n'.join('\n'.join([k, *(f'  {a:16} {b}' for a,b in rows.items())]) for k,rows in sections.items())
     wrong = missing()
     return PrettyString(told + (f"\n\nMissing for every use: {' and '.join(wrong)}. pip install kdfast" if wrong else ''))

@@ -3,6 +3,7 @@ import importlib.util, pytest
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.losses.core import hint_loss
 
 def snapshot(*nets): return [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for net in nets for m in net.modules()]
 

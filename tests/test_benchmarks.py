@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.layers.cut import PartOf
 
 def script(name):
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent/f'benchmarks/{name}.py')

@@ -3,6 +3,7 @@ import errno, json, shutil, pytest
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.losses.core import hint_loss
 
 class Live(TeacherCache):
     "The views of a cache, with the teacher asked about each"

@@ -5,7 +5,7 @@ from test_processes import launch
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.cli import main
-from kdfast.experiments.results import load_network, save_network
+from kdfast.experiments.results import load_network, save_network, result_table
 from kdfast.experiments.spec import methods
 
 kdfast_command = str(Path(sys.executable).parent/'kdfast')

@@ -3,7 +3,7 @@ import json, pytest
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.cli import main
-from kdfast.experiments.results import load_network
+from kdfast.experiments.results import load_network, result_table
 
 quick = '--teacher wrn-10-1 --teacher-epochs 4 --epochs 3 --lr 1e-2'.split()
 chains = 'prune:.5,factorize:.7,int8;prune:params=30000:taylor'

@@ -3,6 +3,8 @@ import pytest
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.devices import autocast_dtype
+from kdfast.experiments.run import Run, do_run
 from kdfast.experiments.spec import methods, terms_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow]

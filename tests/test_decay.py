@@ -2,6 +2,8 @@
 import pytest
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.layers.adapters import adapters_of
+from kdfast.train.decay import shares
 from conftest import n_hooks
 
 def hashed(ratio=.1): return wrn(10, 1, conv=partial(Hashed, ratio=ratio))

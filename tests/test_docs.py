@@ -68,7 +68,7 @@ def test_no_page_has_an_error_or_a_warning():
 
 def test_pages_that_teach_show_what_they_teach():
     "Every page of a guide has saved outputs and asserts something"
-    for p in (p for p in notebooks if '/' in p or p=='start.ipynb'):
+    for p in (p for p in notebooks if p.split('/')[0] in ('howto','tutorials','explanation','start.ipynb')):
         code = [c for c in cells[p] if c['cell_type']=='code']
         assert any(c['outputs'] for c in code), f'{p} has no saved output'
         assert re.search(r'\b(assert|test_\w+\(|expect_fail)', '\n'.join(''.join(c['source']) for c in code)), f'{p} asserts nothing'
@@ -153,7 +153,7 @@ def test_every_symbol_says_what_it_does_and_what_it_takes(site):
         told = docments(o) if takes else {}
         odd = [k for k in takes if not told.get(k)]
         if odd or not re.search(r'\w', text): lacking.append((page, name, odd))
-    assert lacking==[] and len(shown)>300
+    assert lacking==[] and len(shown)>220
 
 # README
 

@@ -3,6 +3,7 @@ import pytest
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.layers.adapters import Adapted, bare_model
 from torchvision.models import resnet18
 
 class Watch(Callback):

@@ -1,5 +1,5 @@
 "The house: floors, rooms that keep to themselves, what stands in them"
-import ast, builtins, re, pytest
+import ast, json, os, re, shutil, subprocess, sys, pytest
 from pathlib import Path
 
 root = Path(__file__).parent.parent
@@ -60,3 +60,71 @@ def test_no_room_calls_what_a_higher_one_patches_into_it():
     wrong = [(name, room, homes[cls]) for room in rooms for cls,name in patched(room)
         if cls in homes and floor_of[package(homes[cls])]<floor_of[package(room)] and name in called[homes[cls]]]
     assert wrong==[]
+
+def starred():
+    "Public names of `kdfast.all`"
+    import types, kdfast.all
+    return [n for n,o in vars(kdfast.all).items() if not n.startswith('_') and not isinstance(o, types.ModuleType)]
+
+def test_names_are_few(): assert len(starred())<=130
+
+def test_what_is_given_up_is_told():
+    "Whoever catches everything raises or warns"
+    for room,tree in rooms.items():
+        for n in (o for o in ast.walk(tree) if isinstance(o, ast.ExceptHandler)):
+            if n.type is not None and ast.unparse(n.type) not in ('Exception','BaseException'): continue
+            text = '\n'.join(map(ast.unparse, n.body))
+            assert re.search(r'\braise\b|warn|_failed\(|error = e|why = ', text), f'{room}, line {n.lineno}: {text}'
+
+added = {'data.ipynb':'''
+@data_set(size=32, classes=2, images=(80,40))
+def halves_dls(
+    bs:int=64, # Batch size
+    pct:float=1., # Fraction of each class to train on
+    device=None # fastai's default device
+) -> DataLoaders: # 80 images to train on, 40 to validate
+    "Images whose left or right half is bright"
+    x = torch.zeros(120, 3, 32, 32, dtype=torch.uint8)
+    for i in range(120): x[i,:,:,slice(16) if i%2 else slice(16,32)] = 200
+    y = ['left' if i%2 else 'right' for i in range(120)]
+    return tensor_dls((x[:80],y[:80]), (x[80:],y[80:]), bs=bs, device=device)''', 'losses/core.ipynb':'''
+def l1_loss(
+    s:Tensor, # The student's maps
+    t:Tensor # The teacher's, of the same shape
+) -> Tensor: # Scalar
+    "Mean absolute difference"
+    return (at_least_float(s)-at_least_float(t)).abs().mean()''', 'models/nets.ipynb':'''
+def tiny(
+    n_out:int=10, # Number of classes
+    conv=Full # What the second convolution is made of
+) -> nn.Sequential: # Stages `stem layer1 layer2 pool flat fc`
+    "Three convolutions"
+    return init_he(nn.Sequential(OrderedDict(stem=_conv_layer(3, 8, 1, Full), layer1=_conv_layer(8, 8, 2, conv), layer2=_conv_layer(8, 16, 2, conv), **_head(16, n_out))))'''}
+used = '''
+from fastai.vision.all import *
+from kdfast.all import *
+from kdfast.losses.all import l1_loss
+learn = distill_learner(halves_dls(20), tiny(2), tiny, cbs=[KD(), FeatureKD(l1_loss)], metrics=accuracy)
+with learn.no_bar(), learn.no_logging(): learn.fit(1)
+assert learn.featurekd.layers and learn.recorder.history['l1'].gt(0).all()'''
+
+@pytest.mark.slow
+def test_a_data_set_a_loss_and_a_student_are_one_cell_each(tmp_path):
+    "Added to a copy of the notebooks, and known to everyone after the export"
+    def run(*args): return subprocess.run([str(o) for o in args], cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, 'PYTHONPATH':str(tmp_path), 'PYTHONWARNINGS':'ignore'})
+    for o in ('nbs','kdfast'): shutil.copytree(root/o, tmp_path/o, ignore=shutil.ignore_patterns('howto','tutorials','explanation','__pycache__','.ipynb_checkpoints'))
+    for o in ('pyproject.toml','settings.ini','README.md'): shutil.copy(root/o, tmp_path/o)
+    for name,source in added.items():
+        nb = json.loads((tmp_path/'nbs'/name).read_text())
+        nb['cells'].append(dict(cell_type='code', id='added', metadata={}, outputs=[], execution_count=None, source=f'#| export{source}'.splitlines(True)))
+        (tmp_path/'nbs'/name).write_text(json.dumps(nb))
+    exported = run(Path(sys.executable).parent/'nbdev-export')
+    assert exported.returncode==0, exported.stderr
+    res = run(sys.executable, '-c', used)
+    assert res.returncode==0, res.stderr
+    command = 'import sys; from kdfast.cli import main; main(sys.argv[1:])'
+    assert '\n  halves ' in run(sys.executable, '-c', command, 'doctor').stdout
+    res = run(sys.executable, '-c', command, *'distill --data halves --teacher wrn-10-1 --student tiny --conv separable --method kd --epochs 1 --bs 20 --out out'.split())
+    assert res.returncode==0 and 'tiny' in (tmp_path/'out/record.json').read_text(), res.stderr
+    res = run(sys.executable, '-c', "from kdfast.experiments.all import *; print(estimate([Run(data='halves', student='tiny', epochs=1)]).minutes[0])")
+    assert res.returncode==0 and float(res.stdout)>=0, res.stderr

@@ -3,7 +3,10 @@ import pytest
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.devices import LoaderHint
+from kdfast.core import fingerprint
+from kdfast.data import TensorDL
+from kdfast.teacher.inference import fold_norms
+from kdfast.devices import LoaderHint, native_bf16
 
 pytestmark = pytest.mark.usefixtures('native')
 x32 = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))

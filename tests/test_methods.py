@@ -4,8 +4,17 @@ from torch.autograd import gradcheck
 from conftest import n_hooks, waits_of
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.distill.features import Reuse
+from kdfast.distill.relations import ContrastMemory
+from kdfast.layers.adapters import adapters_of
+from kdfast.layers.pairs import before_relu
+from kdfast.losses.core import at_loss, hint_loss, kd_loss
+from kdfast.losses.features import ab_loss, fsp_loss, ft_loss, kdsvd_loss, ofd_loss, pyramid_loss, vid_loss
+from kdfast.losses.logits import cskd_loss, dist_loss, dkd_loss, logits_loss, mlkd_loss, nkd_loss, sigmoid_kd_loss, standardize, tfkd_loss
+from kdfast.losses.relations import cc_loss, ickd_loss, nst_loss, pkt_loss, rkd_loss, sp_loss
+from kdfast.teacher.callback import NoTeacher
 from kdfast.experiments.spec import methods, terms_of
-from kdfast.experiments.run import learner_of
+from kdfast.experiments.run import learner_of, Run
 
 # By hand, in NumPy
 

@@ -3,6 +3,7 @@ import pytest
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.layers.adapters import adapters_of
 from kdfast.experiments.spec import methods, terms_of
 
 @pytest.mark.parametrize('name', [o for o in methods() if o!='sigmoidkd'])

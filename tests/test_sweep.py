@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.experiments.records import Records
+from kdfast.experiments.run import EpochCheckpoint, Run, do_run
+from kdfast.experiments.sweep import Sweep
 
 root,bin = Path(__file__).parent.parent,Path(sys.executable).parent
 spec = importlib.util.spec_from_file_location('kills', root/'benchmarks/kills.py')

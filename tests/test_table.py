@@ -2,10 +2,14 @@
 import re, shlex, sqlite3, pytest
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.experiments.records import Records
+from kdfast.experiments.results import load_network
+from kdfast.experiments.run import Run, do_run, network_at
+from kdfast.experiments.sweep import with_controls
 from kdfast.cli import main
 from kdfast.core import digest
 from kdfast.experiments.spec import methods
-from kdfast.experiments.tables import _schedules
+from kdfast.experiments.tables import _schedules, estimate, research, table_of
 
 root = Path(__file__).parent.parent
 

@@ -2,6 +2,8 @@
 import sys
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.experiments.run import Run
+from kdfast.experiments.sweep import Sweep
 
 if __name__=='__main__':
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from operator import itemgetter
 from statistics import mean, stdev
 from time import perf_counter
 from fastai.vision.all import *
-from ..core import whole_file
+from ..core import unreadable, whole_file
 from ..devices import all_processes
 from ..learner import accuracy_of, plain_curves
 from ..look.plots import plot_history
@@ -157,7 +157,7 @@ def save_network(
 def _read(file):
     if not Path(file).is_file(): raise FileNotFoundError(f"{file} does not exist: pass a file of weights, or one that learn.export() wrote")
     try: saved = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{file} cannot be read as weights ({type(e).__name__}): write them with learn.save(..., with_opt=False), or let the name of an exported learner end in .pkl") from e
+    except unreadable as e: raise ValueError(f"{file} cannot be read as weights ({type(e).__name__}): write them with learn.save(..., with_opt=False), or let the name of an exported learner end in .pkl") from e
     kind = first(k for k in ('weights','model','state_dict') if isinstance(saved, dict) and isinstance(saved.get(k), dict))
     weights = saved[kind] if kind else saved
     if not (isinstance(weights, dict) and weights and all(isinstance(v, Tensor) for v in weights.values())): raise ValueError(

@@ -12,7 +12,7 @@ __all__ = ['schedules', 'methods', 'method_table', 'terms_of', 'schedule_of', 'c
 import ast, functools, inspect
 import torchvision
 from fastai.vision.all import *
-from .. import data as data_room
+from ..data import data_sets
 from ..distill import activations, core, features, logits, online, relations
 from ..models import convs, nets, structured
 from ..compress.export import export_onnx, export_program
@@ -112,7 +112,13 @@ def conv_of(
     return partial(kinds[name], **{k:_number(k, v) for k,v in given.items()})
 
 # %% ../../nbs/experiments/spec.ipynb #2b1b64e1
-def _known_networks(): return [*(f'resnet{d}' for d in nets.resnet_depths), 'residual_cnn', 'plain_cnn', 'mobile', 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
+def _by_name():
+    "Functions of networks that need no number in their names"
+    takes = lambda f: inspect.signature(f).parameters
+    ours = {n:getattr(nets, n) for n in nets.__all__ if inspect.isfunction(getattr(nets, n)) and 'n_out' in takes(getattr(nets, n))}
+    return {n:f for n,f in ours.items() if {k for k,p in takes(f).items() if p.default is p.empty}<={'size'}}
+
+def _known_networks(): return [*(f'resnet{d}' for d in nets.resnet_depths), *_by_name(), 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
 
 def network_of(
     name:str, # 'resnet10', 'wrn-16-1', or one of torchvision's classifiers, which 'torchvision.' before it insists on; raises `ValueError` with the list of names for an unknown one
@@ -123,8 +129,7 @@ def network_of(
     wide,plain = (ours and re.fullmatch(o, name) for o in (r'wrn-(\d+)-(\d+\.?\d*)', r'resnet-?(\d+)'))
     if wide: return partial(nets.wrn, int(wide[1]), float(wide[2]))
     if plain and int(plain[1]) in nets.resnet_depths: return partial(nets.resnet, int(plain[1]), stem='small' if size<=32 else 'imagenet')
-    if ours and name in ('residual_cnn','mobile'): return getattr(nets, name)
-    if ours and name=='plain_cnn': return partial(nets.plain_cnn, size)
+    if ours and name in (funcs := _by_name()): return partial(funcs[name], size) if 'size' in inspect.signature(funcs[name]).parameters else funcs[name]
     others = torchvision.models.list_models(module=torchvision.models)
     mine = f"{', '.join(_known_networks())}, or from " if ours else ''
     if name not in others: raise ValueError(f"Unknown network {name!r}: choose from {mine}torchvision's {', '.join(others)}")
@@ -165,13 +170,16 @@ def student_at(
     setting = fit_budget(lambda s: make(s)(n_out=n_out), params=params, over=(1e-3,1.) if by_ratio else (1,4096)).setting
     return make(setting),dict(ratio=setting) if by_ratio else dict(width=setting/64)
 
+# %% ../../nbs/experiments/spec.ipynb #5081e539
+def comes_in_memory(name): return 'in_memory' in inspect.signature(data_sets().get(name, noop)).parameters
+
 # %% ../../nbs/experiments/spec.ipynb #f1284772
 def data_of(
-    name:str, # 'digits', 'cifar10' or 'imagenette'; raises `ValueError` with the list of names for an unknown one
+    name:str, # One of `data_sets`; raises `ValueError` with the list of names for an unknown one
     **kwargs # For its function; those that are None are left out, and `ValueError` is raised for those that it does not have
 ): # Gives `DataLoaders`
     "The function of the data set that `name` stands for, with arguments"
-    funcs = {n.removesuffix('_dls'): getattr(data_room, n) for n in data_room.__all__ if n.endswith('_dls') and n!='tensor_dls'}
+    funcs = data_sets()
     if name not in funcs: raise ValueError(f"Unknown data set {name!r}: choose from {', '.join(funcs)}")
     kwargs = {k:v for k,v in kwargs.items() if v is not None}
     odd = [k for k in kwargs if k not in inspect.signature(funcs[name]).parameters]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from statistics import mean, stdev
 from fastai.vision.all import *
+from ..data import data_sets
 from .run import Run
 from .spec import conv_of, methods, network_of, student_at
 from ..look.plots import plot_history, plot_tradeoff
@@ -26,7 +27,6 @@ _nette = dict(bs=64, lr=3e-3, bf16=True)
 _schedules = {('full','cifar10'):_steps10, ('full','imagenet'):_steps_imagenet, ('full','imagenette'):dict(_nette, epochs=100, size=128),
     ('short','cifar10'):_short10, ('short','imagenet'):dict(_short10, bs=256, lr=3e-3), ('short','imagenette'):dict(_nette, epochs=15, size=128),
     **{(o,'digits'):dict(epochs=20, bs=20, lr=1e-2) for o in ('full','short','cpu')}, ('cpu','cifar10'):_cpu10, ('cpu','imagenette'):dict(_nette, epochs=20, size=64)}
-_n_images = dict(digits=(1198,599), cifar10=(50_000,10_000), imagenette=(9469,3925), imagenet=(1_281_167,50_000))
 schedule_names = 'smoke','cpu','short','full'
 
 def recipe(
@@ -329,14 +329,17 @@ def curves(self:ResearchTable,
     return fig
 
 # %% ../../nbs/experiments/tables.ipynb #79bd75b8
-def _size_of(run): return run.size or dict(imagenet=224, imagenette=128).get(run.data, 32)
+def _facts(run): return data_sets()[run.data].facts
+
+def _size_of(run): return run.size or _facts(run).size
 
 def _as_trained(run):
     "The network of a run, without data"
-    classes = 1000 if run.data=='imagenet' else 10
+    classes = _facts(run).classes
     arch = student_at(network_of(run.student, _size_of(run)), run.conv and conv_of(run.conv), run.params, classes)[0]
     return arch(n_out=classes) if 'n_out' in inspect.signature(arch).parameters else create_vision_model(arch, classes, pretrained=False)
 
+# %% ../../nbs/experiments/tables.ipynb #daea1bb4
 def _seconds_of(net, run, trains, left):
     "Seconds an image of a training step, or of a forward, on random images; the second one where there is time"
     device = default_device()
@@ -376,7 +379,7 @@ def estimate(
     "What `runs` will take on this machine, without their data"
     costs = _costs(runs, limit)
     def minutes(run):
-        train,valid = _n_images[run.data]
+        train,valid = _facts(run).images
         own,theirs = costs[_cost_key(run, True)],costs[_cost_key(run.teacher, False)] if run.teacher else 0
         return run.epochs*(run.pct*train*(own+theirs)+valid*own/3)/60
     return pd.DataFrame([dict(run=str(o), data=o.data, epochs=o.epochs, minutes=round(minutes(o), 1)) for o in runs])

@@ -13,7 +13,7 @@ from contextlib import ExitStack, nullcontext
 from filelock import FileLock
 from fastai.vision.all import *
 from torch import distributed
-from ..core import fingerprint, keep_rng, on_interrupt, part_of, seen_by, whole_folder
+from ..core import fingerprint, keep_rng, on_interrupt, part_of, seen_by, unreadable, whole_folder
 from ..devices import autocast_dtype
 from ..layers.adapters import bare_model
 from .callback import TeacherCallback
@@ -208,7 +208,7 @@ def _check_lacking(self:TeacherCache, files):
 @patch
 def _read(self:TeacherCache, name, file):
     try: return np.load(self.path/file, mmap_mode='r')
-    except Exception as e: raise ValueError(f"{self.path/file}, {name} of a cache, is cut off or damaged ({e}): delete {self.path}, and it is made again") from e
+    except unreadable as e: raise ValueError(f"{self.path/file}, {name} of a cache, is cut off or damaged ({e}): delete {self.path}, and it is made again") from e
 
 # %% ../../nbs/teacher/cache.ipynb #d651b057
 @patch
