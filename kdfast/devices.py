@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/devices.html.md"""
 __all__ = ['native_bf16', 'all_processes', 'LoaderHint', 'BF16']
 
 # %% ../nbs/devices.ipynb #dab1bd70
-import os
+import atexit, functools, os
 from contextlib import nullcontext
 from time import perf_counter
 from fastai.vision.all import *
@@ -42,6 +42,11 @@ def autocast_dtype(
     return _dtypes[precision]
 
 # %% ../nbs/devices.ipynb #63c2ad71
+def _end_group():
+    "Gloo's threads hold tensors, which must not outlive the interpreter: a process that leaves without this may abort"
+    if torch.distributed.is_initialized() and torch.distributed.get_backend()=='gloo': torch.distributed.destroy_process_group()
+
+@functools.cache
 def any_device():
     "Let fastai's distributed loader, which wants CUDA, use the device of the process group"
     try: from fastai.distributed import DistributedDL
@@ -51,6 +56,7 @@ def any_device():
         torch.distributed.broadcast(t, rank)
         return t.tolist()
     DistributedDL._broadcast = broadcast
+    atexit.register(_end_group)
 
 # %% ../nbs/devices.ipynb #e4e98afb
 def all_processes(

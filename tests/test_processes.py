@@ -72,6 +72,12 @@ def test_a_cache_is_made_and_read_by_all(n, tmp_path):
     logits = np.load(tmp_path/'cached-cache'/'1.npy')
     assert logits.shape==(2,400,10) and (np.abs(logits).sum(-1)>0).all()
 
+def test_the_group_is_gone_before_the_interpreter(tmp_path):
+    "A process whose group is not destroyed may abort at its end (pytorch issue 190489)"
+    code = "import atexit, torch; atexit.register(lambda: print('alive' if torch.distributed.is_initialized() else 'gone')); " \
+        f"import sys; sys.path.insert(0, {str(here)!r}); import worker; worker.main('plain', {str(tmp_path/'plain')!r}); assert torch.distributed.is_initialized()"
+    assert [o.split()[-1] for o in launch(2, '-c', code)]==['gone','gone']
+
 def test_what_fails_in_one_process_fails_in_all(tmp_path):
     "Instead of waiting for it until the group's time is out"
     with pytest.raises(AssertionError) as e: trained('failing', 2, tmp_path)
