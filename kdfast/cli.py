@@ -22,11 +22,12 @@ from .data import digits_dls
 from .distill.core import FitNet
 from .doctor import doctor
 from .experiments.records import Records
+from .experiments.research import table_of
 from .experiments.results import beside_control, by_arm, described, load_network, machine_facts, result_table, run_arm, RunFolder, save_network, versus
 from .experiments.run import epochs_of, fitter, images_of, learner_of
 from .experiments.spec import comes_in_memory, conv_of, data_of, method_table, network_of, schedule_of, steps_of, student_at, terms_of
 from .experiments.sweep import say, Sweep, with_controls
-from .experiments.tables import estimate, table_of
+from .experiments.tables import estimate
 from .learner import accuracy_of, distill_learner, student_of, teacher_of
 from .look.compare import show_attention
 from .look.plots import save_figure

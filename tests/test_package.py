@@ -45,7 +45,7 @@ def test_the_sdist_builds_and_its_wheel_installs(tmp_path):
     always = [o for o in meta.splitlines() if o.startswith('Requires-Dist:') and 'extra ==' not in o]
     assert len(always)==len(setting('DEFAULT', 'requirements'))
     with zipfile.ZipFile(wheel) as z: ours = {o for o in z.namelist() if '.dist-info/' not in o}
-    assert ours=={str(o.relative_to(root)) for o in (root/'kdfast').rglob('*.py')}
+    assert ours=={str(o.relative_to(root)) for o in (root/'kdfast').rglob('*') if o.suffix in ('.py','.csv')}
     with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as t: held = {o.partition('/')[2] for o in t.getnames()}
     assert {'README.md','LICENSE','CHANGELOG.md','CITATION.cff','CONTRIBUTING.md','settings.ini'} <= held and not any(o.startswith(('nbs/','results/','.venv')) for o in held)
 

@@ -9,7 +9,8 @@ from kdfast.experiments.sweep import with_controls
 from kdfast.cli import main
 from kdfast.core import digest
 from kdfast.experiments.spec import methods
-from kdfast.experiments.tables import _schedules, estimate, research, table_of
+from kdfast.experiments.research import research, table_of
+from kdfast.experiments.tables import _schedules, estimate
 
 root = Path(__file__).parent.parent
 

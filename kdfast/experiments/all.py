@@ -4,3 +4,4 @@ from .run import *
 from .records import *
 from .sweep import *
 from .tables import *
+from .research import *
