@@ -28,11 +28,11 @@ check: .venv/developing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10 $(TESTS_RUN) || failed="$$failed tests"; \
 	test -z "$$failed" || { echo "Failed: $$failed"; exit 1; }
 
-# The committed library is what the notebooks export
+# The library is what the notebooks export; where it is not, it is left as it was
 sync: .venv/developing
 	rm -rf .venv/before && cp -r kdfast .venv/before
 	$(BIN)/nbdev-export
-	diff -r -x __pycache__ .venv/before kdfast
+	diff -r -x __pycache__ .venv/before kdfast || { rm -rf kdfast && mv .venv/before kdfast; exit 1; }
 
 # README.md and its pictures, from nbs/index.ipynb
 readme: .venv/developing
