@@ -146,7 +146,7 @@ def whole_folder(
     finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/core.ipynb #496be030
-unreadable = OSError,RuntimeError,EOFError,KeyError,TypeError,ValueError,pickle.UnpicklingError
+unreadable = OSError,RuntimeError,EOFError,LookupError,TypeError,ValueError,AttributeError,ImportError,pickle.UnpicklingError
 
 # %% ../nbs/core.ipynb #63e850d1
 def fingerprint(

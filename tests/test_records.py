@@ -105,7 +105,8 @@ def test_records_of_compression(name):
 def test_a_teacher_is_kept():
     "The weights that the record names, in half precision"
     from kdfast.core import digest
-    from kdfast.all import load_network, wrn
+    from kdfast.experiments.results import load_network
+    from kdfast.models.nets import wrn
     net,record = wrn(16, 2),json.loads((root/'results/cifar10/record.json').read_text())
     load_network(net, root/'results/teachers/cifar10-wrn-16-2.pth')
     assert digest(net)==record['teacher']['weights']
