@@ -293,7 +293,7 @@ def test_two_processes_train_one_network(tmp_path):
 def test_a_terminal_shows_a_bar_in_a_bar(tmp_path):
     pty = pytest.importorskip('pty')
     ours,theirs = pty.openpty()
-    code = f"from kdfast.all import *; s = Sweep('bars', [Run(method='kd', teacher=Run(student='wrn-10-2', epochs=1, pct=.3), epochs=2, pct=.2, bs=32)], '{tmp_path}'); s._attempt(s.runs[0]); s.run(); s.run()"
+    code = f"from kdfast.experiments.all import *; s = Sweep('bars', [Run(method='kd', teacher=Run(student='wrn-10-2', epochs=1, pct=.3), epochs=2, pct=.2, bs=32)], '{tmp_path}'); s._attempt(s.runs[0]); s.run(); s.run()"
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=theirs, stderr=subprocess.DEVNULL)
     os.close(theirs)
     shown = b''
