@@ -92,8 +92,7 @@ class LoaderHint(Callback):
         self.told = True
         loader = self.n/(self.waited + self.stepped*bool(dl.fake_l.num_workers))  # workers load while the step runs
         step = self.n/self.stepped
-        if loader<.9*step: warnings.warn(
-            f"Training waits for its images: the loader gives {loader:,.0f} a second, the step takes {step:,.0f}. "
+        if loader<.9*step: warnings.warn(f"Training waits for its images: the loader gives {loader:,.0f} a second, the step {step:,.0f}. "
             "Pass in_memory=True, use tensor_dls, or increase num_workers")
 
 # %% ../nbs/devices.ipynb #35116ca1

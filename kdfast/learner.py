@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/learner.html.md"""
 __all__ = ['Renormalize', 'distill_learner', 'accuracy_of']
 
 # %% ../nbs/learner.ipynb #e3c45e9c
-import inspect
+import importlib, inspect
 from fastai.vision.all import *
 from .core import keep_rng, probing, whole_file
 from .devices import any_device, LoaderHint
@@ -77,7 +77,7 @@ def student_of(
     n_out = get_c(dls)
     if not n_out: raise ValueError("These DataLoaders have no number of classes: set dls.c, or pass a module as student")
     if isinstance(student, str):
-        import timm  # fastai would only miss the name
+        importlib.import_module('timm')  # else fastai raises a NameError
         return create_timm_model(student, n_out, pretrained=False)[0]
     return student(n_out=n_out) if 'n_out' in takes else create_vision_model(student, n_out, pretrained=False)
 
