@@ -89,7 +89,7 @@ def input_shape(
 ) -> tuple: # `(c,h,w)`
     "The shape of one image of `size`"
     sides = (size,size) if isinstance(size, int) else tuple(size) if hasattr(size, '__len__') and not isinstance(size, str) else ()
-    if len(sides) not in (2,3): raise ValueError(f"size is the side of a square image, (h,w) or (c,h,w), got {size!r}: pass for instance 32 or (3,32,32)")
+    if len(sides) not in (2,3): raise ValueError(f"size must be a side, (h,w) or (c,h,w), got {size!r}: pass for instance 32 or (3,32,32)")
     return sides if len(sides)==3 else (3,*sides)
 
 # %% ../nbs/core.ipynb #2b94257e
@@ -171,7 +171,8 @@ def bisect(cost, n, budget):
     "The setting under `budget` whose neighbour is above it, of `n+1` whose costs rise or fall"
     under,above = (0,n) if cost(0)<=cost(n) else (n,0)
     if not cost(under)<=budget<=cost(above): raise ValueError(
-        f"The budget of {budget:,} is out of reach: the settings cost {cost(under):,} to {cost(above):,}, so choose a budget between, or other settings")
+        f"The budget of {budget:,} is out of reach: the settings cost {cost(under):,} to {cost(above):,}, "
+        "so pass a budget between or other settings")
     if cost(above)<=budget: return above
     while abs(above-under)>1:
         mid = (under+above)//2

@@ -26,10 +26,11 @@ def stratified(
     seed:int=0 # Picks the items
 ) -> list: # Indices into `labels`, ascending
     "A part of the items in which every class has its share"
-    if not 0<pct<=1: raise ValueError(f"pct is the part of the training set to use, in (0,1], got {pct}")
+    if not 0<pct<=1: raise ValueError(f"pct must be a fraction of the training set, in (0,1], got {pct}")
     classes = groupby(enumerate(labels), 1, 0)
     least = min(map(len, classes.values()))
-    if per_class is not None and not 0<per_class<=least: raise ValueError(f"per_class must be 1 to {least}, the size of the smallest class, got {per_class}")
+    lacks = per_class is not None and not 0<per_class<=least
+    if lacks: raise ValueError(f"per_class must be 1 to {least}, the size of the smallest class, got {per_class}")
     n = {c: per_class or max(1, round(pct*len(idxs))) for c,idxs in classes.items()}
     return sorted(i for c,idxs in classes.items() for i in Random(f'{seed} {c}').sample(idxs, len(idxs))[:n[c]])
 
@@ -61,7 +62,7 @@ class BatchFlip(Transform):
     def encodes(self, x:TensorImage):
         res = x.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
         flip = torch.rand(len(x), device=x.device)<self.p
-        if x.device.type!='cpu': return torch.where(flip[:,None,None,None], res.flip(-1), res)  # a GPU would wait to learn how many there are
+        if x.device.type!='cpu': return torch.where(flip[:,None,None,None], res.flip(-1), res)  # a GPU would wait to count them
         res[flip] = res[flip].flip(-1)
         return res
 
@@ -110,7 +111,9 @@ class FromMemory(Transform):
         images:Tensor, # In memory, `(n,c,h,w)`
         resize=None # What a file or a PIL image goes through, by default a `Resize` to the images' size
     ): self.images,self.resize = images,resize or Resize(tuple(images.shape[-2:]))
-    def encodes(self, o): return TensorImage(self.images[o] if isinstance(o, int) else image2tensor(self.resize(open_image(o), split_idx=1)))
+    def encodes(self, o):
+        x = self.images[o] if isinstance(o, int) else image2tensor(self.resize(open_image(o), split_idx=1))
+        return TensorImage(x)
     def __getstate__(self): return {**self.__dict__, 'images':None}
     def __deepcopy__(self, memo): return self
 
@@ -150,11 +153,13 @@ class TensorDL(TfmdDL):
 # %% ../nbs/data.ipynb #74daa8e1
 def _check_images(stats, *parts):
     for x,y in parts:
-        if len(x)!=len(y) or not len(x): raise ValueError(f"{len(x)} images and {len(y)} labels: there must be at least one, and a label for each")
+        if len(x)!=len(y) or not len(x): raise ValueError(
+            f"Got {len(x)} images and {len(y)} labels: pass at least one, and a label for each")
         if x.dtype!=torch.uint8 or x.ndim!=4: raise ValueError(
             f"Images must be a uint8 tensor (n,c,h,w), got a {type(x).__name__} of {x.dtype} {tuple(x.shape)}: "
             "pass tensor(x), or (255*tensor(x)).round().byte() where they are in [0,1]")
-        if x.shape[1]!=len(stats[0]): raise ValueError(f"The images have {x.shape[1]} channels, stats {len(stats[0])}: pass stats=([mean, ...], [std, ...]), one each a channel")
+        if x.shape[1]!=len(stats[0]): raise ValueError(
+            f"The images have {x.shape[1]} channels, stats {len(stats[0])}: pass stats=([mean, ...], [std, ...]), one each per channel")
 
 # %% ../nbs/data.ipynb #7dec458a
 def tensor_dls(
@@ -175,13 +180,15 @@ def tensor_dls(
     after = [IntToFloatTensor, *L(tfms), NormalizeInPlace.from_stats(*stats, cuda=False)]
     def loader(i, x, y):
         rows = [*range(len(x))]*(1 if i else repeat)
-        tls = [TfmdLists(rows, tfms)._new(rows, split_idx=i) for tfms in ([FromMemory(x, resize)], [LabelOf(y), Categorize(vocab, sort=False)])]
-        return TensorDL(Datasets(tls=tls), bs=bs, shuffle=not i, drop_last=not i and len(rows)>=bs*max(1, num_distrib()), num_workers=0, after_batch=after)
+        pipes = [FromMemory(x, resize)],[LabelOf(y), Categorize(vocab, sort=False)]
+        tls = [TfmdLists(rows, tfms)._new(rows, split_idx=i) for tfms in pipes]
+        drop_last = not i and len(rows)>=bs*max(1, num_distrib())
+        return TensorDL(Datasets(tls=tls), bs=bs, shuffle=not i, drop_last=drop_last, num_workers=0, after_batch=after)
     return DataLoaders(*(loader(i, *o) for i,o in enumerate((train,valid))), path=path).to(device or default_device())
 
 # %% ../nbs/data.ipynb #4978187a
 Facts = namedtuple('Facts', 'size classes images urls')
-Facts.__doc__ = "What is known of a data set: side of its images in pixels, number of classes, images to train on and to validate, name to address of each download"
+Facts.__doc__ = "Of a data set: side of its images in pixels, number of classes, images to train on and to validate, URL by name"
 
 def data_set(
     size:int, # Side of the images, pixels
@@ -214,12 +221,13 @@ def digits_dls(
 ) -> DataLoaders: # 1,198 images to train on, 599 to validate
     "Scikit-learn's digits at 32 px, embedded in the installed package: nothing is downloaded"
     raw = load_digits()
-    x = F.interpolate(tensor(raw.images)[:,None].float()*255/16, (32,32), mode='bilinear', align_corners=False).round().byte().expand(-1,3,-1,-1)
+    x = tensor(raw.images)[:,None].float()*255/16
+    x = F.interpolate(x, (32,32), mode='bilinear', align_corners=False).round().byte().expand(-1,3,-1,-1)
     y,held = [str(o) for o in raw.target],[i%3==2 for i in range(len(raw.target))]
     train,valid = ([i for i,h in enumerate(held) if h==o] for o in (False,True))
     train = [train[i] for i in stratified([y[i] for i in train], pct, per_class, seed)]
-    return tensor_dls(*((x[o].contiguous(), [y[i] for i in o]) for o in (train,valid)), bs=bs, tfms=BatchShift(pad) if pad else None, stats=digits_stats,
-        repeat=repeat, device=device)
+    parts = [(x[o].contiguous(), [y[i] for i in o]) for o in (train,valid)]
+    return tensor_dls(*parts, bs=bs, tfms=BatchShift(pad) if pad else None, stats=digits_stats, repeat=repeat, device=device)
 
 # %% ../nbs/data.ipynb #c8af7e68
 def _unpack(archive):
@@ -239,20 +247,19 @@ def _unpack(archive):
 def _dataset(path, url, parts):
     "The folder that holds the folders `parts`: `path`, what is in it or in the archive, or what `url` gives"
     try: path = untar_data(url) if path is None else path
-    except URLError as e: raise OSError(f"{url} cannot be downloaded ({e.reason}): pass path=, or --path, with the archive or its folder") from e
+    except URLError as e: raise OSError(
+        f"{url} cannot be downloaded ({e.reason}): pass path=, or --path, with the archive or its folder") from e
     path = Path(path).expanduser()
-    if not path.exists(): raise FileNotFoundError(f"{path} does not exist: pass the folder or the archive of the data set, or path=None to download it")
     root = _unpack(path) if path.is_file() else path
     for o in (root,*sorted(p for p in root.iterdir() if p.is_dir())):
         if all((o/p).is_dir() for p in parts): return o
-    raise ValueError(f"{path} must hold the folders {' and '.join(parts)}, each with a folder a class; it holds {sorted(p.name for p in root.iterdir())[:8]}")
+    held = sorted(p.name for p in root.iterdir())[:8]
+    raise ValueError(f"{path} must hold the folders {' and '.join(parts)}, each with a folder per class; it holds {held}")
 
 def _images(folder):
-    classes = sorted(p for p in folder.iterdir() if p.is_dir())
-    if not classes: raise ValueError(f"{folder} is empty: it must hold a folder of images for each class")
-    files = {p.name: get_image_files(p).sorted() for p in classes}
-    empty = [c for c,fs in files.items() if not fs]
-    if empty: raise ValueError(f"{folder} has no images of {', '.join(empty)}: each class needs at least one")
+    files = {p.name: get_image_files(p).sorted() for p in sorted(folder.iterdir()) if p.is_dir()}
+    empty = [c for c,fs in files.items() if not fs] or ([] if files else ['any class'])
+    if empty: raise ValueError(f"{folder} has no images of {', '.join(empty)}: each class needs a folder with at least one")
     return files
 
 # %% ../nbs/data.ipynb #63c20ff2
@@ -300,9 +307,12 @@ def cifar10_dls(
     return _file_dls(train, valid, bs, None, tfms, cifar_stats, device, num_workers)
 
 # %% ../nbs/data.ipynb #3ebfc8ff
-def _imagenette_url(size, woof): return getattr(URLs, ('IMAGEWOOF' if woof else 'IMAGENETTE') + ('_160' if size<=160 else '_320' if size<=320 else ''))
+def _imagenette_url(size, woof):
+    side = '_160' if size<=160 else '_320' if size<=320 else ''
+    return getattr(URLs, ('IMAGEWOOF' if woof else 'IMAGENETTE') + side)
 
-@data_set(size=128, classes=10, images=(9469,3925), imagenette=URLs.IMAGENETTE, imagenette_160=URLs.IMAGENETTE_160, imagenette_320=URLs.IMAGENETTE_320)
+@data_set(size=128, classes=10, images=(9469,3925),
+    imagenette=URLs.IMAGENETTE, imagenette_160=URLs.IMAGENETTE_160, imagenette_320=URLs.IMAGENETTE_320)
 def imagenette_dls(
     path=None, # A folder with `train` and `val`, or its archive; None downloads the smallest version that has `size`
     size:int=128, # Side of the images, pixels
@@ -318,7 +328,8 @@ def imagenette_dls(
     parts = ('train','val')
     train,valid = _split(_dataset(path, _imagenette_url(size, woof), parts), parts, pct, seed)
     crop = RandomResizedCrop(size, min_scale=.35)
-    if in_memory: return _memory_dls(train, valid, bs, Resize(round(1.25*size)), crop, [BatchResizedCrop(size), BatchFlip()], imagenet_stats, device)
+    tfms = [BatchResizedCrop(size), BatchFlip()]
+    if in_memory: return _memory_dls(train, valid, bs, Resize(round(1.25*size)), crop, tfms, imagenet_stats, device)
     return _file_dls(train, valid, bs, crop, [BatchFlip()], imagenet_stats, device, num_workers)
 
 # %% ../nbs/data.ipynb #31d4b83b
@@ -333,7 +344,7 @@ def imagenet_dls(
     num_workers:int=None # Processes that load files
 ) -> DataLoaders: # 1,281,167 images to train on, 50,000 to validate, 1,000 classes
     "ImageNet with random resized crops and flips, from files; raises `ValueError` for a folder that is not like it"
-    if path is None: raise ValueError("ImageNet cannot be downloaded: pass the folder that holds its train and val, each with a folder a class")
+    if path is None: raise ValueError("ImageNet cannot be downloaded: pass the folder that holds its train and val")
     parts = ('train','val')
     train,valid = _split(_dataset(path, None, parts), parts, pct, seed)
     return _file_dls(train, valid, bs, RandomResizedCrop(size, min_scale=.08), [BatchFlip()], imagenet_stats, device, num_workers)

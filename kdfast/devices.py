@@ -36,9 +36,10 @@ def autocast_dtype(
 ) -> torch.dtype: # None for 'auto' on a GPU that has no bfloat16: as around it
     "What `device` computes in under `precision`"
     if precision=='auto': return torch.bfloat16 if native_bf16(device) else torch.float32 if device.type=='cpu' else None
-    if precision not in _dtypes: raise ValueError(f"precision is 'auto', {', '.join(map(repr, _dtypes))} or a function such as int8_teacher, got {precision!r}")
+    if precision not in _dtypes: raise ValueError(
+        f"precision is 'auto', {', '.join(map(repr, _dtypes))} or a function such as int8_teacher, got {precision!r}")
     cannot = precision=='bf16' and not native_bf16(device) or precision=='fp16' and device.type=='cpu'
-    if cannot: raise ValueError(f"This {device.type} does not compute {precision} itself: use precision='auto', which takes what it does, or 'float32'")
+    if cannot: raise ValueError(f"This {device.type} does not compute {precision} itself: use precision='auto' or 'float32'")
     return _dtypes[precision]
 
 # %% ../nbs/devices.ipynb #63c2ad71
@@ -81,7 +82,8 @@ class LoaderHint(Callback):
 
     def after_batch(self):
         now = perf_counter()
-        if self.iter and self.tick is not None: self.n,self.stepped = self.n+find_bs(self.learn.yb or self.learn.xb),self.stepped+now-self.tick
+        if self.iter and self.tick is not None:
+            self.n,self.stepped = self.n+find_bs(self.learn.yb or self.learn.xb),self.stepped+now-self.tick
         self.tick = now
 
     def after_train(self):
@@ -89,8 +91,9 @@ class LoaderHint(Callback):
         if self.told or not self.stepped or not isinstance(self.dl, DataLoader) or isinstance(dl, TensorDL): return
         self.told = True
         loader = self.n/(self.waited + self.stepped*bool(dl.fake_l.num_workers))  # workers load while the step runs
-        if loader<.9*self.n/self.stepped: warnings.warn(f"Training waits for its images: the loader gives {loader:,.0f} a second, the step takes {self.n/self.stepped:,.0f}. "
-            "Keep them in memory, with in_memory=True or tensor_dls, or raise num_workers")
+        step = self.n/self.stepped
+        if loader<.9*step: warnings.warn(f"Training waits for its images: the loader gives {loader:,.0f} a second, the step {step:,.0f}. "
+            "Pass in_memory=True, use tensor_dls, or increase num_workers")
 
 # %% ../nbs/devices.ipynb #35116ca1
 def _closing(learn, cb):
@@ -129,5 +132,5 @@ class BF16(MixedPrecision):
 def to_bf16(self:Learner):
     "Compute in bfloat16 where that is safe, on the learner's own device; `to_fp32` takes it back; warns where the device only emulates it"
     device = device_of(self.dls)
-    if not native_bf16(device): warnings.warn(f"This {device.type} only emulates bfloat16, which takes longer than float32: leave to_bf16 out")
+    if not native_bf16(device): warnings.warn(f"This {device.type} only emulates bfloat16, slower than float32: leave to_bf16 out")
     return self.add_cb(BF16())

@@ -21,7 +21,10 @@ def _found(o):
     try: return version(o.name)
     except PackageNotFoundError: return None
 
-def _lacks(o): return None if (found := _found(o)) and o.specifier.contains(found, prereleases=True) else str(o).partition(';')[0] + (f', here is {found}' if found else '')
+def _lacks(o):
+    found = _found(o)
+    if found and o.specifier.contains(found, prereleases=True): return None
+    return str(o).partition(';')[0] + (f', here is {found}' if found else '')
 
 def missing(
     extra:str='' # An extra such as 'onnx'; '' for what every use needs
@@ -34,10 +37,13 @@ def missing(
 def _device():
     d = default_device()
     name = torch.cuda.get_device_name() if d.type=='cuda' else platform.processor() or platform.machine()
-    many = f'{torch.cuda.device_count()} of them, CUDA {torch.version.cuda}' if d.type=='cuda' else f'{os.cpu_count()} cores, {torch.get_num_threads()} threads'
+    many = f'{os.cpu_count()} cores, {torch.get_num_threads()} threads'
+    if d.type=='cuda': many = f'{torch.cuda.device_count()} of them, CUDA {torch.version.cuda}'
     return f'{d.type}, {name}, {many}'
 
-def _bf16(): return "computed by this device: use --bf16, learn.to_bf16()" if native_bf16(default_device()) else "only emulated by this device, slower than float32: leave --bf16 and to_bf16 out"
+def _bf16():
+    if native_bf16(default_device()): return "computed by this device: use --bf16, learn.to_bf16()"
+    return "only emulated by this device, slower than float32: leave --bf16 and to_bf16 out"
 
 # %% ../nbs/doctor.ipynb #0173c393
 def _place(url):
@@ -47,17 +53,19 @@ def _place(url):
 def _places():
     "Where the data sets are, a line an address"
     for name,f in data_sets().items():
+        takes = inspect.signature(f).parameters
         if f.facts.urls: yield from ((k, _place(url)) for k,url in f.facts.urls.items())
-        else: yield name,'pass --path: it cannot be downloaded' if 'path' in inspect.signature(f).parameters else 'embedded in an installed package'
+        else: yield name,'pass --path: it cannot be downloaded' if 'path' in takes else 'embedded in an installed package'
 
 def _extra(name): return ' and '.join(lacks) + f": pip install 'kdfast[{name}]'" if (lacks := missing(name)) else 'installed'
 
 # %% ../nbs/doctor.ipynb #761b45f5
 def doctor() -> PrettyString: # A line each
     "Tell versions, device, bfloat16, where data are, and what is missing for which extra"
-    names = [Requirement(o).name for o in requires('kdfast') if not Requirement(o).marker]
-    extras = dict.fromkeys(str(Requirement(o).marker).split('"')[1] for o in requires('kdfast') if Requirement(o).marker and 'dev' not in str(Requirement(o).marker))
-    versions = dict(kdfast=version('kdfast'), python=f'{platform.python_version()}, {platform.system()}', **{o:_found(Requirement(o)) or 'missing' for o in names})
+    needed = [Requirement(o) for o in requires('kdfast')]
+    extras = dict.fromkeys(str(o.marker).split('"')[1] for o in needed if o.marker and 'dev' not in str(o.marker))
+    versions = dict(kdfast=version('kdfast'), python=f'{platform.python_version()}, {platform.system()}',
+        **{o.name:_found(o) or 'missing' for o in needed if not o.marker})
     device = dict(device=_device(), bfloat16=_bf16(), int8=f'by the backend {torch.backends.quantized.engine}')
     sections = dict(Versions=versions, Device=device, Data=dict(_places()), Extras={o:_extra(o) for o in extras})
     told = '\n\n'.join('\n'.join([k, *(f'  {a:16} {b}' for a,b in rows.items())]) for k,rows in sections.items())

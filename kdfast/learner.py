@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/learner.html.md"""
 __all__ = ['Renormalize', 'distill_learner', 'accuracy_of']
 
 # %% ../nbs/learner.ipynb #e3c45e9c
-import importlib.util, inspect
+import importlib, inspect
 from fastai.vision.all import *
 from .core import keep_rng, probing, whole_file
 from .devices import any_device, LoaderHint
@@ -37,19 +37,16 @@ class Renormalize:
 def _normalizer(dls): return first(o for o in getattr(getattr(dls[0], 'after_batch', None), 'fs', ()) if isinstance(o, Normalize))
 
 def _load_teacher(path):
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} {'is a folder' if Path(path).is_dir() else 'does not exist'}: pass the file that learn.export() wrote, below learn.path, a learner or a module")
-    try:
-        with warnings.catch_warnings(), keep_rng():
-            warnings.simplefilter('ignore')
-            learn = load_learner(path)
-    except Exception as e: raise ValueError(f"{path} cannot be loaded as a learner ({type(e).__name__}: {e}): "
-        "write it with learn.export(), or where it holds weights load them into a module and pass that") from e
-    if not isinstance(learn, Learner): raise ValueError(f"{path} holds a {type(learn).__name__}, not a learner: write it with learn.export(), or load it and pass the module")
-    return learn
+    with open(path, 'rb') as f, warnings.catch_warnings(), keep_rng():
+        warnings.simplefilter('ignore')
+        try: return load_learner(f)
+        except Exception as e: raise ValueError(f"{path} cannot be loaded as a learner ({type(e).__name__}: {e}): "
+            "write it with learn.export(), or load its weights into a module and pass that") from e
 
 def _check_vocab(dls, teacher_dls):
     ours,theirs = ([*(getattr(o, 'vocab', None) or ())] for o in (dls,teacher_dls))
-    if ours and theirs and ours!=theirs: raise ValueError(f"The teacher's classes {theirs} are not the student's {ours}, order included: "
+    if ours and theirs and ours!=theirs: raise ValueError(
+        f"The teacher's classes {theirs} are not the student's {ours}, order included: "
         "train it on the same classes, or make the DataLoaders with its vocab")
 
 # %% ../nbs/learner.ipynb #cc2159e2
@@ -61,7 +58,7 @@ def teacher_of(
     if isinstance(teacher, nn.Module): return teacher,None
     learn = _load_teacher(teacher) if isinstance(teacher, (str,Path)) else teacher
     if not isinstance(learn, Learner): raise TypeError(
-        f"The teacher is a module, a Learner or the path of an exported learner, got a {type(learn).__name__}: pass the trained network, not its architecture or its weights")
+        f"The teacher is a module, a Learner or the path of an exported learner, got a {type(learn).__name__}: pass the trained network")
     _check_vocab(dls, learn.dls)
     tfm = Renormalize(_normalizer(dls), _normalizer(learn.dls))
     return bare_model(learn.model),tfm if tfm.needed else None
@@ -73,19 +70,16 @@ def student_of(
 ) -> nn.Module: # With random weights unless a module was given
     "The student's network"
     if isinstance(student, nn.Module): return student
-    if isinstance(student, Learner) or not (callable(student) or isinstance(student, str)): raise TypeError(
-        f"The student is a module, such as learn.model, a function of n_out or an architecture, got a {type(student).__name__}")
+    takes = inspect.signature(student).parameters if callable(student) and not isinstance(student, Learner) else {}
+    fits = isinstance(student, str) or {'n_out','pretrained'} & {*takes} or any(o.kind==o.VAR_KEYWORD for o in takes.values())
+    if not fits: raise TypeError("The student is a module, such as learn.model, a function of n_out or an architecture, "
+        f"got a {type(student).__name__}" + f" of {', '.join(takes)}"*bool(takes))
     n_out = get_c(dls)
-    if not n_out: raise ValueError("These DataLoaders do not tell the number of classes: set dls.c, or pass a module as student")
+    if not n_out: raise ValueError("These DataLoaders have no number of classes: set dls.c, or pass a module as student")
     if isinstance(student, str):
-        if not importlib.util.find_spec('timm'): raise ImportError(f"{student!r} is the name of a timm architecture: pip install timm, or pass a function or a module")
-        try: return create_timm_model(student, n_out, pretrained=False)[0]
-        except RuntimeError as e: raise ValueError(f"timm cannot make {student!r} ({e}): choose from timm.list_models(), or pass a function such as partial(wrn, 16, 1)") from e
-    takes = inspect.signature(student).parameters
-    if 'n_out' in takes: return student(n_out=n_out)
-    if 'pretrained' not in takes and all(o.kind!=o.VAR_KEYWORD for o in takes.values()): raise TypeError(
-        f"The student is a function of n_out, and this one takes {', '.join(takes) or 'nothing'}: give it an argument n_out, or pass the module that it makes")
-    return create_vision_model(student, n_out, pretrained=False)
+        importlib.import_module('timm')  # else fastai raises a NameError
+        return create_timm_model(student, n_out, pretrained=False)[0]
+    return student(n_out=n_out) if 'n_out' in takes else create_vision_model(student, n_out, pretrained=False)
 
 # %% ../nbs/learner.ipynb #cc2940c2
 def _is_term(cb): return issubclass(cb, DistillCallback) if isinstance(cb, type) else isinstance(cb, DistillCallback)
@@ -98,7 +92,7 @@ def distill_learner(
     cbs=None, # `Callback`s; those that distil, such as `[KD(), AT()]`, are `KD()` unless there is one
     precision='auto', # As for `TeacherCallback`: what the teacher computes in, bfloat16 where the device does so natively
     compile:bool=False, # Compile the teacher with `torch.compile`
-    tfm=None, # What to do to the student's inputs before the teacher sees them; by default they are normalized as a `Learner`'s own, and left alone for a module
+    tfm=None, # Applied to the student's inputs before the teacher sees them; by default a `Learner`'s normalization, a module's none
     **kwargs
 ) -> Learner: # An ordinary `Learner`, whose `student` is the bare network
     "A `Learner` that teaches `student` what `teacher` knows; raises `ValueError` where they do not fit"
@@ -108,7 +102,8 @@ def distill_learner(
     asks = any(o.taught for o in terms)
     names = ' and '.join(getattr(o, '__name__', type(o).__name__) for o in terms if o.taught==asks)
     if teacher is None and asks: raise ValueError(f"A term needs a teacher ({names}): pass one, or leave the term out for the control arm")
-    if teacher is not None and terms and not asks: raise ValueError(f"None of these terms asks the teacher ({names}): pass None as teacher, or add KD()")
+    if teacher is not None and terms and not asks: raise ValueError(
+        f"None of these terms uses a teacher ({names}): pass None as teacher, or add KD()")
     if teacher is not None or terms:
         network,own = (NoTeacher(),None) if teacher is None else teacher_of(teacher, dls)
         cbs = TeacherCallback(network, own if tfm is None else tfm, precision, compile) + cbs + ([] if terms else [KD()])
@@ -118,9 +113,9 @@ def distill_learner(
 @patch(as_prop=True)
 def history(self:Recorder) -> pd.DataFrame:
     "The progress table of the last fit, one row an epoch, without the times; raises `ValueError` once fastai has replaced it"
-    if 'metric_names' not in vars(self): raise ValueError("Nothing was recorded yet: fit the learner, then read learn.recorder.history")
-    names = [n for n in self.metric_names[1:] if n!='time']
-    if any(len(v)!=len(names) for v in self.values): raise ValueError("validate and get_preds have replaced what the fit recorded: keep learn.recorder.history right after fit")
+    names = [n for n in vars(self).get('metric_names', ())[1:] if n!='time']
+    if not names or any(len(v)!=len(names) for v in self.values): raise ValueError(
+        "There was no fit yet, or validate or get_preds has replaced its record: read learn.recorder.history right after fit")
     return pd.DataFrame([[*v] for v in self.values], columns=names).rename_axis('epoch')
 
 # %% ../nbs/learner.ipynb #d6d70038
@@ -154,7 +149,7 @@ def student(self:Learner) -> nn.Module:
 def export_student(self:Learner,
     fname='student.pkl' # File, relative to `learn.path`
 ) -> Path: # The file, to be opened with `load_learner`
-    "Write the bare student as a learner for inference; an existing file stays until the new one is complete, and of several processes the first writes"
+    "Write the bare student as a learner for inference, whole or not at all; of several processes only the first writes"
     if rank_distrib(): return self.path/fname
     splitter = self.splitter.splitter if isinstance(self.splitter, AdaptedSplitter) else self.splitter
     bare = Learner(self.dls, self.student, self.loss_func, splitter=splitter, metrics=[*self.metrics], path=self.path)

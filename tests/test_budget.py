@@ -78,7 +78,7 @@ def test_other_budgets(unit):
         fit = fit_budget(make, ms=sum(costs)/2, over=(1,16), size=32)
         assert 1<=fit.setting<16 and 0<fit.count<=sum(costs)/2
 
-@pytest.mark.parametrize('kwargs,message', [({}, 'Give one budget'), (dict(params=9, macs=9), 'Give one budget'), (dict(macs=100), 'depend on the size'), (dict(params=9, over=[]), 'first and last setting'), (dict(params=9, over=(1,2,3)), 'first and last setting')])
+@pytest.mark.parametrize('kwargs,message', [({}, 'Give exactly one'), (dict(params=9, macs=9), 'Give exactly one of params, macs, ms'), (dict(macs=100), 'size must be a side')])
 def test_bad_input(kwargs, message):
     with pytest.raises(ValueError, match=message): fit_budget(lambda s: nn.Linear(s, 1), **kwargs)
 

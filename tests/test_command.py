@@ -153,7 +153,7 @@ bad = {
     'depth': (['--teacher','wrn-17-1'], 'depth of a WRN is 6n+4'),
     'data': (['--data','mnist'], 'choose from digits, cifar10, imagenette'),
     'path of digits': (['--path','x'], 'digits has no path'),
-    'folder': (['--data','imagenette','--path','/nowhere'], '/nowhere does not exist'),
+    'folder': (['--data','imagenette','--path','/nowhere'], "No such file or directory: '/nowhere'"),
     'teacher file': (['--teacher-file','/nowhere.pth'], '/nowhere.pth does not exist'),
     'size': (['--data','imagenette','--size','0'], '--size is at least 1'),
     'lr': (['--lr','nan'], '--lr must be positive'),

@@ -185,10 +185,10 @@ def test_the_research_counts():
     assert count_params(wrn(28, 10, conv=partial(Hashed, ratio=.1, bias=True)))==3_911_898
     assert count_params(swap_convs(tvm.resnet34(), Separable)[0], buffers=True)==3_163_752
 
-bad = [(partial(Grouped, groups=5), 'groups=5 does not divide 16 channels in and 32 out'), (partial(Grouped, group_size=3), 'group_size=3 does not divide'), (Grouped, 'either groups or group_size'),
-    (partial(Grouped, groups=2, group_size=8), 'either groups or group_size'), (partial(Grouped, groups=0), 'groups=0'), (partial(SeparableGrouped, groups=3), 'groups=3 does not divide 16'),
+bad = [(partial(Grouped, groups=5), 'groups=5 does not divide 16 channels in and 32 out'), (partial(Grouped, group_size=3), 'group_size=3 does not divide'), (Grouped, 'one of groups, group_size'),
+    (partial(Grouped, groups=2, group_size=8), 'one of groups, group_size'), (partial(Grouped, groups=0), 'groups=0'), (partial(SeparableGrouped, groups=3), 'groups=3 does not divide 16'),
     (partial(Shuffle, groups=3), 'groups=3 does not divide'), (partial(Bottleneck, b=.5), 'b of at least 1'), (partial(SeparableChannelwise, taps=2), 'odd number'), (partial(LowRank, rank=17), 'between 1 and 16, got rank=17'),
-    (partial(LowRank, rank=0), 'between 1 and 16'), (LowRank, 'either rank or ratio'), (partial(Hashed, budget=9*16*32+1), '4608 weights'), (Hashed, 'either ratio or budget'), (partial(Hashed, budget=0), 'got budget=0'),
+    (partial(LowRank, rank=0), 'between 1 and 16'), (LowRank, 'one of rank, ratio'), (partial(Hashed, budget=9*16*32+1), '4608 weights'), (Hashed, 'one of ratio, budget'), (partial(Hashed, budget=0), 'got budget=0'),
     (partial(ACDC, n_layers=0), 'at least one layer'), *((partial(k, ratio=r), f'above 0 and at most 1, got {r}') for k in (LowRank,Hashed,SeparableHashed,TensorTrain,Tucker,CP) for r in (0,1.5,-.1))]
 
 @pytest.mark.parametrize('conv,message', bad, ids=range(len(bad)))

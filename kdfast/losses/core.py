@@ -77,7 +77,7 @@ def attention_map(
     size:tuple=None # Average-pool the map to this `(h,w)` first
 ) -> Tensor: # One unit-length map per image, `(bs,h*w)`
     "Where `x` looks: `|x|**p` averaged over channels, flattened and normalized (arXiv:1612.03928)"
-    if x.ndim!=4: raise ValueError(f"Attention is read off maps (bs,c,h,w), got shape {tuple(x.shape)}: choose a convolution or a stage")
+    if x.ndim!=4: raise ValueError(f"Attention needs feature maps (bs,c,h,w), got shape {tuple(x.shape)}: choose a convolution or a stage")
     a = _MeanSquare.apply(x.as_subclass(Tensor)) if p==2 and x.is_floating_point() else at_least_float(x).abs().pow(p).mean(1)
     if size is not None and a.shape[1:]!=size: a = F.adaptive_avg_pool2d(a, size)
     return F.normalize(a.flatten(1))
@@ -92,12 +92,20 @@ def at_loss(
     size = tuple(map(min, input.shape[2:], target.shape[2:]))
     return (attention_map(input, p, size) - attention_map(target, p, size)).pow(2).mean()
 
+# %% ../../nbs/losses/core.ipynb #5c1e07aa
+def check_shapes(input, target, remedy):
+    s,t = tuple(input.shape),tuple(target.shape)
+    if s!=t: raise ValueError(f"Student and teacher must have features of the same shape, got {s} and {t}: {remedy}")
+
+def check_channels(input, target, remedy):
+    s,t = input.shape[1],target.shape[1]
+    if s!=t: raise ValueError(f"Student and teacher must have the same number of channels, got {s} and {t}: {remedy}")
+
 # %% ../../nbs/losses/core.ipynb #471936f0
 def hint_loss(
     input:Tensor, # Student's features, after its adapter if it has one
     target:Tensor # Teacher's features, same shape; raises `ValueError` otherwise
 ) -> Tensor: # A scalar: the mean over all elements
     "Mean squared difference of features (Romero et al., FitNets, arXiv:1412.6550)"
-    if input.shape!=target.shape: raise ValueError(f"A hint compares features of one shape, got {tuple(input.shape)} and {tuple(target.shape)}: "
-        "use `FitNet`, which learns an adapter, or `at_loss`, which needs none")
+    check_shapes(input, target, "use `FitNet`, which learns an adapter, or `at_loss`, which needs none")
     return F.mse_loss(at_least_float(input), at_least_float(target))

@@ -11,7 +11,7 @@ __all__ = ['to_one_size', 'vid_loss', 'pyramid_loss', 'ft_loss', 'ab_loss', 'ofd
 # %% ../../nbs/losses/features.ipynb #5ac9f162
 import math, torch, torch.nn.functional as F
 from torch import Tensor, nn
-from .core import at_least_float, full_precision
+from .core import at_least_float, check_channels, check_shapes, full_precision
 
 # %% ../../nbs/losses/features.ipynb #bf6b89f3
 def to_one_size(
@@ -37,7 +37,7 @@ def pyramid_loss(
     target:Tensor # Teacher's maps, same shape; raises `ValueError` otherwise
 ) -> Tensor: # A scalar
     "Weighted mean of squared differences, of the maps and of what pooling makes of them (Chen et al., ReviewKD, arXiv:2104.09044)"
-    if input.shape!=target.shape: raise ValueError(f"Maps of one shape are compared, got {tuple(input.shape)} and {tuple(target.shape)}: use `ReviewKD`, which learns to make them so")
+    check_shapes(input, target, "use `ReviewKD`, which learns an adapter")
     s,t = at_least_float(input),at_least_float(target)
     sizes = [None,*(o for o in (4,2,1) if o<s.shape[2])]
     at = [F.mse_loss(s, t) if o is None else F.mse_loss(F.adaptive_avg_pool2d(s, o), F.adaptive_avg_pool2d(t, o)) for o in sizes]
@@ -50,7 +50,7 @@ def ft_loss(
     target:Tensor # What a paraphraser makes of the teacher's, same shape; raises `ValueError` otherwise
 ) -> Tensor: # A scalar: the mean over all elements
     "Mean absolute difference of maps of unit length (Kim et al., arXiv:1802.04977)"
-    if input.shape!=target.shape: raise ValueError(f"Factors of one shape are compared, got {tuple(input.shape)} and {tuple(target.shape)}: use `FactorTransfer`, which learns to make them so")
+    check_shapes(input, target, "use `FactorTransfer`, which learns an adapter")
     s,t = (F.normalize(at_least_float(o).flatten(1)) for o in (input,target))
     return F.l1_loss(s, t)
 
@@ -62,7 +62,7 @@ def ab_loss(
 ) -> Tensor: # A scalar: summed over everything, divided by bs
     "Squared distance to the right side of the activation boundary (Heo et al., arXiv:1811.03233)"
     if margin<=0: raise ValueError(f"The margin of an activation boundary is positive, got {margin}: 1 is published")
-    if input.shape!=target.shape: raise ValueError(f"Maps of one shape are compared, got {tuple(input.shape)} and {tuple(target.shape)}: use `AB`, which learns a connector")
+    check_shapes(input, target, "use `AB`, which learns an adapter")
     s,on = at_least_float(input),at_least_float(target)>0
     return (margin - torch.where(on, s, -s)).clamp(min=0).square().sum()/len(s)
 
@@ -83,8 +83,8 @@ def ofd_loss(
     target:Tensor, # Teacher's maps before the ReLU, same shape
     margin:Tensor # What to be below zero is enough, `(c,)`, as from `ofd_margin`
 ) -> Tensor: # A scalar: summed over everything, divided by bs
-    "Squared difference from the teacher's maps, those below `margin` raised to it; none where both are below zero and the student lower (Heo et al., arXiv:1904.01866)"
-    if input.shape!=target.shape: raise ValueError(f"Maps of one shape are compared, got {tuple(input.shape)} and {tuple(target.shape)}: use `OFD`, which learns a connector")
+    "Squared difference from maps raised to `margin`; none where both are negative and the student lower (Heo et al., arXiv:1904.01866)"
+    check_shapes(input, target, "use `OFD`, which learns an adapter")
     s,t = at_least_float(input),at_least_float(target)
     t = torch.maximum(t, at_least_float(margin).to(t)[:,None,None])
     return ((s-t)**2).where((s>t)|(t>0), 0).sum()/len(s)
@@ -106,13 +106,12 @@ def fsp_loss(
     target_later:Tensor # Teacher's, `(bs,c2,h4,w4)`
 ) -> Tensor: # A scalar: the mean over pairs of channels and images
     "Mean squared difference of `fsp_matrix` (Yim et al., CVPR 2017)"
-    if input.shape[1]!=target.shape[1] or later.shape[1]!=target_later.shape[1]: raise ValueError(f"FSP compares maps of as many channels, got {input.shape[1]} and {target.shape[1]}, "
-        f"{later.shape[1]} and {target_later.shape[1]}: use `FSP`, which learns adapters")
+    for s,t in ((input,target),(later,target_later)): check_channels(s, t, "use `FSP`, which learns adapters")
     return F.mse_loss(fsp_matrix(input, later), fsp_matrix(target, target_later))
 
 # %% ../../nbs/losses/features.ipynb #10802e64
 def _right_vectors(x, k):
-    "The `k` first right singular vectors of positions by channels, `(bs,c,k)`, the largest number of each positive, and the singular values of unit length, `(bs,k)`"
+    "First `k` right singular vectors of positions by channels, `(bs,c,k)`, largest entries positive, and values of unit length, `(bs,k)`"
     x = at_least_float(x).flatten(2)
     values,vectors = torch.linalg.eigh(x@x.mT)
     v = vectors.flip(2)[:,:,:k]
@@ -145,7 +144,7 @@ def kdsvd_loss(
 ) -> Tensor: # A scalar: summed over pairs of channels, the mean over images
     "Squared difference of a radial basis function of singular vectors of consecutive layers (Lee et al., arXiv:1807.06819)"
     def both(s, t):
-        if s.shape[1]!=t.shape[1]: raise ValueError(f"KDSVD compares maps of as many channels, got {s.shape[1]} and {t.shape[1]}: use `KDSVD`, which learns adapters")
+        check_channels(s, t, "use `KDSVD`, which learns adapters")
         (v,_),(w,values) = _right_vectors(_FiniteGrad.apply(s), k+3),_right_vectors(t, k)
         return [o*values[:,None] for o in (_aligned(v, w),w)]
     (s1,t1),(s2,t2) = both(input, target),both(later, target_later)

@@ -113,14 +113,18 @@ def standardize(
     return (x-mean)/(std+1e-7)
 
 # %% ../../nbs/losses/logits.ipynb #3d9431a3
+def _check_ndim(input, name):
+    if input.ndim!=2: raise ValueError(
+        f"{name} compares images and takes logits (bs,c), got shape {tuple(input.shape)}: use KD for pixels and tokens")
+
 @full_precision
 def mlkd_loss(
     input:Tensor, # Student's logits, `(bs,c)`; raises `ValueError` for another number of axes
     target:Tensor, # Teacher's logits, same shape
     T:tuple=(2.,3.,4.,5.,6.) # Temperatures
 ) -> Tensor: # A scalar, summed over temperatures
-    "`kd_loss`, and the squared differences of the products of probabilities, `(c,c)` divided by c and `(bs,bs)` by bs (Jin et al., CVPR 2023)"
-    if input.ndim!=2: raise ValueError(f"MLKD compares images with each other and takes logits (bs,c), got shape {tuple(input.shape)}: use kd_loss for pixels and tokens")
+    "`kd_loss`, and squared differences of products of probabilities, `(c,c)` divided by c and `(bs,bs)` by bs (Jin et al., CVPR 2023)"
+    _check_ndim(input, 'MLKD')
     def level(T):
         s,t = (soften(o, T).exp() for o in (input,target))
         classes,images = s.T@s - t.T@t,s@s.T - t@t.T
@@ -136,8 +140,8 @@ def tfkd_loss(
     axis:int=1, # The axis of the classes
     reduction:str='mean' # Over all labels, or 'none': `(bs,...)`
 ) -> Tensor: # A scalar with 'mean'
-    "`kd_loss` from a virtual teacher, which gives the right class the probability `a` and the others equal parts of the rest (Yuan et al., arXiv:1909.11723)"
-    if not 0<a<1: raise ValueError(f"The virtual teacher gives the right class a probability between 0 and 1, got a={a}: .99 is published")
+    "`kd_loss` from a virtual teacher that gives the right class `a` and the others equal parts of the rest (Yuan et al., arXiv:1909.11723)"
+    if not 0<a<1: raise ValueError(f"The probability of the right class must be between 0 and 1, got a={a}: .99 is published")
     s = at_least_float(input).movedim(axis, -1)
     y,ok = _labelled(y, s.shape[-1])
     t = torch.full_like(s, math.log((1-a)/(s.shape[-1]-1))).scatter(-1, y[...,None], math.log(a))
@@ -159,7 +163,7 @@ def cskd_loss(
     target:Tensor=None # Logits in place of the student's own, for the partners
 ) -> Tensor: # A scalar: the mean over images that have a partner
     "`kd_loss` between two images of one class, the second without gradient (Yun et al., arXiv:2003.13964)"
-    if input.ndim!=2: raise ValueError(f"CS-KD pairs images by their class and takes logits (bs,c), got shape {tuple(input.shape)}: use another method for pixels and tokens")
+    _check_ndim(input, 'CS-KD')
     y,ok = y.as_subclass(Tensor),_labelled(y, input.shape[1])[1]
     partner = next_of_class(y.where(ok, -1-torch.arange(len(y), device=y.device)))  # what has no label has no class
     paired = partner!=torch.arange(len(partner), device=partner.device)

@@ -10,14 +10,15 @@ __all__ = ['embedding', 'sp_loss', 'pkt_loss', 'cc_loss', 'rkd_loss', 'nst_loss'
 # %% ../../nbs/losses/relations.ipynb #a70313f1
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .core import at_least_float, full_precision
+from .core import at_least_float, check_channels, full_precision
 
 # %% ../../nbs/losses/relations.ipynb #91804ea4
 def embedding(
     x:Tensor # Features, `(bs,d)`, or maps, `(bs,d,h,w)`; raises `ValueError` for tokens
 ) -> Tensor: # `(bs,d)`, at least float32
     "One vector an image: maps are averaged over their positions"
-    if x.ndim not in (2,4): raise ValueError(f"One vector an image is read off features (bs,d) or maps (bs,d,h,w), got shape {tuple(x.shape)}: choose a layer that puts out one of them")
+    if x.ndim not in (2,4): raise ValueError(
+        f"Features must be (bs,d) or maps (bs,d,h,w), got shape {tuple(x.shape)}: choose a layer that outputs one of them")
     return at_least_float(x).mean((2,3)) if x.ndim==4 else at_least_float(x)
 
 # %% ../../nbs/losses/relations.ipynb #54f77d8d
@@ -92,7 +93,7 @@ def nst_loss(
     input:Tensor, # Student's maps, `(bs,c,h,w)`
     target:Tensor # Teacher's maps, `(bs,c2,h2,w2)`: channels and size may differ
 ) -> Tensor: # A scalar: the mean over images
-    "Squared maximum mean discrepancy of normalized channels, with the kernel `(x.y)**2`, the larger maps pooled to the smaller (Huang and Wang, arXiv:1707.01219)"
+    "Squared maximum mean discrepancy of normalized channels, kernel `(x.y)**2`, larger maps pooled (Huang and Wang, arXiv:1707.01219)"
     size = tuple(map(min, input.shape[2:], target.shape[2:]))
     s,t = (F.normalize(F.adaptive_avg_pool2d(at_least_float(o), size).flatten(2), dim=2) for o in (input,target))
     return (_kernel(s, s) + _kernel(t, t) - 2*_kernel(s, t)).mean()
@@ -108,7 +109,7 @@ def ickd_loss(
     target:Tensor # Teacher's maps, `(bs,c,h2,w2)`; raises `ValueError` for another number of channels
 ) -> Tensor: # A scalar: the mean over pairs of channels and images
     "Mean squared difference of the products of all pairs of channels, rows normalized (Liu et al., arXiv:2202.03680)"
-    if input.shape[1]!=target.shape[1]: raise ValueError(f"ICKD compares maps of as many channels, got {input.shape[1]} and {target.shape[1]}: use `ICKD`, which learns an adapter, or `nst_loss`, which needs none")
+    check_channels(input, target, "use `ICKD`, which learns an adapter, or `nst_loss`, which needs none")
     return F.mse_loss(_channel_products(input), _channel_products(target))
 
 # %% ../../nbs/losses/relations.ipynb #ba3ad05e

@@ -54,13 +54,19 @@ class Dilated2x2(Cheap, nn.Conv2d):
         super().__init__(ni, nf, min(ks,2), stride, padding=ks//2, dilation=max(ks-1,1), bias=bias, **kw)
         self.full = ni*nf*ks*ks
 
+# %% ../../nbs/models/convs.ipynb #5c1e07ab
+def check_one(**given):
+    if sum(o is not None for o in given.values())!=1: raise ValueError(
+        f"Give exactly one of {', '.join(given)}, got {', '.join(f'{k}={v}' for k,v in given.items())}")
+
 # %% ../../nbs/models/convs.ipynb #1573bfb0
 def _groups(ni, nf, groups, group_size):
     "How many groups that is; raises `ValueError` where they do not divide the channels"
-    if (groups is None)==(group_size is None): raise ValueError(f"Give either groups or group_size, got groups={groups} and group_size={group_size}")
+    check_one(groups=groups, group_size=group_size)
     n,rest = (groups,0) if group_size is None else divmod(ni, group_size) if group_size>=1 else (0,0)
     asked = f"groups={groups}" if group_size is None else f"group_size={group_size}"
-    if n<1 or rest or ni%n or nf%n: raise ValueError(f"{asked} does not divide {ni} channels in and {nf} out: choose a divisor of both, or another width")
+    if n<1 or rest or ni%n or nf%n: raise ValueError(
+        f"{asked} does not divide {ni} channels in and {nf} out: choose a divisor of both, or another width")
     return n
 
 class Grouped(Cheap, nn.Conv2d):
@@ -113,7 +119,9 @@ def init_he(
     "He initialization by fan-out (arXiv:1502.01852), which takes groups into account, and layers in place of one convolution together"
     if hasattr(model, 'init_weights'): model.init_weights()
     else:
-        if isinstance(model, nn.Conv2d): nn.init.normal_(model.weight, std=sqrt(2*model.groups/(model.out_channels*model.weight[0,0].numel())))
+        if isinstance(model, nn.Conv2d):
+            n = model.out_channels*model.weight[0,0].numel()
+            nn.init.normal_(model.weight, std=sqrt(2*model.groups/n))
         _plain(model)
         for m in model.children(): init_he(m)
     return model
@@ -164,11 +172,12 @@ class Bottleneck(Composite):
         b:float=4, # How many times narrower than `nf` the middle is, at least 1; raises `ValueError` below
         middle=Full # Called as `middle(channels, channels, ks, stride)`
     ):
-        if b<1: raise ValueError(f"A bottleneck is narrower than its output of {nf} channels, by b of at least 1, got b={b}")
+        if b<1: raise ValueError(f"A bottleneck is narrower than its {nf} outputs by b of at least 1, got b={b}")
         n = max(1, int(nf/b))
         act = lambda: [nn.BatchNorm2d(n), nn.ReLU(inplace=True)]
         spatial = [middle(n, n, ks, stride), *act()] if ks>1 else []
-        super().__init__(ni, nf, ks, nn.Conv2d(ni, n, 1, 1 if spatial else stride, bias=False), *act(), *spatial, nn.Conv2d(n, nf, 1, bias=bias))
+        super().__init__(ni, nf, ks, nn.Conv2d(ni, n, 1, 1 if spatial else stride, bias=False), *act(), *spatial,
+            nn.Conv2d(n, nf, 1, bias=bias))
 
 # %% ../../nbs/models/convs.ipynb #1e324b4d
 class Shuffle(Composite):
@@ -188,15 +197,15 @@ class Shuffle(Composite):
 # %% ../../nbs/models/convs.ipynb #e1f53044
 def _rank(ni, nf, rank, ratio):
     "The rank asked for; raises `ValueError` where there is none"
-    if (rank is None)==(ratio is None): raise ValueError(f"Give either rank or ratio, got rank={rank} and ratio={ratio}")
+    check_one(rank=rank, ratio=ratio)
     check_ratio(ratio)
     rank = max(1, min(ni, nf, int(ratio*ni*nf/(ni+nf)+1e-9))) if rank is None else rank
-    if not 1<=rank<=min(ni,nf): raise ValueError(f"The rank of a matrix between {ni} and {nf} channels is between 1 and {min(ni,nf)}, got rank={rank}")
+    if not 1<=rank<=min(ni,nf): raise ValueError(f"For {ni} and {nf} channels rank is between 1 and {min(ni,nf)}, got rank={rank}")
     return rank
 
 # %% ../../nbs/models/convs.ipynb #3cf937ea
 def check_ratio(ratio):
-    if ratio is not None and not 0<ratio<=1: raise ValueError(f"ratio is the part of the weights that is left, above 0 and at most 1, got {ratio}")
+    if ratio is not None and not 0<ratio<=1: raise ValueError(f"ratio is a fraction of the weights, above 0 and at most 1, got {ratio}")
 
 # %% ../../nbs/models/convs.ipynb #85d4ed22
 class LowRank(Composite):
@@ -211,4 +220,5 @@ class LowRank(Composite):
         ratio:float=None # In place of `rank`: part of the pointwise weights that is left, in (0,1], with a rank of at least 1
     ):
         n = _rank(ni, nf, rank, ratio)
-        super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride), nn.Conv2d(ni, n, 1, stride if ks==1 else 1, bias=False), nn.Conv2d(n, nf, 1, bias=bias))
+        super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride),
+            nn.Conv2d(ni, n, 1, stride if ks==1 else 1, bias=False), nn.Conv2d(n, nf, 1, bias=bias))

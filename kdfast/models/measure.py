@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from ..core import bisect, input_shape, probing
+from .convs import check_one
 
 # %% ../../nbs/models/measure.ipynb #69f289bb
 def count_params(
@@ -79,9 +80,6 @@ def compare(
     reps:int=10 # Turns of each model, after one to warm up
 ) -> DataFrame: # One row a model
     "What each of `models` costs: parameters, state, multiply-adds, MB on disk, ms per image"
-    if not models or not isinstance(models, dict): raise ValueError(
-        f"Nothing to compare, got {f'a {type(models).__name__}' if models else 'nothing'}: "
-        f"pass a dictionary such as {{'teacher': teacher, 'student': student}}")
     xs = {k:zeros_for(m, size, bs) for k,m in models.items()}
     with probing(*models.values()): turns = [{k:_seconds(m, xs[k]) for k,m in models.items()} for _ in range(reps+1)][1:]
     rows = {k: {'parameters':count_params(m), 'state':count_params(m, buffers=True), 'MACs':count_macs(m, size), 'MB on disk':_megabytes(m),
@@ -103,8 +101,6 @@ def _milliseconds(model, size, reps=10):
 
 def _settings(over):
     "How many settings there are beyond the first, and a function that gives each"
-    if not (isinstance(over, list) and over or isinstance(over, tuple) and len(over)==2): raise ValueError(
-        f"over is the first and last setting as a tuple, or a list of all, got {over}: pass for instance (1,64)")
     if isinstance(over, list): return len(over)-1,over.__getitem__
     lo,hi = over
     if isinstance(lo, int) and isinstance(hi, int): return hi-lo,lambda i: lo+i
@@ -116,18 +112,16 @@ def fit_budget(
     params:int=None, # Budget of parameters
     macs:int=None, # In place of `params`: of multiply-adds of one image
     ms:float=None, # In place of `params`: of milliseconds for one image, measured
-    over=(1,64), # First and last setting: whole numbers, or real ones, of which about a million are looked at; or a list of all settings, in order
+    over=(1,64), # First and last setting, whole or real numbers, of which about a million are tried; or a list of all, in order
     size=None # Of the images, as for `count_macs`; needed for `macs` and `ms`
 ) -> Fit: # `(setting, model, count)`
     "The setting that costs as much as possible without exceeding the budget; raises `ValueError` with the costs that can be reached"
-    given = {k:v for k,v in dict(params=params, macs=macs, ms=ms).items() if v is not None}
-    if len(given)!=1: raise ValueError(f"Give one budget of params, macs and ms, got {', '.join(given) or 'none'}")
-    if params is None and size is None: raise ValueError(f"{[*given][0]} depend on the size of the images: give size")
+    check_one(params=params, macs=macs, ms=ms)
     n,at = _settings(over)
     build = make if ms is not None else lambda s: _built(make, s)
     count = count_params if params is not None else lambda m: count_macs(m, size) if macs is not None else _milliseconds(m, size)
     cost = cache(lambda i: count(build(at(i))))
-    best = bisect(cost, n, *given.values())
+    best = bisect(cost, n, next(o for o in (params,macs,ms) if o is not None))
     return Fit(at(best), make(at(best)), cost(best))
 
 # %% ../../nbs/models/measure.ipynb #3d6f1ec4

@@ -67,7 +67,8 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1,self.bn1 = conv(ni, nf, 3, stride),nn.BatchNorm2d(nf)
         self.conv2,self.bn2 = conv(nf, nf, 3, 1),nn.BatchNorm2d(nf)
-        self.shortcut = nn.Identity() if ni==nf and stride==1 else nn.Sequential(nn.Conv2d(ni, nf, 1, stride, bias=False), nn.BatchNorm2d(nf))
+        same = ni==nf and stride==1
+        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(ni, nf, 1, stride, bias=False), nn.BatchNorm2d(nf))
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, x):
@@ -79,7 +80,8 @@ resnet_depths = {10:(1,1,1,1), 14:(1,1,2,2), 18:(2,2,2,2), 20:(2,2,3,2), 26:(3,3
 
 def _stem(kind, n_in, nf):
     big = kind=='imagenet'
-    layers = [nn.Conv2d(n_in, nf, 7 if big else 3, 2 if big else 1, padding=3 if big else 1, bias=False), nn.BatchNorm2d(nf), nn.ReLU(inplace=True)]
+    ks,stride = (7,2) if big else (3,1)
+    layers = [nn.Conv2d(n_in, nf, ks, stride, padding=ks//2, bias=False), nn.BatchNorm2d(nf), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, *[nn.MaxPool2d(3, 2, 1)]*big)
 
 # %% ../../nbs/models/nets.ipynb #ff424ee2
@@ -110,9 +112,9 @@ def plain_cnn(
 ) -> nn.Sequential: # Stages `stem layer1 layer2 layer3 layer4 flat hidden fc`, of strides 2 to 32
     "Convolutions of 64, 64, 128, 256 and 512 channels, each with a 2x2 max-pool after it, and two linear layers"
     shape = (n_in, *input_shape(size)[1:])
-    if min(shape[1:])<32: raise ValueError(f"Five pools of 2x2 need images of at least 32x32, got {shape[1]}x{shape[2]}")
     nfs = 64,64,128,256,512
-    maps = OrderedDict(stem=_pooled(n_in, 64, Full, act), **{f'layer{i+1}': _pooled(*nfs[i:i+2], conv, act) for i in range(4)}, flat=nn.Flatten())
+    maps = OrderedDict(stem=_pooled(n_in, 64, Full, act),
+        **{f'layer{i+1}': _pooled(*nfs[i:i+2], conv, act) for i in range(4)}, flat=nn.Flatten())
     n = nn.Sequential(maps)(torch.zeros(1, *shape)).shape[1]
     hidden = nn.Linear(n, 512)
     return init_he(nn.Sequential(OrderedDict(**maps, hidden=nn.Sequential(hidden, act()) if act else hidden, fc=nn.Linear(512, n_out))))

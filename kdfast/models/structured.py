@@ -12,7 +12,7 @@ import torch, torch.nn.functional as F
 from functools import reduce
 from math import log2, pi, prod
 from torch import nn
-from .convs import Cheap, check_ratio, Composite, depthwise_layers
+from .convs import Cheap, check_one, check_ratio, Composite, depthwise_layers
 
 # %% ../../nbs/models/structured.ipynb #9871b4ef
 def _product(ws): return reduce(lambda a,b: b@a, (w.flatten(1) for w in ws))
@@ -85,10 +85,10 @@ class Hashed(Structured):
         budget:int=None # In place of `ratio`: how many are left
     ):
         super().__init__(ni, nf, ks, stride, bias)
-        if (ratio is None)==(budget is None): raise ValueError(f"Give either ratio or budget, got ratio={ratio} and budget={budget}")
+        check_one(ratio=ratio, budget=budget)
         check_ratio(ratio)
         budget = max(1, int(ratio*self.full)) if budget is None else budget
-        if not 1<=budget<=self.full: raise ValueError(f"A {ks}x{ks} convolution of {ni} and {nf} channels has {self.full} weights to share between 1 and as many, got budget={budget}")
+        if not 1<=budget<=self.full: raise ValueError(f"budget is between 1 and {self.full} weights, got budget={budget}")
         self.weight = nn.Parameter(torch.empty(budget))
         self.register_buffer('index', _shared_index(self.full, budget), persistent=False)
         self.init_weights()
@@ -138,7 +138,8 @@ class SeparableChannelwise(Composite):
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the part along the channels
         taps:int=3 # Odd number of neighbouring channels that are mixed; raises `ValueError` for an even one
-    ): super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride, linear=False), _ChannelwisePart(ni, nf, stride if ks==1 else 1, bias, taps))
+    ): super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride, linear=False),
+        _ChannelwisePart(ni, nf, stride if ks==1 else 1, bias, taps))
 
 # %% ../../nbs/models/structured.ipynb #1b3c8602
 def _turn(x): return torch.polar(torch.ones_like(x[0]), -pi/(2*x.shape[-1])*torch.arange(x.shape[-1], device=x.device, dtype=x.dtype))
@@ -268,14 +269,14 @@ class _TuckerPart(Structured):
 
 # %% ../../nbs/models/structured.ipynb #0f4ffc65
 class Tucker(Composite):
-    "Depthwise convolution, then a pointwise one whose weight tensor is a small core times a matrix for each dimension (Tucker decomposition)"
+    "Depthwise convolution, then a pointwise one whose weights are a small core times a matrix for each dimension (Tucker decomposition)"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
         ks:int=3, # Kernel size of the depthwise part; 1 leaves it out
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the last part
-        ratio:float=.5 # Part of the pointwise weights that is left at most, in (0,1], all ranks being the same part of their dimensions; raises `ValueError` elsewhere
+        ratio:float=.5 # Fraction of the pointwise weights left at most, in (0,1], the same of each dimension; raises `ValueError` elsewhere
     ): super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride), _TuckerPart(ni, nf, stride if ks==1 else 1, bias, ratio))
 
 # %% ../../nbs/models/structured.ipynb #bd32f2e1
@@ -299,7 +300,7 @@ class _TensorTrainPart(Structured):
         return [w.view(a,d,b,e,c,f).permute(0,2,4,1,3,5).reshape(self.nf, self.ni)]
 
 class TensorTrain(Composite):
-    "Depthwise convolution, then a pointwise one whose weight tensor is a chain of three small ones (Tensorizing neural networks, arXiv:1509.06569)"
+    "Depthwise convolution, then a pointwise one whose weights are a chain of three small tensors (Novikov et al., arXiv:1509.06569)"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out

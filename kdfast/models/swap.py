@@ -28,7 +28,8 @@ def why_kept(
     if ks==(1,1): return '1x1'
     if first: return 'the stem'
     if conv.groups>1: return f'{conv.groups} groups already'
-    if ks[0]!=ks[1] or ks[0]%2==0 or conv.stride[0]!=conv.stride[1]: return f'kernel {ks[0]}x{ks[1]}, stride {conv.stride[0]}x{conv.stride[1]}'
+    uneven = ks[0]!=ks[1] or ks[0]%2==0 or conv.stride[0]!=conv.stride[1]
+    if uneven: return f'kernel {ks[0]}x{ks[1]}, stride {conv.stride[0]}x{conv.stride[1]}'
     if conv.dilation!=(1,1): return f'dilation {conv.dilation[0]}'
     same = (ks[0]//2,)*2
     if padding not in (same, ('same',)) or conv.padding_mode!='zeros': return f"padding {conv.padding}, {conv.padding_mode}"
@@ -36,12 +37,12 @@ def why_kept(
 # %% ../../nbs/models/swap.ipynb #3f7dacf0
 def layers_by_name(model, *kinds):
     "Every layer of some types, by name; raises `ValueError` for one that cannot be looked into"
-    found = {n:m for n,m in model.named_modules() if isinstance(m, (*kinds, nn.modules.lazy.LazyModuleMixin)) or type(m).__module__.startswith('torch.ao.')}
-    for n,m in found.items():
-        if isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params(): raise ValueError(
-            f"{n or 'the network'} is a {type(m).__name__}, which has no weights yet: run the network on a batch first")
-        if type(m).__module__.startswith('torch.ao.'): raise ValueError(f"{n or 'the network'} is quantized, or prepared for it: change the network first, train, then quantize")
-    return {n:m for n,m in found.items() if isinstance(m, kinds)}
+    for n,m in model.named_modules():
+        lazy = isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params()
+        if lazy or type(m).__module__.startswith('torch.ao.'): raise ValueError(f"{n or 'the network'} is " + (
+            f"a {type(m).__name__}, which has no weights yet: run the network on a batch first" if lazy else
+            "quantized, or prepared for it: change the network first, train, then quantize"))
+    return {n:m for n,m in model.named_modules() if isinstance(m, kinds)}
 
 def tied_to(m, model):
     "Why the weights of a layer are not its own, if so"
@@ -63,7 +64,7 @@ def _in_place_of(old, conv):
     "`conv` of the shape, the device and the mode of `old`"
     ni,nf,bias = old.in_channels,old.out_channels,old.bias is not None
     new = init_he(conv(ni, nf, old.kernel_size[0], old.stride[0], bias=bias))
-    named = {n.rpartition('.')[2]=='bias': p for n,p in new.named_parameters()}  # the last weights, in which every kind is linear, and the last bias
+    named = {n.rpartition('.')[2]=='bias': p for n,p in new.named_parameters()}  # the last bias and weights: every kind is linear in them
     if bias: named[True].copy_(old.bias)
     last = named[False]
     last.mul_((_energy(old.weight)*nf/(2*ni)).sqrt().to(last))
@@ -71,7 +72,9 @@ def _in_place_of(old, conv):
 
 def _tried(old, name, conv):
     try: return _in_place_of(old, conv)
-    except Exception as e: raise ValueError(f"{name}, a {'x'.join(map(str, old.kernel_size))} convolution from {old.in_channels} to {old.out_channels} channels, cannot be replaced: {e}") from e
+    except Exception as e:
+        ks,ni,nf = 'x'.join(map(str, old.kernel_size)),old.in_channels,old.out_channels
+        raise ValueError(f"{name}, a {ks} convolution from {ni} to {nf} channels, cannot be replaced: {e}") from e
 
 # %% ../../nbs/models/swap.ipynb #62da9b76
 def swap_convs(
@@ -82,11 +85,13 @@ def swap_convs(
     "Replace the spatial convolutions of a network by cheaper ones; raises `ValueError`, naming the layer, where that cannot be done"
     convs = layers_by_name(model, nn.modules.conv._ConvNd)
     named = [] if callable(keep) else patterns_of(keep, convs)
-    why = keep if callable(keep) else lambda n,m,first: next((f'kept as {k}' for k in named if fnmatch(n, k)), None) or why_kept(n, m, first)
+    kept_as = lambda n: next((f'kept as {k}' for k in named if fnmatch(n, k)), None)
+    why = keep if callable(keep) else lambda n,m,first: kept_as(n) or why_kept(n, m, first)
     reasons = {n: why(n, m, not i) for i,(n,m) in enumerate(convs.items())}
-    if all(reasons.values()): raise ValueError(f"Nothing to swap: {', '.join(f'{n} ({r})' for n,r in [*reasons.items()][:4]) or 'the network has no convolution'}{', ...' if len(reasons)>4 else ''}")
+    told = ', '.join([*(f'{n} ({r})' for n,r in [*reasons.items()][:4]), *['...']*(len(reasons)>4)])
+    if all(reasons.values()): raise ValueError(f"Nothing to swap: {told or 'the network has no convolution'}")
     new = {m: _tried(m, n, conv) for n,m in convs.items() if not reasons[n]}
     swapped = deepcopy(model, {id(m): o for m,o in new.items()})
-    rows = [dict(layer=n, channels=f'{m.in_channels} to {m.out_channels}', kernel=m.kernel_size[0], stride=m.stride[0], weights=count_params(m),
-        now=count_params(new.get(m, m)), kept=reasons[n] or '') for n,m in convs.items()]
+    rows = [dict(layer=n, channels=f'{m.in_channels} to {m.out_channels}', kernel=m.kernel_size[0], stride=m.stride[0],
+        weights=count_params(m), now=count_params(new.get(m, m)), kept=reasons[n] or '') for n,m in convs.items()]
     return swapped,DataFrame(rows)
