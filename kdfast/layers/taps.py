@@ -85,8 +85,7 @@ class Taps:
 
     def _keep_given(self, name, m, args): self._keep(name, m, args, args[0])
 
-    def __getitem__(self, name):
-        return self.outs[name] if name in self.outs else not_called(name)
+    def __getitem__(self, name): return self.outs[name] if name in self.outs else not_called(name)
 
     def clear(self): self.outs.clear()
 

@@ -112,8 +112,9 @@ def agreement(
     names = getattr(learn.dls, 'vocab', None) or range(probs['student'].shape[1])
     by_class = {k:[(o[y==i]==i).float().mean().item() for i in range(len(names))] for k,o in says.items()}
     by_class = pd.DataFrame(by_class, index=[*map(str, names)])
-    if control is not None: by_class = (by_class.assign(helped=by_class.student-by_class.control)
-        .sort_values('helped', ascending=False, kind='stable'))
+    if control is not None:
+        by_class = by_class.assign(helped=by_class.student-by_class.control)
+        by_class = by_class.sort_values('helped', ascending=False, kind='stable')
     return Agreement(pd.DataFrame.from_dict(rows, orient='index'), by_class)
 
 # %% ../../nbs/look/compare.ipynb #15f9e98a

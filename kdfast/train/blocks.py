@@ -451,7 +451,6 @@ def fit_two_stages(self:Learner,
     "First the terms that are meant for it, without labels; then labels and the other terms; raises `ValueError` without the former"
     cb,cbs,run = _teacher_cb(self),L(cbs).map(instantiate),BlockFit()
     _check_learner(self, cbs)
-    if min(first, n_epoch)<1: raise ValueError(f"Both stages take at least 1 epoch, got {first} and {n_epoch}: use fit_one_cycle for one")
     first_terms(self)
     cb.setup()
     _check_watched(self, cb, cbs, [])
