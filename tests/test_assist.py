@@ -101,8 +101,6 @@ def other_stats(stats):
     return tensor_dls((torch.randint(0, 255, (20,3,32,32), dtype=torch.uint8), y), (torch.randint(0, 255, (20,3,32,32), dtype=torch.uint8), y), bs=4, stats=stats)
 
 def test_bad_ensembles(dls, teacher):
-    with pytest.raises(ValueError, match='at least two teachers, got 1'): Ensemble(dls, teacher)
+    with pytest.raises(ValueError, match='at least two teachers .* got 1 and'): Ensemble(dls, teacher)
     for weights in ((1,),(1,0),(1,-1),(1,float('inf'))):
-        with pytest.raises(ValueError, match='one positive weight for each of its 2 teachers'): Ensemble(dls, teacher, wrn(10, 1), weights=weights)
-    ens = Ensemble(dls, teacher, wrn(10, 1, n_out=7))
-    with pytest.raises(ValueError, match=r'outputs of one shape, got \(10,\), \(7,\)'): distill_learner(dls, ens, wrn(10, 1))
+        with pytest.raises(ValueError, match='one positive weight for each, got 2 and'): Ensemble(dls, teacher, wrn(10, 1), weights=weights)

@@ -516,7 +516,7 @@ class NothingBetween(nn.Sequential):
 
 halves = {'a':'group2', 'b':'group3'}
 bad = {
-    'no teacher':        (lambda d: distill_learner(d, None, wrn(10, 1)), dict(n_epoch=1), "needs a teacher to give hints"),
+    'no teacher':        (lambda d: distill_learner(d, None, wrn(10, 1)), dict(n_epoch=1), "needs a teacher"),
     'plain learner':     (lambda d: Learner(d, wrn(10, 1)), dict(n_epoch=1), "distill_learner(dls, teacher, student)"),
     'one pair':          (None, dict(n_epoch=1, pairs={'group1':'group1'}), "at least two pairs"),
     'no pairs':          (None, dict(n_epoch=1, pairs={}), "at least two pairs"),
@@ -529,10 +529,10 @@ bad = {
     'rates too few':     (None, dict(n_epoch=1, lr_max=[1e-3,1e-3]), "one for each of 4 stages, got 2"),
     'no epochs':         (None, dict(n_epoch=0), "at least one of them above 0"),
     'half an epoch':     (None, dict(n_epoch=.5), "whole numbers"),
-    'shared parameters': (lambda d: distill_learner(d, wrn(10, 2), Shares()), dict(n_epoch=1, pairs={'ta':'group2', 'tb':'group3'}), "share the parameter"),
-    'shared statistics': (lambda d: distill_learner(d, wrn(10, 2), Shares(norm=True)), dict(n_epoch=1, pairs={'ta':'group2', 'tb':'group3'}), "keeps statistics"),
+    'shared parameters': (lambda d: distill_learner(d, wrn(10, 2), Shares()), dict(n_epoch=1, pairs={'ta':'group2', 'tb':'group3'}), "blocks share 'both.bias'"),
+    'shared statistics': (lambda d: distill_learner(d, wrn(10, 2), Shares(norm=True)), dict(n_epoch=1, pairs={'ta':'group2', 'tb':'group3'}), "blocks share 'both',"),
     'a skip connection': (lambda d: distill_learner(d, wrn(10, 2), Skips()), dict(n_epoch=1, pairs=halves), "cannot be cut at 'a'"),
-    'side by side':      (lambda d: distill_learner(d, wrn(10, 2), SideBySide()), dict(n_epoch=1, pairs=halves), "side by side"),
+    'side by side':      (lambda d: distill_learner(d, wrn(10, 2), SideBySide()), dict(n_epoch=1, pairs=halves), "cannot be cut at 'a'"),
     'nothing to train':  (lambda d: distill_learner(d, wrn(10, 2), NothingBetween()), dict(n_epoch=1, pairs=halves), "'b' has nothing to train: leave that pair out"),
     'frozen block':      (lambda d: (lambda o: (o.student.group2.requires_grad_(False), o)[1])(distill_learner(d, wrn(10, 2), wrn(10, 1))), dict(n_epoch=1), "learn.unfreeze() first"),
     'no classifier':     (lambda d: (lambda o: ([m.requires_grad_(False) for m in (o.student.bn,o.student.fc)], o)[1])(distill_learner(d, wrn(10, 2), wrn(10, 1))), dict(n_epoch=1), "classifier has nothing to train"),
@@ -542,7 +542,7 @@ bad = {
     'terms as callbacks': (None, dict(n_epoch=1, cbs=AT()), "pass them to distill_learner"),
     'too wide to feed':  (lambda d: distill_learner(d, wrn(10, 1), wrn(10, 2)), dict(n_epoch=1, mode='parallel'), "at least as wide"),
     'sizes that differ': (None, dict(n_epoch=1, pairs={'group1':'group2', 'group2':'group3'}, mode='parallel'), "maps of one size"),
-    'never called':      (None, dict(n_epoch=1, pairs={'group3':'group2', 'unused':'group3'}), "does not come to 'unused'"),
+    'never called':      (None, dict(n_epoch=1, pairs={'group3':'group2', 'unused':'group3'}), "'unused' was not called"),
 }
 
 @pytest.mark.parametrize('case', bad)

@@ -87,7 +87,7 @@ def test_what_would_undo_it(dls, quiet, fit, message):
 def two_groups(m): return [[*m.stem.parameters()], [p for n,p in m.named_parameters() if not n.startswith('stem')]]
 
 @pytest.mark.parametrize('make,message', [(lambda d: Learner(d, wrn(10, 1)), 'No layer of this network is compressed'), (lambda d: Learner(d, hashed(), opt_func=SGD), 'weight decay is 0'),
-    (lambda d: Learner(d, hashed(), splitter=two_groups), 'makes groups already'), (lambda d: wd_groups(Learner(d, hashed())), 'by compression already')])
+    (lambda d: Learner(d, hashed(), splitter=two_groups), 'in groups already'), (lambda d: wd_groups(Learner(d, hashed())), 'in groups already')])
 def test_bad_input(dls, make, message):
     learn = make(dls)
     before = learn.splitter,learn.wd,[*learn.cbs]

@@ -32,7 +32,7 @@ def test_networks_without_stages():
     learn = distill_learner(digits_dls(20, per_class=4), net(8), net(4))
     assert {o.get_text() for o in learn.show_pairs().axes[0].texts}=={'output\n10'} and 'kd' in learn.show_distill()
     for nets,named in ((net(8),net(4)),'the student'),((net(8),wrn(10, 1)),'the teacher'):
-        with pytest.raises(ValueError, match=f'{named}, has no stages of maps: use KD'): distill_learner(digits_dls(20, per_class=4), *nets, cbs=AT())
+        with pytest.raises(ValueError, match=f'{named} has no convolutional stages: use KD'): distill_learner(digits_dls(20, per_class=4), *nets, cbs=AT())
 
 def test_a_learner_that_has_been_changed_shows_what_it_is_now(teacher, dls):
     learn = distill_learner(dls, teacher, wrn(10, 1))

@@ -26,10 +26,11 @@ def hint_adapter(
 ) -> nn.Module: # None where the shapes agree
     "The regressor from the student's features to the teacher's (arXiv:1412.6550)"
     if s[1:]==t[1:]: return None
-    if len(s)!=4 or len(t)!=4: raise ValueError(f"Hints of different width compare maps of 4 axes, got shapes {tuple(s)} and {tuple(t)}: choose other pairs")
     (ni,*si),(nf,*sf) = s[1:],t[1:]
-    conv,r = (nn.Conv2d, max(1, si[0]//sf[0])) if si>=sf else (nn.ConvTranspose2d, sf[0]//si[0])
-    if si!=[r*o for o in sf] and sf!=[r*o for o in si]: raise ValueError(f"A hint cannot adapt maps of {si} to {sf}, neither is a multiple of the other: choose other pairs")
+    r = max(si[0]//sf[0], sf[0]//si[0]) if len(s)==len(t)==4 else None
+    if r is None or si!=[r*o for o in sf] and sf!=[r*o for o in si]: raise ValueError(
+        f"A hint adapts feature maps whose sizes divide, got {tuple(s)} and {tuple(t)}: choose other pairs")
+    conv = nn.Conv2d if si>=sf else nn.ConvTranspose2d
     return init_he(nn.Sequential(conv(ni, nf, r, stride=r, bias=False), nn.BatchNorm2d(nf)))
 
 # %% ../../nbs/layers/adapters.ipynb #d196db5e
@@ -49,7 +50,8 @@ class Adapted(nn.Module):
     def forward(self, *args, **kwargs): return self.model(*args, **kwargs)
 
     @property
-    def _ddp_params_and_buffers_to_ignore(self): return [f'adapters.{n}' for n,_ in self.adapters.named_buffers()]  # which are read in training alone, or kept alike by what writes them
+    def _ddp_params_and_buffers_to_ignore(self):  # read in training alone, or kept alike by what writes them
+        return [f'adapters.{n}' for n,_ in self.adapters.named_buffers()]
 
     def __reduce_ex__(self, protocol): return _itself,(self.model,)
 

@@ -16,7 +16,7 @@ from functools import partial
 from torch import nn
 from ..core import eval_mode, probing, seen_by
 from .adapters import Adapted
-from .taps import get_layer, Taps, Truncated
+from .taps import check_tensor, get_layer, not_called, Taps, Truncated
 
 # %% ../../nbs/layers/cut.ipynb #9e4d7cc3
 class Block:
@@ -24,13 +24,15 @@ class Block:
     def __init__(self,
         tap:str, # Name of the layer at which it ends, None for the classifier
         params:set, # Names of its parameters
-        layers:list, # Names of the layers that are called in it, those that have a share in other blocks included unless they keep statistics
+        layers:list, # Names of the layers that are called in it, but for those with statistics that other blocks call too
         shape:tuple=None, # Of what it puts out, `(bs,c,h,w)`
         hint:str=None, # Name of the teacher's layer that it learns from
         hint_shape:tuple=None # Of what that puts out
     ): store_attr()
 
-    def __repr__(self): return f"Block({repr(self.tap) if self.tap else 'classifier'}{f' from {self.hint!r}' if self.hint else ''}, {len(self.params)} parameters)"
+    def __repr__(self):
+        name,hint = repr(self.tap) if self.tap else 'classifier',f' from {self.hint!r}' if self.hint else ''
+        return f"Block({name}{hint}, {len(self.params)} parameters)"
 
 # %% ../../nbs/layers/cut.ipynb #5aeb528a
 class _Cut:
@@ -47,8 +49,9 @@ class _Cut:
 
     def _cut(self, name, m, args, out):
         if len(self.ends)==len(self.taps) or self.taps[len(self.ends)]!=name: raise ValueError(
-            f"The student comes to {name!r} {'again' if name in self.taps[:len(self.ends)] else 'out of turn'}: list pairs in the order in which it runs them, each layer once")
-        if not isinstance(out, torch.Tensor): raise ValueError(f"The layer {name!r} puts out a {type(out).__name__}: tap one that puts out a tensor")
+            f"The student runs {name!r} {'again' if name in self.taps[:len(self.ends)] else 'out of turn'}: "
+            "list pairs in the order of its forward pass, each layer once")
+        check_tensor(name, out)
         self.ends.append(out)
         self.starts.append(out.detach().requires_grad_())
         return self.starts[-1].clone()
@@ -62,7 +65,7 @@ class _Cut:
             self.starts.append(x.detach().requires_grad_(x.is_floating_point()))
             self.ends.append(model(self.starts[0].clone(), *xs))
         missed = self.taps[len(self.ends)-1:]
-        if missed: raise ValueError(f"The student does not come to {missed[0]!r}: choose a layer that it calls")
+        if missed: not_called(missed[0])
 
 # %% ../../nbs/layers/cut.ipynb #1b1981e7
 @contextmanager
@@ -88,16 +91,13 @@ def _reached(end, starts, params):
 # %% ../../nbs/layers/cut.ipynb #4cb40d90
 def _check_cut(taps, found):
     for i,(reach,_) in enumerate(found[:-1]):
-        if i and not reach[i]: raise ValueError(f"{taps[i]!r} does not depend on {taps[i-1]!r}, they stand side by side in the student: choose layers that follow each other")
-        if any(reach[:i]): raise ValueError(f"The student cannot be cut at {taps[i-1]!r}: what {taps[i]!r} puts out also depends on what goes round it, so leave that pair out")
+        if i and (any(reach[:i]) or not reach[i]): raise ValueError(
+            f"The student cannot be cut at {taps[i-1]!r}, since {taps[i]!r} does not depend on that alone: leave one of them out")
 
-_remedy = "so they cannot learn one at a time: use FitNet() with fit_one_cycle"
-
-def _check_apart(model, names, params, spans):
-    for (i,a),(j,b) in itertools.combinations(enumerate(params), 2):
-        if a & b: raise ValueError(f"The blocks that end at {names[i]!r} and {names[j]!r} share the parameter {min(a & b)!r}, {_remedy}")
-    for n,at in spans.items():
-        if len({o for o in at if len(o)==1})>1 and _keeps(model, n): raise ValueError(f"The layer {n!r} keeps statistics and is called in several blocks, {_remedy}")
+def _check_apart(model, params, spans):
+    shared = [min(a & b) for a,b in itertools.combinations(params, 2) if a & b]
+    shared += [n for n,at in spans.items() if len({o for o in at if len(o)==1})>1 and _keeps(model, n)]
+    if shared: raise ValueError(f"Several blocks share {shared[0]!r}, so they cannot learn one at a time: use FitNet() with fit_one_cycle")
 
 # %% ../../nbs/layers/cut.ipynb #6818fa70
 def _keeps(model, name): return len([*model.get_submodule(name).buffers(recurse=False)])>0
@@ -121,9 +121,10 @@ def cut_blocks(
         found = [_reached(o, cut.starts[:i+1], every) for i,o in enumerate(cut.ends)]
     params = [p for _,p in found]
     _check_cut(taps, found)
-    _check_apart(model, [*taps,'the classifier'], params, cut.spans)
+    _check_apart(model, params, cut.spans)
     layers = [_layers_of(model, i, len(taps)+1, cut.spans) for i in range(len(taps)+1)]
-    return [*map(Block, taps, params, layers, (tuple(o.shape) for o in cut.ends)), Block(None, {*every}.difference(*params[:-1]), layers[-1])]
+    shapes = (tuple(o.shape) for o in cut.ends)
+    return [*map(Block, taps, params, layers, shapes), Block(None, {*every}.difference(*params[:-1]), layers[-1])]
 
 # %% ../../nbs/layers/cut.ipynb #ad8037ea
 def laid_out(
@@ -163,7 +164,9 @@ class _Fed(Taps):
         self.fed[name] = fed,fed._version
         return fed
 
-    def overwritten(self): return super().overwritten() | {n for n,(o,version) in self.fed.items() if n not in self.clone and o._version!=version}
+    def overwritten(self):
+        fed = {n for n,(o,version) in self.fed.items() if n not in self.clone and o._version!=version}
+        return super().overwritten() | fed
 
 class Maps:
     "What some layers of a network put out, by name; nothing after the last of them is computed"
@@ -189,7 +192,8 @@ class Maps:
         with taps(*self.model, self.layers, self.clone) as t:
             self.short[0](*seen_by(self.tfm, xb))
             spoilt = t.overwritten()
-            if spoilt: raise ValueError(f"Training overwrites what {', '.join(spoilt)} put out, by a dropout in place: use inplace=False there, or choose other pairs")
+            if spoilt: raise ValueError(
+                f"A dropout in place overwrites the output of {', '.join(spoilt)}: use inplace=False there, or choose other pairs")
             return dict(t.outs)
 
 # %% ../../nbs/layers/cut.ipynb #a721aa24
@@ -205,7 +209,8 @@ class Projection(nn.Module):
         x = x[::len(x)//100_000+1].double()
         values,vectors = torch.linalg.eigh(x.T.cov())
         values,vectors = values.flip(0)[:nf],vectors.flip(1)[:,:nf]
-        if not values[0]>0: raise ValueError(f"There is nothing to project: the {maps.shape[1]} channels of the teacher's map are constant or not finite, so choose another layer")
+        if not values[0]>0: raise ValueError(
+            f"There is nothing to project: the teacher's {maps.shape[1]} channels are constant or not finite, choose another layer")
         weight = (vectors/values.clamp(min=1e-6*values[0]).sqrt()).T
         self.register_buffer('weight', weight[...,None,None].float())
         self.register_buffer('bias', (2*rectified - weight@x.mean(0)).float())

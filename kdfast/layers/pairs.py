@@ -58,7 +58,8 @@ def _spread(calls, units, n):
     end = units[-1]
     blocks = [c for c in _children(calls, end) if c in calls and _is_tap(calls[c])] if isinstance(calls[end][0], nn.Sequential) else units
     blocks = [*blocks[:-1], end]
-    if not 1<=n<=len(blocks): raise ValueError(f"per_stage={n}, but the stage that ends at {end!r} has only {len(blocks)} blocks: use 1 to {len(blocks)}, or explicit pairs")
+    if not 1<=n<=len(blocks): raise ValueError(
+        f"per_stage={n}, but the stage that ends at {end!r} has only {len(blocks)} blocks: use 1 to {len(blocks)}, or pass `pairs=`")
     return [blocks[ceil(len(blocks)*i/n)-1] for i in range(1, n+1)]
 
 # %% ../../nbs/layers/pairs.ipynb #6e02f466
@@ -73,7 +74,15 @@ def stage_taps(
     stages = _stages(calls)
     first = next(iter(stages), None)
     stems = {first} if stages and _is_stem(calls, stages[first]) else set()
-    return {size: [units[-1]] if size in stems else _spread(calls, units, per_stage) for size,units in stages.items() if stem or size not in stems}
+    return {size: [units[-1]] if size in stems else _spread(calls, units, per_stage)
+        for size,units in stages.items() if stem or size not in stems}
+
+def _is_traced(net): return any(isinstance(m, torch.fx.GraphModule) for m in net.modules())
+
+def _with_stages(net, role, stages):
+    if stages: return stages
+    why = 'lost its stages to tracing' if _is_traced(net) else 'has no convolutional stages'
+    raise ValueError(f"No layers to pair, since the {role} {why}: use KD, or pass pairs={{'student.layer': 'teacher.layer'}}")
 
 # %% ../../nbs/layers/pairs.ipynb #65d16efe
 def pair_layers(
@@ -85,19 +94,17 @@ def pair_layers(
     tfm=None # What is done to `x` before the teacher sees it
 ) -> dict: # Student's layer to teacher's layer; raises `ValueError` if no map sizes agree
     "The layers of two convnets whose maps have the same size, stage by stage"
-    if any(isinstance(m, torch.fx.GraphModule) for m in student.modules()): raise ValueError("Tracing has taken the stages of this student apart: pass pairs={'student.layer': 'teacher.layer'}, or use KD, which reads outputs")
-    s = stage_taps(student, x, per_stage, stem)
-    t = stage_taps(teacher, seen_by(tfm, tuplify(x)), per_stage, stem)
+    s = _with_stages(student, 'student', {} if _is_traced(student) else stage_taps(student, x, per_stage, stem))
+    t = _with_stages(teacher, 'teacher', stage_taps(teacher, seen_by(tfm, tuplify(x)), per_stage, stem))
     pairs = {a:b for size in s if size in t for a,b in zip(s[size], t[size])}
     if pairs: return pairs
-    if not s or not t: raise ValueError(f"No layers to pair, since this {type(teacher if s else student).__name__}, the {'teacher' if s else 'student'}, has no stages of maps: use KD, or others that read outputs, or pass pairs={{'student.layer': 'teacher.layer'}}")
-    raise ValueError(f"No layers to pair: the student's stages have maps of {[*s]}, the teacher's of {[*t]}; pass pairs={{'student.layer': 'teacher.layer'}}")
+    raise ValueError(f"No layers to pair, since the student's stages have maps of {[*s]}, the teacher's of {[*t]}: "
+        "pass pairs={'student.layer': 'teacher.layer'}")
 
 # %% ../../nbs/layers/pairs.ipynb #ce7793ea
-def _last_stage(net, x):
-    stages = [] if any(isinstance(m, torch.fx.GraphModule) for m in net.modules()) else [*stage_taps(net, x).values()]
-    if not stages: raise ValueError(f"This {type(net).__name__} has no stages: pass pairs={{'student.layer': 'teacher.layer'}}")
-    return stages[-1][-1]
+def _last_stage(net, role, x):
+    stages = _with_stages(net, role, {} if _is_traced(net) else stage_taps(net, x))
+    return [*stages.values()][-1][-1]
 
 def last_stages(
     student:nn.Module, # The network to be taught
@@ -106,7 +113,7 @@ def last_stages(
     tfm=None # What is done to `x` before the teacher sees it
 ) -> dict: # Student's layer to teacher's layer; raises `ValueError` for a network without stages
     "The layers at which the last stages of two convnets end"
-    return {_last_stage(student, x): _last_stage(teacher, seen_by(tfm, tuplify(x)))}
+    return {_last_stage(student, 'student', x): _last_stage(teacher, 'teacher', seen_by(tfm, tuplify(x)))}
 
 # %% ../../nbs/layers/pairs.ipynb #cc20e716
 def _same_numbers(a, b): return a.numel()==b.numel() and len(a)==len(b) and torch.equal(a.flatten(1), b.flatten(1))
@@ -116,10 +123,12 @@ def _to_classifier(model, x):
     *calls,whole = calls_of(model, random_like(tuplify(x)))
     ends = [i for i,(_,m,*_) in enumerate(calls) if isinstance(m, nn.Linear)]
     if not ends or not _same_numbers(calls[ends[-1]][3], whole[3]): raise ValueError(
-        f"This {type(model).__name__} does not end in a linear layer, so it cannot be told what its classifier reads: choose another method, or where it takes pairs, pairs={{'student.layer': 'teacher.layer'}}")
+        f"This {type(model).__name__} does not end in a linear layer: choose another method, or pass `pairs=` to one that takes them")
     name,_,given,*_ = calls[ends[-1]]
     times,dropout = [n for n,*_ in calls],nn.modules.dropout._DropoutNd
-    return [(n, out) for n,m,_,out,version in calls[:ends[-1]] if times.count(n)==1 and out._version==version and not isinstance(m, dropout)],name,given
+    before = [(n, out) for n,m,_,out,version in calls[:ends[-1]]
+        if times.count(n)==1 and out._version==version and not isinstance(m, dropout)]
+    return before,name,given
 
 # %% ../../nbs/layers/pairs.ipynb #8667c2b3
 def classifier_map(
@@ -131,7 +140,8 @@ def classifier_map(
     maps = [(n, out) for n,out in calls if out.ndim==4 and out.shape[:2]==given.shape]
     found = sorted((_positions(out.shape)>1, i, n) for i,(n,out) in enumerate(maps) if torch.allclose(out.mean((2,3)), given, atol=1e-5))
     if found: return found[-1][2],name
-    raise ValueError(f"What the classifier {name!r} of this {type(model).__name__} takes is the mean of no map: choose a network with global average pooling before one linear layer")
+    raise ValueError(f"What the classifier {name!r} of this {type(model).__name__} takes is the mean of no map: "
+        "choose a network with global average pooling before one linear layer")
 
 def embedding_layer(
     model:nn.Module, # A classifier, run once in eval mode
@@ -147,7 +157,8 @@ _relus = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
 
 def _norm_of(calls, layer):
     "Name of the last of the outermost norms in `layer`, which is not one of a shortcut; None if it does not end in norms"
-    inside = [(-n.count('.'), i, n, isinstance(m, _norms)) for i,(n,m,*_) in enumerate(calls) if n.startswith(f'{layer}.') and any(True for _ in m.parameters(recurse=False))]
+    inside = [(-n.count('.'), i, n, isinstance(m, _norms)) for i,(n,m,*_) in enumerate(calls)
+        if n.startswith(f'{layer}.') and any(True for _ in m.parameters(recurse=False))]
     return max(o for o in inside if o[3])[2] if inside and inside[-1][3] else None
 
 def before_relu(
@@ -156,16 +167,18 @@ def before_relu(
     layer:str # Name of a layer at which a stage ends
 ) -> tuple: # Name of what to tap, and of the norm that made it or None; raises `ValueError` if no ReLU follows
     "What the ReLU at the end of `layer`, or the one after it, is given"
+    get_layer(model, layer)
     *calls,_ = calls_of(model, tuplify(x))
     end = next((out for n,_,_,out,_ in calls if n==layer), None)
-    if end is None: raise ValueError(f"The layer {layer!r}, a {type(get_layer(model, layer)).__name__}, was not called in the forward or puts out no tensor: choose another")
     after = [n for n,m,given,*_ in calls if isinstance(m, _norms) and given is end]
     before = lambda given,out,version: version-1 if given is out else given._version
     relus = [(i, *c) for i,c in enumerate(calls) if isinstance(c[1], _relus) and (c[2] is end or c[3] is end)]
     i,relu,_,given,out,version = next(iter(relus), (None,)*6)
     version = relu and before(given, out, version)
-    norm = next((n for n,m,_,out,v in calls if isinstance(m, _norms) and out is given and v==version), None)  # a sum may have been added in place
-    if relu and not norm and relu in [n for n,*_ in calls[i+1:]]: raise ValueError(f"The ReLU {relu!r} of this {type(model).__name__} is called again after {layer!r}, so what it is given cannot be tapped: give each stage a ReLU of its own")
+    # a sum may have been added in place
+    norm = next((n for n,m,_,out,v in calls if isinstance(m, _norms) and out is given and v==version), None)
+    if relu and not norm and relu in [n for n,*_ in calls[i+1:]]: raise ValueError(
+        f"The ReLU {relu!r} of this {type(model).__name__} is called again after {layer!r}: give each stage a ReLU of its own")
     if relu: return (norm,norm) if norm else (relu+given_mark, _norm_of(calls, layer))
     if after: return after[0],after[0]
-    raise ValueError(f"No ReLU or norm follows {layer!r} of this {type(model).__name__}, so it cannot be told what a ReLU is given: choose another method, or pass pairs={{'student.layer': 'teacher.layer'}}")
+    raise ValueError(f"No ReLU or norm follows {layer!r} in this {type(model).__name__}: pass `pairs=`, or choose another method")

@@ -18,6 +18,11 @@ from ..core import probing
 # %% ../../nbs/layers/taps.ipynb #fd580d5e
 given_mark = ':in'
 
+def check_tensor(name, out):
+    if not isinstance(out, torch.Tensor): raise ValueError(f"The layer {name!r} outputs a {type(out).__name__}, not a tensor: tap another")
+
+def not_called(name): raise ValueError(f"The layer {name!r} was not called in the forward pass: choose one that is")
+
 # %% ../../nbs/layers/taps.ipynb #dd9361b9
 def get_layer(
     model:nn.Module, # Any network
@@ -27,12 +32,12 @@ def get_layer(
     layers,wanted = dict(model.named_modules()),str(name).removesuffix(given_mark)
     if wanted and wanted in layers: return layers[wanted]
     near = get_close_matches(wanted, [n for n in layers if n], n=3, cutoff=.3) or [n for n,_ in model.named_children()]
-    if not near: raise ValueError(f"No layer {name!r} in this {type(model).__name__}, which is one layer itself: pass the network that it is in")
-    raise ValueError(f"No layer {name!r} in this {type(model).__name__}; did you mean {' or '.join(map(repr, near))}?")
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "pass the network that it is in"
+    raise ValueError(f"No layer {name!r} in this {type(model).__name__}: {hint}")
 
 # %% ../../nbs/layers/taps.ipynb #17cf1d53
 def calls_of(model, x):
-    "`(name, module, input, output, version of the output)` of every layer that takes and gives tensors, in the order in which they finish; the whole model, '', is the last"
+    "`(name, module, input, output, its version)` of every layer from tensor to tensor, as they finish; the whole model, '', is the last"
     calls,device = [],next(model.parameters(), torch.empty(0)).device
     def record(name, m, args, out):
         if args and all(isinstance(o, torch.Tensor) for o in (args[0],out)): calls.append((name, m, args[0], out, out._version))
@@ -55,7 +60,7 @@ def layer_sizes(
 
 # %% ../../nbs/layers/taps.ipynb #3bf39de6
 class Taps:
-    "What `layers` of `model` put out in its last forward, by name, or are given where ':in' follows the name; hooks stand only inside a `with` block"
+    "What `layers` of `model` output in its last forward pass, or take, for a name with ':in'; hooks stand only inside a `with` block"
     def __init__(self,
         model:nn.Module, # Any network
         layers, # Names of layers; a wrong one raises `ValueError`
@@ -75,14 +80,12 @@ class Taps:
         self.clear()
 
     def _keep(self, name, m, args, out):
-        if not isinstance(out, torch.Tensor): raise ValueError(f"The layer {name!r} puts out a {type(out).__name__}: tap one that puts out a tensor")
+        check_tensor(name, out)
         self.outs[name],self.versions[name] = out.clone() if name in self.clone else out,out._version
 
     def _keep_given(self, name, m, args): self._keep(name, m, args, args[0])
 
-    def __getitem__(self, name):
-        if name in self.outs: return self.outs[name]
-        raise ValueError(f"The layer {name!r} was not called in the forward: tap one that is")
+    def __getitem__(self, name): return self.outs[name] if name in self.outs else not_called(name)
 
     def clear(self): self.outs.clear()
 
@@ -109,4 +112,4 @@ class Truncated(nn.Module):
         try: self.model(*args)
         except _Reached as e: return e.out
         finally: handle.remove()
-        raise ValueError(f"The layer {self.layer!r} was not called in the forward: truncate at one that is")
+        not_called(self.layer)

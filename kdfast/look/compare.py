@@ -21,14 +21,16 @@ from ..teacher.callback import TeacherCallback
 # %% ../../nbs/look/compare.ipynb #de0ff62e
 def teacher_callback_of(learn):
     cb = first(o for o in learn.cbs if isinstance(o, TeacherCallback))
-    if cb is None or cb.network is None: raise ValueError("This learner has no teacher to compare with: make it with distill_learner(dls, teacher, student)")
+    if cb is None or cb.network is None: raise ValueError(
+        "This learner has no teacher to compare with: make it with distill_learner(dls, teacher, student)")
     return cb
 
 def _networks(learn, control):
     "Name to a network and what is done to its inputs"
     cb = teacher_callback_of(learn)
     nets = dict(teacher=(cb.network,cb.tfm), student=(bare_model(learn.model),None))
-    return dict(nets, control=(bare_model(control.model if isinstance(control, Learner) else control),None)) if control is not None else nets
+    if control is not None: nets['control'] = bare_model(control.model if isinstance(control, Learner) else control),None
+    return nets
 
 def _seen(net, tfm, xb): return seen_by(tfm, to_device(xb, next(net.parameters()).device))
 
@@ -46,7 +48,6 @@ def _columns(learn, control, x, stage):
     nets = _networks(learn, control)
     (theirs,tfm),(ours,_) = nets['teacher'],nets['student']
     with keep_rng(): pairs = [*pair_layers(ours, theirs, *_seen(ours, None, (x[:1],)), tfm=tfm).items()]
-    if stage is not None and not -len(pairs)<=stage<len(pairs): raise ValueError(f"stage={stage}, but there are {len(pairs)} pairs of layers at this image size: choose 0 to {len(pairs)-1}, or leave it out for all")
     pairs = pairs if stage is None else [pairs[stage]]
     maps = {k: _maps(net, tfm, x, [b if k=='teacher' else a for a,b in pairs]) for k,(net,tfm) in nets.items()}
     return {f'{k}\n{pair[k=="teacher"]}': m[i] for i,pair in enumerate(pairs) for k,m in maps.items()}
@@ -59,7 +60,6 @@ def show_attention(
     stage:int=None # Of the pairs of layers, from the first (0) to the last (-1); all if None
 ) -> plt.Figure: # One row an image
     "Where teacher, student and control look; raises `ValueError` for a learner without a teacher"
-    if n<1: raise ValueError(f"n is the number of images, at least 1, got {n}")
     with keep_rng(learn.dls.valid): b = learn.dls.valid.one_batch()
     x,images = b[0][:n].as_subclass(Tensor),learn.dls.valid.decode_batch(tuple(o[:n] for o in b), max_n=n)
     maps = _columns(learn, control, x, stage)
@@ -101,16 +101,20 @@ def _probabilities(nets, dl):
 def agreement(
     learn:Learner, # From `distill_learner`, with a teacher; a classifier with one label an image
     control=None # A learner or network of the student's architecture, trained without the teacher
-) -> Agreement: # `overall`: accuracy, agreement with the teacher, ECE; `classes`: accuracy by class, with `helped`, student minus control, best first
+) -> Agreement: # `overall`: accuracy, agreement with the teacher, ECE; `classes`: accuracy by class, and `helped`, student minus control
     "How often student, teacher, control and labels agree on the validation data, how sure they are, and which classes the teacher helped"
     probs,y = _probabilities(_networks(learn, control), learn.dls.valid)
-    if y.ndim!=1: raise ValueError(f"agreement compares classes, but the labels have the shape {tuple(y.shape)}: use it for one label an image")
+    if y.ndim!=1: raise ValueError(f"agreement takes one label an image, got labels of shape {tuple(y.shape)}")
     says = {k:p.argmax(1) for k,p in probs.items()}
     overall = {k:dict(accuracy=(o==y), agrees=(o==says['teacher'])) for k,o in says.items()}
-    rows = {k:dict(accuracy=o['accuracy'].float().mean().item(), ECE=calibration_error(probs[k], y), **{'agrees with teacher':o['agrees'].float().mean().item()}) for k,o in overall.items()}
+    rows = {k:{'accuracy':o['accuracy'].float().mean().item(), 'ECE':calibration_error(probs[k], y),
+        'agrees with teacher':o['agrees'].float().mean().item()} for k,o in overall.items()}
     names = getattr(learn.dls, 'vocab', None) or range(probs['student'].shape[1])
-    by_class = pd.DataFrame({k:[(o[y==i]==i).float().mean().item() for i in range(len(names))] for k,o in says.items()}, index=[*map(str, names)])
-    if control is not None: by_class = by_class.assign(helped=by_class.student-by_class.control).sort_values('helped', ascending=False, kind='stable')
+    by_class = {k:[(o[y==i]==i).float().mean().item() for i in range(len(names))] for k,o in says.items()}
+    by_class = pd.DataFrame(by_class, index=[*map(str, names)])
+    if control is not None:
+        by_class = by_class.assign(helped=by_class.student-by_class.control)
+        by_class = by_class.sort_values('helped', ascending=False, kind='stable')
     return Agreement(pd.DataFrame.from_dict(rows, orient='index'), by_class)
 
 # %% ../../nbs/look/compare.ipynb #15f9e98a

@@ -39,7 +39,9 @@ def _read(learn, xb, others=lambda net, xb: ()):
 # %% ../../nbs/look/show.ipynb #ef7718e0
 def _pairs_of(term): return term.layers or {'output': 'output' if term.taught else ''}
 
-def _weight_of(term): return ' → '.join(f'{float(o):,.4g}' for o in ([term.weight(p) for p in (0.,.5,1.)] if callable(term.weight) else [term.weight]))
+def _weight_of(term):
+    weights = [term.weight(p) for p in (0.,.5,1.)] if callable(term.weight) else [term.weight]
+    return ' → '.join(f'{float(o):,.4g}' for o in weights)
 
 def _adapters_by_term(learn, terms):
     "Label to what its term trains beside the student, by the rest of its name"
@@ -53,7 +55,8 @@ def _adapters_by_term(learn, terms):
 def _told(term, ours, theirs, adapters):
     "Rows of the table: one a pair, one for each adapter that belongs to none"
     left,size = dict(adapters),lambda sizes,n: '×'.join(map(str, sizes.get(n, ())))
-    pairs = [(term.label, _weight_of(term), a, size(ours, a), b, size(theirs, b), left.pop(a.replace('.', '_'), '')) for a,b in _pairs_of(term).items()]
+    pairs = [(term.label, _weight_of(term), a, size(ours, a), b, size(theirs, b), left.pop(a.replace('.', '_'), ''))
+        for a,b in _pairs_of(term).items()]
     return pairs + [(term.label, '', k, '', '', '', v) for k,v in left.items()]
 
 # %% ../../nbs/look/show.ipynb #shwasked
@@ -71,8 +74,8 @@ def _asked(source):
 
 # %% ../../nbs/look/show.ipynb #2d521cbb
 @patch
-def show_distill(self:Learner) -> PrettyString: # Sizes are `channels×height×width`; three weights are those at start, middle and end of the fit
-    "Teacher, student, and for each term its weight, the layers it reads and what it trains beside the student; raises `ValueError` for a learner without a `TeacherCallback`"
+def show_distill(self:Learner) -> PrettyString: # Sizes are `channels×height×width`; a schedule's weights are at start, middle and end
+    "Teacher, student, and for each term its weight, the layers it reads and its adapters; raises `ValueError` without a teacher"
     ours,theirs = _read(self, probe_batch(self.dls)[0])
     source = teacher_callback_of(self)
     by_term = _adapters_by_term(self, source.terms)
@@ -91,8 +94,9 @@ def _column(ax, x, sizes, used):
     at = {n:-i*(1/max(1, len(sizes)-1)) for i,n in enumerate(sizes)}
     for n,y in at.items():
         text = f"{n}\n{'×'.join(map(str, sizes[n]))}"
-        ax.text(x, y, text, ha='center', va='center', fontsize=9, color='black' if n in used else '#888888', linespacing=1.3,
-            bbox=dict(boxstyle='round,pad=.45', facecolor='#eef3f8' if n in used else 'white', edgecolor='#335577' if n in used else '#cccccc'))
+        ink,face,edge = ('black','#eef3f8','#335577') if n in used else ('#888888','white','#cccccc')
+        ax.text(x, y, text, ha='center', va='center', fontsize=9, color=ink, linespacing=1.3,
+            bbox=dict(boxstyle='round,pad=.45', facecolor=face, edgecolor=edge))
     return at
 
 # %% ../../nbs/look/show.ipynb #af0f1b6e
@@ -100,7 +104,7 @@ def _column(ax, x, sizes, used):
 def show_pairs(self:Learner,
     x=None # Inputs, such as `dls.one_batch()[0]`, a tensor or a tuple of them; by default zeros of the size of a batch
 ) -> plt.Figure:
-    "Draw which layers of student and teacher the terms compare, and the sizes of their features; raises `ValueError` for a learner without a `TeacherCallback`"
+    "Draw which layers of student and teacher the terms compare, and their sizes; raises `ValueError` without a teacher"
     ours,theirs = _read(self, probe_batch(self.dls)[0] if x is None else tuplify(x), _ends)
     terms = teacher_callback_of(self).terms
     pairs = [(i, t, a, b) for i,t in enumerate(terms) for a,b in _pairs_of(t).items()]

@@ -19,40 +19,39 @@ class Ensemble(nn.Module):
     "Several teachers as one: the logarithm of the mean of their probabilities"
     def __init__(self,
         dls:DataLoaders, # The student's; raises `ValueError` where a teacher has other classes
-        *teachers, # As `distill_learner` takes one: modules, `Learner`s, or paths of exported learners, each of which gets inputs normalized as it is used to
+        *teachers, # Modules, `Learner`s, or paths of exported learners, each of which gets inputs normalized as in its training
         T:float=1., # Temperature at which probabilities are averaged: with that of `KD` the mean is of softened ones
         weights:tuple=None # How much each teacher counts, positive numbers; raises `ValueError` unless one a teacher. Equal by default
     ):
-        if len(teachers)<2: raise ValueError(f"An ensemble has at least two teachers, got {len(teachers)}: pass a single one itself")
         weights = tuple(weights or (1.,)*len(teachers))
-        if len(weights)!=len(teachers) or not all(0<w<math.inf for w in weights): raise ValueError(
-            f"An ensemble has one positive weight for each of its {len(teachers)} teachers, got {weights}: pass as many, or leave weights out for equal ones")
+        if len(teachers)<2 or len(weights)!=len(teachers) or not all(0<w<math.inf for w in weights): raise ValueError(
+            f"An ensemble has at least two teachers and one positive weight for each, got {len(teachers)} and {weights}: pass as many")
         super().__init__()
         nets,self.tfms = zip(*(teacher_of(o, dls) for o in teachers))
         self.networks,self.T,self.shares = nn.ModuleList(nets),T,[w/sum(weights) for w in weights]
 
     def forward(self, *xb):
         outs = [net(*seen_by(tfm, xb)) for net,tfm in zip(self.networks, self.tfms)]
-        if len({o.shape for o in outs})>1: raise ValueError(
-            f"The teachers of an ensemble have outputs of one shape, got {', '.join(str(tuple(o.shape[1:])) for o in outs)}: "
-            "give each the n_out of these classes")
         logs = torch.stack([soften(o, self.T) + math.log(w) for o,w in zip(outs, self.shares)])
         return self.T*logs.logsumexp(0)
 
 # %% ../../nbs/train/assist.ipynb #e0908ccc
 def _outputs(model, dls):
-    with probing(model), keep_rng(): return tuple(model(*to_device(probe_batch(dls)[0], next(model.parameters(), torch.empty(0)).device)).shape[1:])
+    xb = to_device(probe_batch(dls)[0], next(model.parameters(), torch.empty(0)).device)
+    with probing(model), keep_rng(): return tuple(model(*xb).shape[1:])
 
 def _check_chain(teacher, networks, dls):
     own = [*([teacher_of(teacher, dls)[0]] if teacher is not None else []), *(o for o in networks if isinstance(o, nn.Module))]
-    if len({*map(id, own)})<len(own): raise ValueError("One module stands in the chain twice, so it would be its own teacher: pass a function or an architecture, which gives a new one each time")
+    if len({*map(id, own)})<len(own): raise ValueError(
+        "One module stands in the chain twice, so it would be its own teacher: pass a function that makes a new one each time")
     with keep_rng(): made = [student_of(o, dls) for o in networks]
     if teacher is not None: made = [teacher_of(teacher, dls)[0],*made]
     sizes,shapes = zip(*((count_params(o), _outputs(o, dls)) for o in made))
-    if len({*shapes})>1: raise ValueError(f"The links of a chain have the same outputs, got {', '.join(map(str, shapes))}: give each the n_out of these classes")
+    if len({*shapes})>1: raise ValueError(
+        f"All links of a chain need the same outputs, got {', '.join(map(str, shapes))}: set `n_out` of each to the number of classes")
     for i,(above,below) in enumerate(zip(sizes, sizes[1:])):
         if below>above: warnings.warn(f"Link {i+1} of the chain has {below:,} parameters, more than its teacher's {above:,}: "
-            "assistants go from large to small, so put it further up, or leave it out")
+            "order assistants from large to small")
 
 def assist(
     dls:DataLoaders, # Any fastai `DataLoaders`
@@ -63,7 +62,7 @@ def assist(
     cbs=None, # Called without arguments for each link that has a teacher, gives its callbacks; `KD()` if None
     **kwargs # More of `distill_learner`, such as `metrics=accuracy`
 ) -> L: # The fitted learner of each link, the student's last
-    "Distil along a chain: teacher, assistants, student (arXiv:1902.03393); raises `ValueError` where two links do not fit, before it trains the first of them"
+    "Distil along a chain: teacher, assistants, student (arXiv:1902.03393); raises `ValueError` at once where two links do not fit"
     if not isinstance(assistants, (list,tuple,L)): raise TypeError(
         f"The assistants are a list, got a {type(assistants).__name__}: pass [assistant], or [] for none")
     networks,links = [*assistants,student],L()

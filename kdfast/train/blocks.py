@@ -26,17 +26,18 @@ from operator import itemgetter
 def _teacher_cb(learn):
     cb = first(o for o in learn.cbs if isinstance(o, TeacherCallback))
     if cb and cb.network is not None and not isinstance(cb.network, NoTeacher): return cb
-    raise ValueError("fit_blocks needs a teacher to give hints, and fit_two_stages one to learn from: make the learner with distill_learner(dls, teacher, student)")
+    raise ValueError("Training in stages needs a teacher: make the learner with distill_learner(dls, teacher, student)")
 
 def _check_order(blocks, order):
     at = [order.index(b.hint) for b in blocks]
-    if at!=sorted(at): raise ValueError(f"The teacher runs {', '.join(sorted({b.hint for b in blocks}, key=order.index))}, but the pairs name them in another order: "
-        "list pairs so that both networks run them in order")
+    runs = ', '.join(sorted({b.hint for b in blocks}, key=order.index))
+    if at!=sorted(at): raise ValueError(
+        f"The teacher runs {runs}, but the pairs name them in another order: list pairs so that both networks run them in order")
 
 class _Once(Taps):
     "Taps that are met once in a forward"
     def _keep(self, name, m, args, out):
-        if name in self.outs: raise ValueError(f"The teacher comes to {name!r} more than once, so what it puts out is no one map: choose the layer after it")
+        if name in self.outs: raise ValueError(f"The teacher runs {name!r} more than once: choose the layer after it")
         super()._keep(name, m, args, out)
 
 # %% ../../nbs/train/blocks.ipynb #0063a823
@@ -45,13 +46,14 @@ def _check_fit(b, mode):
     if mode!='parallel':
         with torch.random.fork_rng(): return hint_adapter(b.shape, b.hint_shape)
     fits = len(b.shape)==4 and b.shape[2:]==b.hint_shape[2:] and b.shape[1]<=b.hint_shape[1]
-    if not fits and b.shape!=b.hint_shape: raise ValueError(f"The student cannot be fed at {b.tap!r}, {b.shape[1:]}, with the teacher's {b.hint!r}, {b.hint_shape[1:]}: "
-        "mode='parallel' takes maps of one size and a teacher that is at least as wide, so choose other pairs, or mode='stagewise'")
+    if not fits and b.shape!=b.hint_shape: raise ValueError(
+        f"{b.tap!r}, {b.shape[1:]}, cannot be fed with {b.hint!r}, {b.hint_shape[1:]}: mode='parallel' takes maps of one size "
+        "and a teacher that is at least as wide, so choose other pairs, or mode='stagewise'")
 
 # %% ../../nbs/train/blocks.ipynb #49db6333
 def find_blocks(
     learn:Learner, # From `distill_learner`, with a teacher
-    pairs:dict=None, # Student's layer to teacher's layer, in the order in which they run, at least two; by default the ends of the stages with maps of one size
+    pairs:dict=None, # Student's layer to teacher's layer, two or more, in the order in which they run; by default the ends of the stages
     per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
     stem:bool=True, # Pair the stems as well, where `pairs` is None: 5 maps of a ResNet, not 4
     mode:str='stagewise' # As for `fit_blocks`
@@ -62,7 +64,9 @@ def find_blocks(
     xs,xt = (to_device(xb, next(m.parameters(), xb[0]).device) for m in (student,cb.network))
     with keep_rng():
         pairs = pair_layers(student, cb.network, xs, per_stage, stem, cb.tfm) if pairs is None else pairs
-        if not isinstance(pairs, dict) or len(pairs)<2: raise ValueError(f"Training block by block takes at least two pairs, {{'student.layer': 'teacher.layer', ...}}, got {pairs}: choose more, or use FitNet() with fit_one_cycle")
+        if not isinstance(pairs, dict) or len(pairs)<2: raise ValueError(
+            f"fit_blocks takes at least two pairs, {{'student.layer': 'teacher.layer', ...}}, got {pairs}: "
+            "add one, or use FitNet() with fit_one_cycle")
         *blocks,last = cut_blocks(student, pairs, *xs)
         with probing(cb.network), _Once(cb.network, pairs.values()) as t:
             cb.see(*xt)
@@ -138,7 +142,8 @@ def _projections(dls, blocks, maps, hints, n=4):
         for batch in itertools.islice(dls.train, n):
             ours,theirs = (o(*_inputs(dls, batch)) for o in (maps,hints))
             for b in odd: seen[b.tap].append((theirs[b.hint], bool((ours[b.tap]>=0).all())))
-    return {_key(b.tap): Projection(torch.cat([t for t,_ in seen[b.tap]]), b.shape[1], rectified=all(r for _,r in seen[b.tap])) for b in odd}
+    return {_key(b.tap): Projection(torch.cat([t for t,_ in seen[b.tap]]), b.shape[1], rectified=all(r for _,r in seen[b.tap]))
+        for b in odd}
 
 class _Hints:
     "The teacher's maps, by name, in float32, from a copy that stops at the last of them"
@@ -174,10 +179,12 @@ class BlockFit:
     @property
     def history(self):
         "All epochs, one row each, losses on hints in columns of their own"
-        if not self.stages: raise ValueError(
-            "Nothing was recorded, since the learner has no Recorder or no stage came to its end: leave the Recorder in, and call fit_blocks again")
-        columns = dict.fromkeys(c for o in sorted(self.stages, key=itemgetter('hints')) for c in o['frame'])
+        columns = dict.fromkeys(c for o in sorted(_recorded(self), key=itemgetter('hints')) for c in o['frame'])
         return pd.concat([o['frame'].assign(stage=o['name']) for o in self.stages], ignore_index=True)[['stage',*columns]]
+
+def _recorded(run):
+    if run.stages: return run.stages
+    raise ValueError("No stage was recorded: leave the Recorder in, and fit again until a stage ends")
 
 # %% ../../nbs/train/blocks.ipynb #3875749e
 @patch
@@ -202,8 +209,7 @@ def _draw(ax, start, stage):
 @patch
 def plot(self:BlockFit):
     "The loss of every stage over the batches, hints and labels side by side; dots are on validation data"
-    sides = [o for o in ([s for s in self.stages if s['hints']], [s for s in self.stages if not s['hints']]) if o]
-    if not sides: raise ValueError("Nothing to plot, since no stage came to its end: call fit_blocks again")
+    sides = [o for o in ([s for s in _recorded(self) if s['hints']], [s for s in self.stages if not s['hints']]) if o]
     fig,axs = plt.subplots(1, len(sides), figsize=(4.5*len(sides),3.2), layout='constrained', squeeze=False)
     starts = dict(zip((o['name'] for o in self.stages), np.cumsum([0, *(len(o['losses']) for o in self.stages)])))
     for ax,stages in zip(axs[0], sides):
@@ -217,7 +223,7 @@ _borrows = 'model','loss_func','metrics','splitter','opt','logger'
 
 @contextmanager
 def _borrowed(learn, names, off):
-    "A block in which a stage may change what a learner is made of, only the student's parameters `names` learn, and the callbacks `off` do not act"
+    "A block in which a stage may change a learner's parts, only the student's parameters `names` learn, and the callbacks `off` do not act"
     kept,cbs,student = {n:getattr(learn, n) for n in _borrows},[*learn.cbs],bare_model(learn.model)
     learn.opt = None
     try:
@@ -244,7 +250,8 @@ def _label_columns(learn, cb): return ['train_loss', 'valid_loss', *learn.metric
 def _check_watched(learn, cb, cbs, taps):
     if not hasattr(learn, 'recorder') or learn.recorder.train_metrics: return
     known = [*_label_columns(learn, cb), *taps]
-    for o in _unwatched([*learn.cbs,*cbs], known): raise ValueError(f"No stage has the column {o.monitor!r} that a {type(o).__name__} monitors: choose from {', '.join(known)}")
+    for o in _unwatched([*learn.cbs,*cbs], known): raise ValueError(
+        f"No stage has the column {o.monitor!r} that a {type(o).__name__} monitors: choose from {', '.join(known)}")
 
 # %% ../../nbs/train/blocks.ipynb #6f5bcf68
 class _NoValidation(Callback):
@@ -252,7 +259,9 @@ class _NoValidation(Callback):
     order = 100
     def before_validate(self): raise CancelValidException("Hints are not to be validated")
 
-def _columns(learn, validate): return contextmanager(replacing_yield)(learn.recorder, 'valid_metrics', validate) if hasattr(learn, 'recorder') else nullcontext()
+def _columns(learn, validate):
+    if not hasattr(learn, 'recorder'): return nullcontext()
+    return contextmanager(replacing_yield)(learn.recorder, 'valid_metrics', validate)
 
 def _fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=False, on=None, **kwargs):
     "One cycle in which `columns` are recorded"
@@ -285,7 +294,8 @@ def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwarg
 def _label_stage(learn, cb, run, head, unfreeze, epochs, lr, cbs, **kwargs):
     "Train the classifier, or everything, on the labels"
     student,columns = bare_model(learn.model),_label_columns(learn, cb)
-    with _borrowed(learn, {n for n,_ in student.named_parameters()} if unfreeze else head.params, [] if cb.terms else [cb, *([cb.cache] if cb.cache else [])]):
+    names = {n for n,_ in student.named_parameters()} if unfreeze else head.params
+    with _borrowed(learn, names, [] if cb.terms else [cb, *([cb.cache] if cb.cache else [])]):
         if not unfreeze: learn.model,learn.splitter = PartOf(student, adapters_of(learn.model), head.layers),_one_group(learn)
         _fit_stage(learn, run, 'student' if unfreeze else 'classifier', epochs, lr, cbs, columns, **kwargs)
 
@@ -297,7 +307,8 @@ def _feed_itself(learn, stage):
     own = {'', *(f'model.{n}'.rstrip('.') for n in stage.layers)}
     alone = PartOf(Truncated(*stage.maps.model, stage.blocks[-1].tap), {}, own).train()
     before = {k:v.clone() for k,v in alone.state_dict().items()}
-    norms = [(m, m.momentum) for n,m in alone.model.named_modules() if n in own and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [(m, m.momentum) for n,m in alone.model.named_modules()
+        if n in own and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for m,_ in norms: m.momentum = m.reset_running_stats()  # None: the mean over all batches
     try:
         with torch.no_grad(), keep_rng(learn.dls.train), _precision(learn):
@@ -340,30 +351,38 @@ def _schedule(n_epoch, head, lr_max, n):
     "Epochs and learning rates of `n` stages on hints and of the classifier"
     epochs = _each(n_epoch, n, 'n_epoch')
     epochs.append(epochs[-1] if head is None else head)
-    if not all(isinstance(o, numbers.Integral) and o>=0 for o in epochs) or not any(epochs): raise ValueError(f"Epochs are whole numbers, at least one of them above 0, got {epochs[:-1]} for the blocks and {epochs[-1]} for the classifier")
+    if not all(isinstance(o, numbers.Integral) and o>=0 for o in epochs) or not any(epochs): raise ValueError(
+        f"Epochs are whole numbers, at least one of them above 0, got {epochs[:-1]} for the blocks and {epochs[-1]} for the classifier")
     return epochs,_each(lr_max, n+1, 'lr_max, the classifier\'s included,')
 
 # %% ../../nbs/train/blocks.ipynb #79ed009a
 def _check_trainable(learn, blocks):
     trainable = {n for n,p in bare_model(learn.model).named_parameters() if p.requires_grad}
     for b in blocks:
-        if not b.params & trainable: raise ValueError(f"{f'The block that ends at {b.tap!r}' if b.tap else 'The classifier'} has nothing to train: "
-            f"{'its parameters are frozen, so learn.unfreeze() first' if b.params else 'leave that pair out' if b.tap else 'pass head=0'}")
+        name = f'The block that ends at {b.tap!r}' if b.tap else 'The classifier'
+        remedy = 'call learn.unfreeze() first' if b.params else 'leave that pair out' if b.tap else 'pass head=0'
+        if not b.params & trainable: raise ValueError(f"{name} has nothing to train: {remedy}")
 
 def _check_learner(learn, cbs):
-    if getattr(learn.opt, 'frozen_idx', 0): raise ValueError("The learner is frozen, so that its blocks would train batch norms alone: learn.unfreeze() first")
-    if isinstance(learn.opt_func, OptimWrapper): raise ValueError("A stage needs an optimizer of its own parameters: pass opt_func=partial(OptimWrapper, opt=...) rather than an OptimWrapper")
-    if any(isinstance(o, (DistillCallback,TeacherCallback)) for o in cbs): raise ValueError("Terms belong to the learner: pass them to distill_learner, or learn.add_cb first")
+    if getattr(learn.opt, 'frozen_idx', 0): raise ValueError("The learner is frozen: call learn.unfreeze() first")
+    if isinstance(learn.opt_func, OptimWrapper): raise ValueError(
+        "A stage needs an optimizer of its own parameters: pass opt_func=partial(OptimWrapper, opt=...)")
+    if any(isinstance(o, (DistillCallback,TeacherCallback)) for o in cbs): raise ValueError(
+        "Terms belong to the learner: pass them to distill_learner, or learn.add_cb first")
+
+def _stages_done(run):
+    return (f"Stages done: {', '.join(o['name'] for o in run.stages) or 'none'}. "
+        "The student keeps what they have learned; to go on, call fit_blocks with a list of epochs, 0 for those.")
 
 # %% ../../nbs/train/blocks.ipynb #e7dd01c2
 @patch
 @delegates(Learner.fit_one_cycle, but=['n_epoch','lr_max','cbs','reset_opt','start_epoch'])
 def fit_blocks(self:Learner,
     n_epoch, # Epochs of every stage, or a list, one a stage; 0 leaves the blocks as they are
-    pairs:dict=None, # Student's layer to teacher's layer, in the order in which they run, at least two; by default the ends of the stages with maps of one size
+    pairs:dict=None, # Student's layer to teacher's layer, two or more, in the order in which they run; by default the ends of the stages
     lr_max=None, # Highest learning rate, or a list, one a stage and one for the classifier; the learner's if None
     head:int=None, # Epochs of the classifier on the labels, with the learner's terms; as many as the last stage if None
-    mode:str='stagewise', # 'stagewise': one block after another; 'simultaneous': all hints at once, end to end; 'parallel': all blocks at once, each fed with the teacher's map
+    mode:str='stagewise', # 'stagewise': block after block; 'simultaneous': all hints, end to end; 'parallel': each fed with the teacher's map
     per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
     stem:bool=True, # Pair the stems as well, where `pairs` is None
     unfreeze:bool=False, # Train the blocks with the classifier on the labels
@@ -371,7 +390,7 @@ def fit_blocks(self:Learner,
     cbs=None, # `Callback`s for all stages
     **kwargs
 ) -> BlockFit: # The curves of every stage
-    "Train the student block by block on what the teacher's layers put out, then its classifier (arXiv:1412.6550, arXiv:1911.06786); raises `ValueError`, with nothing changed, where it cannot be done"
+    "Train the student block by block on the teacher's feature maps, then its classifier (arXiv:1412.6550, arXiv:1911.06786)"
     if mode not in _modes: raise ValueError(f"mode is one of {', '.join(_modes)}, got {mode!r}")
     cb,cbs,run = _teacher_cb(self),L(cbs).map(instantiate),BlockFit()
     _check_learner(self, cbs)
@@ -382,7 +401,7 @@ def fit_blocks(self:Learner,
     if cb.terms: cb.setup()
     _check_watched(self, cb, cbs, [b.tap for b in blocks])
     bare_model(self.model).to(device_of(self.dls))
-    with _one_file([*self.cbs,*cbs]), on_interrupt(lambda: f"Stages done: {', '.join(o['name'] for o in run.stages) or 'none'}. The student keeps what they have learned; to go on, call fit_blocks with a list of epochs, 0 for those."):
+    with _one_file([*self.cbs,*cbs]), on_interrupt(lambda: _stages_done(run)):
         for part,n,lr in zip(parts, epochs, lrs):
             if n: _hint_stage(self, cb, run, part, mode, validate, n, lr, cbs, **kwargs)
         if epochs[-1]: _label_stage(self, cb, run, last, unfreeze, epochs[-1], lrs[-1], cbs, **kwargs)
@@ -395,14 +414,15 @@ def first_terms(
 ) -> list: # Raises `ValueError` if there is none
     "The terms of a learner that are meant for a first stage"
     found = [t for t in _teacher_cb(learn).terms if 1 in t.stages]
-    if not found: raise ValueError("No term is meant for a first stage: add AB(), FSP(), FitNet() or FactorTransfer() to the learner's callbacks")
+    if not found: raise ValueError("No term is meant for a first stage: add AB(), FSP(), FitNet() or FactorTransfer() to the learner")
     return found
 
 # %% ../../nbs/train/blocks.ipynb #c5004bd9
 class _NoLabels(Callback):
     "Leaves the loss on the labels out, and what no term teaches as it is"
     order,run_valid = 0,False
-    def after_loss(self): self.learn.loss_grad = 0*self.learn.loss if num_distrib()>1 else self.learn.loss.new_zeros(())  # several processes wait for every gradient
+    def after_loss(self):  # several processes wait for every gradient
+        self.learn.loss_grad = 0*self.learn.loss if num_distrib()>1 else self.learn.loss.new_zeros(())
     def before_backward(self):
         if not self.learn.loss_grad.requires_grad: raise CancelBackwardException("No term weighs anything now")
     def before_step(self):
@@ -428,10 +448,9 @@ def fit_two_stages(self:Learner,
     cbs=None, # `Callback`s for both stages
     **kwargs
 ) -> BlockFit: # The curves of both
-    "First the terms that are meant for it, without labels; then labels and the other terms; raises `ValueError` where no term is meant for a first stage"
+    "First the terms that are meant for it, without labels; then labels and the other terms; raises `ValueError` without the former"
     cb,cbs,run = _teacher_cb(self),L(cbs).map(instantiate),BlockFit()
     _check_learner(self, cbs)
-    if min(first, n_epoch)<1: raise ValueError(f"Each of the two stages has at least one epoch, got {first} and {n_epoch}: use fit_one_cycle for one stage")
     first_terms(self)
     cb.setup()
     _check_watched(self, cb, cbs, [])

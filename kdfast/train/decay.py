@@ -40,15 +40,16 @@ class CompressedDecay(Callback):
     def before_fit(self):
         share = shares(self.model)
         found = [{share.get(id(p), 1.) for p in g} or {1.} for g in self.opt.param_lists]
-        if any(len(o)>1 for o in found): raise ValueError("The optimizer's groups do not go by compression: leave learn.splitter as wd_groups has set it")
+        if any(len(o)>1 for o in found): raise ValueError("The optimizer's groups mix compressions: keep the splitter of wd_groups")
         self.wds = [h['wd']*o for h,(o,) in zip(self.opt.hypers, found)]
         self.opt.set_hypers(wd=self.wds)
-        if self.opt.frozen_idx: raise ValueError("The groups of wd_groups are no stages of the network: learn.unfreeze() first, and freeze layers by requires_grad_(False)")
+        if self.opt.frozen_idx: raise ValueError(
+            "The groups of wd_groups are no stages of the network: call learn.unfreeze(), and freeze layers by requires_grad_(False)")
 
     def before_step(self):
         if len(lrs := {h['lr'] for h in self.opt.hypers})>1: raise ValueError(
             f"The groups of wd_groups share one learning rate, got {sorted(lrs)}: pass a number, no slice or list")
-        if [h['wd'] for h in self.opt.hypers]!=self.wds: raise ValueError("A schedule of wd overrides what wd_groups has set: leave one of them out")
+        if [h['wd'] for h in self.opt.hypers]!=self.wds: raise ValueError("A schedule of wd overrides wd_groups: leave one of them out")
 
 # %% ../../nbs/train/decay.ipynb #d022b4c5
 def _default_wd(learn):
@@ -61,13 +62,14 @@ def wd_groups(
     wd:float=None # Weight decay of what is not compressed; the learner's, or else its optimizer's default, if None
 ) -> Learner: # The same
     "Scale the weight decay of compressed layers by their compression from now on; raises `ValueError` where there is nothing to scale"
-    if any(isinstance(o, CompressedDecay) for o in learn.cbs): raise ValueError("This learner's weight decay goes by compression already: set learn.wd for another value")
     wd = _default_wd(learn) if wd is None else wd
     adapted = isinstance(learn.splitter, AdaptedSplitter)
     splitter,student = learn.splitter.splitter if adapted else learn.splitter,bare_model(learn.model)
-    if not shares(student): raise ValueError("No layer of this network is compressed: build it with a kind of kdfast.models.convs or kdfast.models.structured, or swap_convs")
-    if not wd: raise ValueError("The weight decay is 0, and so would be every share of it: pass wd=")
-    if isinstance(splitter(student)[0], (list,L)): raise ValueError("This learner's splitter makes groups already, and learning rates and freezing go by their number: make the learner with splitter=trainable_params")
+    grouped = any(isinstance(o, CompressedDecay) for o in learn.cbs) or isinstance(splitter(student)[0], (list,L))
+    if not shares(student): raise ValueError("No layer of this network is compressed: build it with compressed layers, or use swap_convs")
+    if not wd: raise ValueError("The weight decay is 0, and so would be every share of it: pass `wd=`")
+    if grouped: raise ValueError(
+        "This learner's parameters are in groups already: make it with splitter=trainable_params, or after wd_groups set learn.wd")
     learn.splitter = AdaptedSplitter(CompressionSplitter(splitter)) if adapted else CompressionSplitter(splitter)
     learn.wd,learn.opt = wd,None
     return learn.add_cb(CompressedDecay())
