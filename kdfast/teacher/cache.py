@@ -199,10 +199,10 @@ def _together():
 @patch
 def _check(self:TeacherCache, kept, now):
     seen = [tensor(o['seen']).view(-1, 2) for o in (kept,now)]
-    differs = ("another teacher" if kept['teacher']!=now['teacher']
-        else f"a teacher in precision {kept['precision']}, not {now['precision']}" if kept['precision']!=now['precision']
+    same = {k:kept[k]==now[k] for k in ('teacher','precision','views')}
+    differs = ("another teacher" if not same['teacher'] else f"views={kept['views']}, not {now['views']}" if not same['views']
+        else f"a teacher in precision {kept['precision']}, not {now['precision']}" if not same['precision']
         else "another data set or another pipeline" if not _same_data(kept['data'], now['data'])
-        else f"views={kept['views']}, not {now['views']}" if kept['views']!=now['views']
         else "a teacher whose tfm makes it see images differently" if not _same_sums(*seen).all() else '')
     if differs: raise ValueError(f"The cache in {self.path} was made with {differs}: delete it, or choose another folder")
 
