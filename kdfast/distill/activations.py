@@ -21,13 +21,14 @@ class BeforeReLU(FeatureKD):
     "`func` of what ReLUs are given, halved from each pair to the one before"
     def __init__(self,
         func, # Called as `func(student's maps, teacher's maps)`, gives a scalar
-        pairs:dict=None, # Student's layer to teacher's layer, shallow to deep, after each of which comes a ReLU; by default the ends of the stages with maps of one size
+        pairs:dict=None, # Student's layer to teacher's, each followed by a ReLU, shallow to deep; by default the ends of the stages
         weight:float=1. # A number, or a fastai schedule over the fit
     ): super().__init__(func, pairs, weight)
 
     def choose(self, student, network, tfm, xb):
         seen = seen_by(tfm, xb)
-        found = [(before_relu(student, xb, a), before_relu(network, seen, b)) for a,b in (self.pairs or pair_layers(student, network, xb, tfm=tfm)).items()]
+        pairs = self.pairs or pair_layers(student, network, xb, tfm=tfm)
+        found = [(before_relu(student, xb, a), before_relu(network, seen, b)) for a,b in pairs.items()]
         self.layers,self.norms = {a:b for (a,_),(b,_) in found},{a:norm for (a,_),(_,norm) in found}
 
     def adapter(self, s, t): return to_width(s.shape[1], t.shape[1])
@@ -44,10 +45,8 @@ class AB(BeforeReLU):
     def __init__(self,
         pairs:dict=None, # As for `BeforeReLU`
         weight:float=3e-3, # A number, or a fastai schedule over the fit
-        margin:float=1. # How far from zero is far enough; raises `ValueError` unless positive
-    ):
-        if margin<=0: raise ValueError(f"The margin of an activation boundary is positive, got {margin}: 1 is published")
-        super().__init__(partial(ab_loss, margin=margin), pairs, weight)
+        margin:float=1. # How far from zero is far enough, positive
+    ): super().__init__(partial(ab_loss, margin=margin), pairs, weight)
 
 # %% ../../nbs/distill/activations.ipynb #f32820d2
 class OFD(BeforeReLU):
@@ -59,8 +58,9 @@ class OFD(BeforeReLU):
 
     def _margin(self, a):
         norm = self.norms[a] and get_layer(self.source.network, self.norms[a])
-        if any(getattr(norm, k, None) is None or getattr(norm, k).ndim!=1 for k in ('weight','bias')): raise ValueError(
-            f"OFD reads its margins off a norm with weights, and the teacher has none that makes {self.layers[a]!r}: choose other pairs, or AB")
+        lacking = any(getattr(norm, k, None) is None or getattr(norm, k).ndim!=1 for k in ('weight','bias'))
+        if lacking: raise ValueError(f"OFD reads its margins off a norm with weights, which the teacher's {self.layers[a]!r} lacks: "
+            "pass other pairs=, or use AB")
         return ofd_margin(norm)
 
     def prepare(self, probe):
@@ -81,7 +81,7 @@ class FlowKD(FeatureKD):
     "`func` of the maps of each two taps that follow each other, the sum over these"
     def __init__(self,
         func, # Called as `func(student's maps, its later ones, teacher's maps, its later ones)`, gives a scalar
-        pairs:dict=None, # Student's layer to teacher's layer, shallow to deep, at least two; by default the ends of the stages with maps of one size
+        pairs:dict=None, # Student's layer to teacher's, shallow to deep, at least two; by default the ends of the stages
         weight:float=1., # A number, or a fastai schedule over the fit
         per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
         stem:bool=True # Pair the stems as well, where `pairs` is None
@@ -90,7 +90,8 @@ class FlowKD(FeatureKD):
         self.flow = func
 
     def prepare(self, probe):
-        if len(self.layers)<2: raise ValueError(f"{type(self).__name__} compares layers that follow each other and found one pair, {self.layers}: pass pairs with at least two")
+        if len(self.layers)<2: raise ValueError(
+            f"{type(self).__name__} compares consecutive layers but has one pair, {self.layers}: pass pairs= with at least two")
         return super().prepare(probe)
 
     def adapter(self, s, t): return None if s.shape[1]==t.shape[1] else to_width(s.shape[1], t.shape[1])
@@ -123,7 +124,9 @@ class KDSVD(FlowKD):
         super().__init__(partial(kdsvd_loss, k=k), pairs, weight, per_stage, stem)
 
 # %% ../../nbs/distill/activations.ipynb #7eece07a
-def _words(ni, nf, conv=nn.Conv2d): return nn.Sequential(*(nn.Sequential(conv(a, b, 3, padding=1), nn.LeakyReLU(.1)) for a,b in ((ni,ni),(ni,nf),(nf,nf))))
+def _words(ni, nf, conv=nn.Conv2d):
+    layer = lambda a,b: nn.Sequential(conv(a, b, 3, padding=1), nn.LeakyReLU(.1))
+    return nn.Sequential(layer(ni, ni), layer(ni, nf), layer(nf, nf))
 
 class _Factors(nn.Module):
     "A translator for `ns` channels, and a paraphraser for `nt`, which both put out `n`"
@@ -144,7 +147,7 @@ class FactorTransfer(FeatureKD):
         weight:float=200., # A number, or a fastai schedule over the fit
         k:float=.5 # Channels of the factors, as part of the teacher's; raises `ValueError` unless positive
     ):
-        if k<=0: raise ValueError(f"k is the channels of the factors, as part of the teacher's, and positive, got {k}: .5 is published")
+        if k<=0: raise ValueError(f"k, the factors' channels as a fraction of the teacher's, must be positive, got {k}: .5 is published")
         super().__init__(ft_loss, pairs, weight)
         self.k = k
 
@@ -153,7 +156,8 @@ class FactorTransfer(FeatureKD):
     def prepare(self, probe):
         pairs = {a: (probe.student[a], probe.teacher[b]) for a,b in self.layers.items()}
         for a,(s,t) in pairs.items():
-            if s.ndim!=4 or t.ndim!=4: raise ValueError(f"FactorTransfer translates maps (bs,c,h,w), got {a!r}, {tuple(s.shape)}, and {self.layers[a]!r}, {tuple(t.shape)}: choose other pairs")
+            if s.ndim!=4 or t.ndim!=4: raise ValueError(f"FactorTransfer needs maps (bs,c,h,w), "
+                f"got {a!r}, {tuple(s.shape)}, and {self.layers[a]!r}, {tuple(t.shape)}: pass other pairs=")
         return {self._key(a): _Factors(s.shape[1], t.shape[1], max(1, round(self.k*t.shape[1]))) for a,(s,t) in pairs.items()}
 
     def before_step(self):
@@ -175,5 +179,6 @@ class FactorTransfer(FeatureKD):
 
     def after_loss(self):
         super().after_loss()
-        if self.acts(self.now): self.learn.loss_grad = self.learn.loss_grad + (_still(self.lost) if self.stage==2 or not self.now else self.lost)
+        still = self.stage==2 or not self.now
+        if self.acts(self.now): self.learn.loss_grad = self.learn.loss_grad + (_still(self.lost) if still else self.lost)
         self.lost = None

@@ -26,25 +26,27 @@ def is_multi_label(loss_func, yb):
 
 def _is_float(yb): return isinstance(first(yb), Tensor) and first(yb).is_floating_point()
 
-def _is_cross_entropy(loss_func): return isinstance(getattr(loss_func, 'func', loss_func), nn.CrossEntropyLoss) or loss_func is F.cross_entropy
+def _is_cross_entropy(loss_func):
+    return isinstance(getattr(loss_func, 'func', loss_func), nn.CrossEntropyLoss) or loss_func is F.cross_entropy
 
 # %% ../../nbs/distill/core.ipynb #16607f58
 def _name_of(func, default):
     name = getattr(getattr(func, 'func', func), '__name__', '').removesuffix('_loss')
     return name if name.isidentifier() else default
 
-def _as_labels(y, logits):
+def _as_labels(y, logits, name):
     "`y` as `(bs,...)` for logits `(bs,c,...)`; raises `ValueError` where they are not the numbers of classes"
     shape = (logits.shape[0],*logits.shape[2:])
     fits = isinstance(y, Tensor) and not y.is_floating_point() and y.numel()==math.prod(shape)
-    told = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else None if y is None else type(y).__name__
-    if not fits: raise ValueError(
-        f"it reads which class is right, and these targets ({told}) do not say that: use KD, or DataLoaders with a category for each output")
+    found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else None if y is None else type(y).__name__
+    if not fits: raise ValueError(f"{name} reads which class is right, but these targets ({found}) do not say: "
+        "use KD, or DataLoaders with a category for each output")
     return y.as_subclass(Tensor).reshape(shape).long()
 
 # %% ../../nbs/distill/core.ipynb #69809d68
 class LogitKD(DistillCallback):
     "`func` of student's and teacher's logits, `(bs,c,...)`"
+    per_image = False
     def __init__(self,
         func, # Called as `func(student's logits, teacher's logits)`, with `y=labels` if it has such an argument; gives a scalar
         weight:float=1., # A number, or a fastai schedule over the fit
@@ -61,9 +63,8 @@ class LogitKD(DistillCallback):
     def prepare(self, probe):
         self.axis = getattr(self.learn.loss_func, 'axis', 1)
         self.check(probe)
-        try:
-            if self.labelled: _as_labels(first(L(probe.yb).map(lambda o: o[:len(probe.pred)])), self.laid(probe.pred))
-        except ValueError as e: raise ValueError(f"{type(self).__name__}: {e}") from None
+        y = first(L(probe.yb).map(lambda o: o[:len(probe.pred)]))
+        if self.labelled: _as_labels(y, self.laid(probe.pred), type(self).__name__)
         return {}
 
     def laid(self, logits):
@@ -81,24 +82,24 @@ def check(self:LogitKD,
     probe # A `Probe`, what both networks put out for zeros
 ):
     "Raises `ValueError` where outputs are no logits of classes"
-    name = type(self).__name__
-    remedy = "which do not read the outputs"
-    if is_multi_label(self.learn.loss_func, probe.yb): raise ValueError(
-        f"{name} compares softmax outputs, but these targets are multi-label: use SigmoidKD, or AT or FitNet, {remedy}")
-    if _is_float(probe.yb) and not _is_cross_entropy(self.learn.loss_func): raise ValueError(
-        f"{name} compares softmax outputs, but these targets are floating point, multi-label or of a regression: use AT or FitNet, {remedy}")
-    if self.laid(probe.pred).shape[1]<2: raise ValueError(f"{name} compares the probabilities of at least two classes, but the networks have one output: use AT or FitNet")
+    loss,shape = self.learn.loss_func,tuple(self.laid(probe.pred).shape)
+    wrong = ("but these targets are multi-label: use SigmoidKD, AT or FitNet" if is_multi_label(loss, probe.yb)
+        else "but these targets are floating point: use AT or FitNet" if _is_float(probe.yb) and not _is_cross_entropy(loss)
+        else "of at least two classes, but the networks have one output: use AT or FitNet" if shape[1]<2
+        else f"one decision per image, but got outputs {shape}: use another method, such as KD" if self.per_image and len(shape)!=2 else '')
+    if wrong: raise ValueError(f"{type(self).__name__} compares softmax outputs, {wrong}")
 
 # %% ../../nbs/distill/core.ipynb #0c86c263
 def mixed_by(learn): return first(cb for cb in learn.cbs if isinstance(cb, MixHandler) and cb.run and hasattr(cb, 'yb1'))
 
 @patch
 def _with_labels(self:LogitKD, s, t):
-    mix,y = mixed_by(self.learn),_as_labels(self.y, s)
+    mix,labels = mixed_by(self.learn),partial(_as_labels, logits=s, name=type(self).__name__)
+    y = labels(self.y)
     if not mix: return self.func(s, t, y=y)
-    remedy = ", or give the function a `reduction`, 'none' for a value an image" if type(self) is LogitKD else ''
+    remedy = ", or let the function take reduction='none'" if type(self) is LogitKD else ''
     if not self.reducible: raise ValueError(f"{self.column} reads labels, which {type(mix).__name__} mixes: leave that out{remedy}")
-    pairs = [(self.func(s, t, y=o, reduction='none'), ((o>=0)&(o<s.shape[1])).float()) for o in (_as_labels(first(mix.yb1), s),y)]
+    pairs = [(self.func(s, t, y=o, reduction='none'), ((o>=0)&(o<s.shape[1])).float()) for o in (labels(first(mix.yb1)),y)]
     value,n = (torch.lerp(*o, unsqueeze(tensor(mix.lam).to(s.device), n=y.ndim-1)).sum() for o in zip(*pairs))
     return value/n.clamp(min=1)
 
@@ -119,7 +120,8 @@ def phased(
     ramp:float=0. # Part of the fit over which it rises from 0
 ): # A schedule, for any term
     "A weight that counts in a part of the fit; in the rest nothing is computed for it"
-    if not 0<=since<until<=1 or not 0<=ramp<=until-since: raise ValueError(f"A weight counts from since to until, parts of the fit in [0,1], and rises over ramp of it, got since={since}, until={until}, ramp={ramp}")
+    if not 0<=since<until<=1 or not 0<=ramp<=until-since: raise ValueError(
+        f"Fractions of the fit must be 0<=since<until<=1 and 0<=ramp<=until-since, got since={since}, until={until}, ramp={ramp}")
     return partial(_phased, weight, since, until, ramp) if since or until<1 or ramp else weight
 
 # %% ../../nbs/distill/core.ipynb #aefe8b49
@@ -134,14 +136,14 @@ class KD(LogitKD):
         check_temperature(T)
         values = _along(alpha)
         if not all(0<=a<=1 for a in values): raise ValueError(
-            f"alpha is the part of the loss that comes from the teacher, in [0,1], got {min(values)} to {max(values)}: .9 is the default")
+            f"alpha, the teacher's fraction of the loss, must be in [0,1], got {min(values)} to {max(values)}: .9 is the default")
         super().__init__(partial(kd_loss, T=T), alpha, standardize)
         self.T,self.scale = T,scale
 
     def check(self, probe):
         super().check(probe)
         part = max(map(sum, zip(*(_along(t.weight) for t in self.source.terms if isinstance(t, KD)))))
-        if part>1+1e-6: raise ValueError(f"The KD terms of a learner take {part:g} of its loss together, which leaves less than nothing to the labels: choose alphas that add up to 1 or less")
+        if part>1+1e-6: raise ValueError(f"The alphas of the KD terms sum to {part:g}: choose alphas that add up to 1 or less")
 
     def term(self): return self.scale*super().term()
 
@@ -167,14 +169,16 @@ class FeatureKD(DistillCallback):
         stem:bool=False # Pair the stems as well, where `pairs` is None
     ):
         super().__init__(weight)
-        if pairs is not None and not (isinstance(pairs, dict) and pairs and all(isinstance(o, str) for p in pairs.items() for o in p)): raise ValueError(
-            f"pairs must name at least one pair as {{'student.layer': 'teacher.layer'}}, one name each, got {pairs!r}; leave it out to have them found")
+        named = isinstance(pairs, dict) and pairs and all(isinstance(o, str) for p in pairs.items() for o in p)
+        if pairs is not None and not named: raise ValueError(
+            f"pairs must name at least one pair of layers, got {pairs!r}: pass {{'student.layer': 'teacher.layer'}}, or leave it out")
         store_attr('func,pairs,per_stage,stem')
 
     @property
     def column(self): return _name_of(self.func, 'feature') if type(self) is FeatureKD else super().column
 
-    def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or pair_layers(student, network, xb, self.per_stage, self.stem, tfm))
+    def choose(self, student, network, tfm, xb):
+        self.layers = dict(self.pairs or pair_layers(student, network, xb, self.per_stage, self.stem, tfm))
 
     def prepare(self, probe):
         pairs = {a: (probe.student[a], probe.teacher[b]) for a,b in self.layers.items()}
@@ -191,10 +195,10 @@ class FeatureKD(DistillCallback):
             with warnings.catch_warnings():
                 warnings.filterwarnings('error', message='Using a target size')
                 value = self.func(adapter(s), t.to(s.device))
-            if isinstance(value, Tensor) and value.numel()!=1: raise ValueError(
-                f"the function gives a tensor of shape {tuple(value.shape)}, no scalar, so let it end with .mean()")
+            if isinstance(value, Tensor): self._check_scalar(value)
         except Exception as e:
-            raise ValueError(f"{self.column} cannot compare {a!r}, {tuple(s.shape)}, with {self.layers[a]!r}, {tuple(t.shape)}: {e}; choose other pairs") from e
+            pair = f"{a!r}, {tuple(s.shape)}, with {self.layers[a]!r}, {tuple(t.shape)}"
+            raise ValueError(f"{self.column} cannot compare {pair}: {e}; or pass other pairs=") from e
 
     def compared(self):
         "What the student shows at each pair, through its adapter, and what the teacher does"

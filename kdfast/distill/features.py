@@ -1,4 +1,4 @@
-"""Callbacks that learn something beside the student: how to tell the teacher's features, how to fuse its own, how to use the teacher's classifier
+"""Callbacks that learn more than the student: to predict the teacher's features, to fuse its own, to use the teacher's classifier
 
 Docs: https://kdfast.github.io/kdfast/distill/features.html.md"""
 
@@ -38,7 +38,7 @@ def _told(mean_and_variance, target): return vid_loss(*mean_and_variance, target
 
 # %% ../../nbs/distill/features.ipynb #dbf1db06
 class VID(FeatureKD):
-    "Variational information: the teacher's features are told from the student's, each channel as well as may be (Ahn et al., arXiv:1904.05835)"
+    "Variational information: predicts each channel of the teacher's features from the student's (Ahn et al., arXiv:1904.05835)"
     def __init__(self,
         pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
         weight:float=1., # A number, or a fastai schedule over the fit
@@ -84,9 +84,9 @@ class _Review(nn.Module):
 
 # %% ../../nbs/distill/features.ipynb #fcea9e9c
 class ReviewKD(FeatureKD):
-    "Knowledge review: each level of the teacher from all deeper levels of the student, compared coarse and fine (Chen et al., arXiv:2104.09044); the sum over levels"
+    "Knowledge review: each level of the teacher from all deeper ones of the student, summed over levels (Chen et al., arXiv:2104.09044)"
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer, shallow to deep; by default the ends of the stages with maps of one size, and what the classifiers read
+        pairs:dict=None, # Student's layer to teacher's, shallow to deep; by default the ends of the stages, and what the classifiers read
         weight:float=5., # A number, or a fastai schedule over the fit
         ramp:float=1/12, # Part of the fit over which the weight rises
         per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
@@ -118,7 +118,8 @@ def _body(student, layer):
     names = [*student._modules]  # a module that stands there twice, twice
     if type(student) is nn.Sequential and layer in names: return student[:names.index(layer)+1]
     try: return nn.Sequential(create_feature_extractor(student, {layer:'map'}), _Item('map'))
-    except Exception as e: raise ValueError(f"SimKD cannot cut this {type(student).__name__} after {layer!r} ({e}): use a student that torch.fx can trace, or an nn.Sequential") from e
+    except Exception as e: raise ValueError(f"SimKD cannot cut this {type(student).__name__} after {layer!r} ({e}): "
+        "use a student that torch.fx can trace, or an nn.Sequential") from e
 
 class _Item(nn.Module):
     def __init__(self, name):
@@ -144,12 +145,13 @@ class Reuse(nn.Module):
     def forward(self, x): return self.classifier(self.projector(self.body(x)).mean((2,3)))
 
 # %% ../../nbs/distill/features.ipynb #947e507b
-def _equal(a, b): return a.weight.shape==b.weight.shape and all(torch.equal(p.cpu(), q.cpu()) for p,q in zip(a.parameters(), b.parameters()))
+def _equal(a, b):
+    return a.weight.shape==b.weight.shape and all(torch.equal(p.cpu(), q.cpu()) for p,q in zip(a.parameters(), b.parameters()))
 
 def _pooled_hint(s, t): return hint_loss(*to_one_size(s, t))
 
 class SimKD(FeatureKD):
-    "The teacher's classifier on maps that the student learns to imitate, and no loss on labels (Chen et al., arXiv:2203.14001); while it weighs nothing, labels teach"
+    "The teacher's classifier on maps that the student imitates; labels count only while its weight is 0 (Chen et al., arXiv:2203.14001)"
     def __init__(self,
         weight:float=1., # A number, or a fastai schedule over the fit
         factor:int=2 # As for `Reuse`
@@ -160,7 +162,8 @@ class SimKD(FeatureKD):
     def build(self, student, network, tfm, xb):
         "A `Reuse` of `student`, which raises `ValueError` where one of the networks has no map of which its classifier reads the mean"
         theirs = get_layer(network, classifier_map(network, seen_by(tfm, xb))[1])
-        if isinstance(student, Reuse): return student if _equal(student.classifier, theirs) else Reuse(student.body, student.ni, theirs, self.factor)
+        if isinstance(student, Reuse):
+            return student if _equal(student.classifier, theirs) else Reuse(student.body, student.ni, theirs, self.factor)
         a,_ = classifier_map(student, xb)
         return Reuse(_body(student, a), layer_sizes(student, xb)[a][1], theirs, self.factor)
 

@@ -36,7 +36,7 @@ class SigmoidKD(LogitKD):
     def check(self, probe):
         loss = self.learn.loss_func
         if not (is_multi_label(loss, probe.yb) or loss is F.binary_cross_entropy_with_logits): raise ValueError(
-            "SigmoidKD gives each label a probability of its own, but these targets are not multi-label: use KD for classes, Logits for numbers")
+            "SigmoidKD treats each label separately, but these targets are not multi-label: use KD for classes, Logits for numbers")
 
 # %% ../../nbs/distill/logits.ipynb #43a1a57b
 DKD_WRN = dict(beta=6.)
@@ -59,7 +59,7 @@ class DKD(LogitKD):
 NKD_CIFAR = dict(gamma=3.5, T=3.)
 
 class NKD(LogitKD):
-    "Normalized distillation: a cross entropy weighed by the teacher's trust in the label, and one of the other classes (Yang et al., arXiv:2303.13005)"
+    "Normalized distillation: cross entropy weighted by the teacher's trust, and one of the other classes (Yang et al., arXiv:2303.13005)"
     def __init__(self,
         gamma:float=1.5, # Weight of the other classes
         T:float=1., # Temperature of the other classes; raises `ValueError` unless positive
@@ -85,6 +85,7 @@ class DIST(LogitKD):
 # %% ../../nbs/distill/logits.ipynb #2bb3fe83
 class MLKD(LogitKD):
     "Multi-level distillation: several temperatures, and the correlation of classes and of images (Jin et al., CVPR 2023)"
+    per_image = True
     def __init__(self,
         weight:float=.1, # A number, or a fastai schedule over the fit
         T:tuple=(2.,3.,4.,5.,6.), # Temperatures; raises `ValueError` unless positive
@@ -92,7 +93,3 @@ class MLKD(LogitKD):
     ):
         for o in T: check_temperature(o)
         super().__init__(partial(mlkd_loss, T=T), weight, standardize)
-
-    def check(self, probe):
-        super().check(probe)
-        if self.laid(probe.pred).ndim!=2: raise ValueError(f"MLKD compares images with each other, and takes one decision an image, got outputs {tuple(probe.pred.shape)}: use KD")

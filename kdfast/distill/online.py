@@ -15,6 +15,7 @@ from ..layers.adapters import adapters_of, bare_model
 from ..losses.core import check_temperature, kd_loss
 from ..losses.logits import cskd_loss, tfkd_loss
 from ..models.convs import init_he
+from ..teacher.callback import check_outputs
 
 # %% ../../nbs/distill/online.ipynb #ab9599ce
 def _from_labels(s, t, y, **kwargs): return tfkd_loss(s, y, **kwargs)
@@ -27,14 +28,15 @@ class TfKD(KD):
         T:float=20., # Temperature; raises `ValueError` unless positive
         alpha:float=.9 # Part of the loss that comes from the virtual teacher, in [0,1], or a fastai schedule of it
     ):
-        if not 0<a<1: raise ValueError(f"The virtual teacher gives the right class a probability between 0 and 1, got a={a}: .99 is published")
+        if not 0<a<1: raise ValueError(
+            f"The virtual teacher's probability of the right class must be in (0,1), got a={a}: .99 is published")
         super().__init__(T, alpha)
         self.func,self.labelled,self.reducible = partial(_from_labels, a=a, T=T, reduction='mean'),True,True
 
 # %% ../../nbs/distill/online.ipynb #2fedacb7
 class CSKD(LogitKD):
     "Class-wise self-distillation: two images of one class teach each other (Yun et al., arXiv:2003.13964)"
-    taught,reads_logits = False,False
+    taught,reads_logits,per_image = False,False,True
     def __init__(self,
         T:float=4., # Temperature; raises `ValueError` unless positive
         weight:float=1. # A number, or a fastai schedule over the fit
@@ -47,10 +49,6 @@ class CSKD(LogitKD):
         self.alone += (y==y[:,None]).sum(1).eq(1).sum()
         return cskd_loss(s, y, self.T)
 
-    def check(self, probe):
-        super().check(probe)
-        if self.laid(probe.pred).ndim!=2: raise ValueError(f"CSKD pairs images by their class, and takes one decision an image, got outputs {tuple(probe.pred.shape)}: use another method")
-
     def before_train(self):
         super().before_train()
         self.alone = 0
@@ -58,7 +56,8 @@ class CSKD(LogitKD):
     def after_train(self):
         if self.told or not self.count or self.alone<=self.count/2: return
         self.told = True
-        warnings.warn(f"{self.alone/self.count:.0%} of the images have no other of their class in their batch, so CSKD leaves them out: use larger batches, or a sampler that keeps classes together")
+        warnings.warn(f"CSKD: {self.alone/self.count:.0%} of the images have no other of their class in their batch: "
+            "use larger batches, or a sampler that keeps classes together")
 
 # %% ../../nbs/distill/online.ipynb #6b928fa8
 def twin(
@@ -66,15 +65,18 @@ def twin(
 ) -> nn.Module: # A copy; raises `ValueError` where a parameter belongs to no layer that can reset it
     "The same network with other random weights"
     new = deepcopy(model)
-    stuck = [n for n,m in new.named_modules() if m._parameters and any(p is not None for p in m._parameters.values()) and not (hasattr(m, 'reset_parameters') or hasattr(m, 'init_weights'))]
-    if stuck: raise ValueError(f"The layer {stuck[0]!r} of this {type(model).__name__} cannot give itself new weights: pass the other students, peers=[...]")
+    owns = lambda m: any(p is not None for p in m._parameters.values())
+    resets = lambda m: hasattr(m, 'reset_parameters') or hasattr(m, 'init_weights')
+    stuck = [n for n,m in new.named_modules() if owns(m) and not resets(m)]
+    if stuck: raise ValueError(f"The layer {stuck[0]!r} of this {type(model).__name__} cannot reset its weights: "
+        "pass the other students, peers=[...]")
     for m in new.modules():
         if hasattr(m, 'reset_parameters'): m.reset_parameters()
     return init_he(new).requires_grad_(True)
 
 # %% ../../nbs/distill/online.ipynb #7ebb905f
 class DML(LogitKD):
-    "Deep mutual learning: students that teach each other while they learn (Zhang et al., arXiv:1706.00384); while it weighs nothing, peers do not learn"
+    "Deep mutual learning: students that teach each other (Zhang et al., arXiv:1706.00384); with zero weight peers do not learn"
     taught,reads_logits,reuses,made = False,False,False,None
     _stateattrs = ('made',)
     def __init__(self,
@@ -86,8 +88,6 @@ class DML(LogitKD):
         super().__init__(partial(kd_loss, T=T), weight)
         self.n = peers if isinstance(peers, int) else 0
         self.made = None if isinstance(peers, int) else [peers] if isinstance(peers, nn.Module) else [*L(peers)]
-        if self.n<1 and not (self.made and all(isinstance(o, nn.Module) for o in self.made)): raise ValueError(
-            f"DML takes at least one peer, a number of twins or a list of modules, got {peers!r}: pass for instance 1, or [wrn(16, 1)]")
 
     @property
     def peers(self): return [m for k,m in adapters_of(self.learn.model).items() if re.fullmatch(rf'{self.label}_peer\d+', k)]
@@ -95,8 +95,11 @@ class DML(LogitKD):
     def prepare(self, probe):
         super().prepare(probe)
         student = bare_model(self.learn.model)
-        if not self.n and not self.made: raise ValueError("Peers are not exported with their learner: learn.remove_cb(DML), then learn.add_cb(DML(peers=[...]))")
-        if any(hasattr(t, 'build') for t in self.source.terms): raise ValueError("DML's students learn from labels, and another term has put a classifier into this one that does not learn: leave one of the two out")
+        modules = self.made and all(isinstance(o, nn.Module) for o in self.made)
+        if self.n<1 and not modules: raise ValueError(
+            f"DML needs at least one peer, got {self.made or self.n} (exports keep none): use DML(peers=1) or DML(peers=[wrn(16, 1)])")
+        if any(hasattr(t, 'build') for t in self.source.terms): raise ValueError(
+            "DML trains on labels, but another term gave the student a classifier that does not learn: leave one of the two out")
         if not self.made:
             torch.manual_seed(torch.initial_seed()+1)  # or a student that has just been made with the same seed would be its own twin
             self.made = [twin(student) for _ in range(self.n)]
@@ -105,12 +108,9 @@ class DML(LogitKD):
 
     def _check_peers(self, student, pred):
         owned = [id(p) for m in (student,self.source.network,*self.made) for p in {*m.parameters()}]
-        if len({*owned})<len(owned): raise ValueError("Two of DML's students, or one and the teacher, share parameters: pass modules of their own, peers=[...]")
+        if len({*owned})<len(owned): raise ValueError("DML's networks share parameters: pass separate modules, peers=[...]")
         for o in self.made:
-            try:
-                with probing(o.to(pred.device)): shape = logits_of(o(*to_device(self.source.example, pred.device))).shape
-            except Exception as e: raise ValueError(f"A peer, a {type(o).__name__}, cannot take what the student takes ({e}): pass one that is made for the same inputs") from e
-            if shape!=pred.shape: raise ValueError(f"Peers have the same outputs, got {tuple(pred.shape[1:])} and {tuple(shape[1:])}: give each the n_out of these classes")
+            with probing(o.to(pred.device)): check_outputs(pred, logits_of(o(*to_device(self.source.example, pred.device))), 'peer')
 
     def term(self):
         self.said = [logits_of(o(*self.learn.xb)) for o in self.peers]

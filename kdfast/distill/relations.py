@@ -135,7 +135,9 @@ class CRD(EmbeddingKD):
         dim:int=128 # Of the common space
     ):
         super().__init__(crd_loss, pairs, weight)
-        if not all(isinstance(o, int) and o>0 for o in (negatives,dim)) or tau<=0: raise ValueError(f"CRD draws a number of negatives, in a space of some dimensions, at a positive temperature, got negatives={negatives}, dim={dim}, tau={tau}")
+        counts = all(isinstance(o, int) and o>0 for o in (negatives,dim))
+        if not counts or tau<=0: raise ValueError(
+            f"CRD takes positive whole numbers and a positive temperature, got negatives={negatives}, dim={dim}, tau={tau}")
         if pairs and len(pairs)>1: raise ValueError(f"CRD compares one vector an image, got {len(pairs)} pairs: choose one")
         store_attr('negatives,tau,dim')
 

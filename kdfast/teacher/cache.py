@@ -16,7 +16,7 @@ from torch import distributed
 from ..core import fingerprint, keep_rng, on_interrupt, part_of, seen_by, unreadable, whole_folder
 from ..devices import autocast_dtype
 from ..layers.adapters import bare_model
-from .callback import TeacherCallback
+from .callback import check_source, TeacherCallback
 
 # %% ../../nbs/teacher/cache.ipynb #7f6eaf1c
 def _direction(n, device):
@@ -35,7 +35,7 @@ class _CheckSums:
             x = x.detach().as_subclass(Tensor).float().reshape(len(x), -1)
             key = i,x.shape[1],x.device
             if key not in self.directions: self.directions[key] = _direction(x.shape[1], x.device)
-            total = total + torch.stack([(x*self.directions[key]).sum(1), x.norm(dim=1)], 1)  # no matrix product, which autocast would round
+            total = total + torch.stack([(x*self.directions[key]).sum(1), x.norm(dim=1)], 1)  # autocast would round a matrix product
         return total
 
 def _same_sums(
@@ -60,8 +60,9 @@ def _said(t):
 
 # %% ../../nbs/teacher/cache.ipynb #fdb463b5
 def _transforms(dl):
-    pipes = [getattr(o, 'tfms', None) for o in getattr(dl.dataset, 'tls', ())] + [getattr(dl, n, None) for n in ('after_item','before_batch','after_batch')]
-    return [t for p in pipes for t in getattr(p, 'fs', ())]
+    pipes = [getattr(o, 'tfms', None) for o in getattr(dl.dataset, 'tls', ())]
+    steps = [getattr(dl, n, None) for n in ('after_item','before_batch','after_batch')]
+    return [t for p in pipes+steps for t in getattr(p, 'fs', ())]
 
 # %% ../../nbs/teacher/cache.ipynb #210cac68
 def _these(dl, idxs, **kwargs):
@@ -91,7 +92,8 @@ def _data_print(
 
 def _same_data(a:dict, b:dict) -> bool:
     "Do both come from the same samples and pipeline?"
-    return all(a[k]==b[k] for k in ('n','pipeline','targets')) and len(a['seen'])==len(b['seen']) and bool(_same_sums(*(tensor(o['seen']).view(-1, 2) for o in (a,b))).all())
+    sums = [tensor(o['seen']).view(-1, 2) for o in (a,b)]
+    return all(a[k]==b[k] for k in ('n','pipeline','targets')) and len(sums[0])==len(sums[1]) and bool(_same_sums(*sums).all())
 
 # %% ../../nbs/teacher/cache.ipynb #fa62c9dc
 def _claim(path, shape, dtype):
@@ -105,20 +107,22 @@ def _size(arrays): return sum(math.prod(shape)*np.dtype(dtype).itemsize for shap
 # %% ../../nbs/teacher/cache.ipynb #ea011f77
 def _check_space(path, size):
     free = shutil.disk_usage(path).free
-    if size>free: raise OSError(f"A cache of {size/1e9:.2f} GB does not fit on the disk of {path}, which has {free/1e9:.2f} GB left: choose another folder, fewer views, or terms that keep less, such as KD and AT")
+    if size>free: raise OSError(f"A cache of {size/1e9:.2f} GB does not fit on the disk of {path}, with {free/1e9:.2f} GB left: "
+        "choose another folder, fewer views, or terms that keep less, such as KD and AT")
 
 # %% ../../nbs/teacher/cache.ipynb #20bc39e9
 class TeacherCache(Callback):
-    "Asks the teacher once about every image, keeps what the terms need of its answers on disk, with `views` the images and their targets as well, and reads them afterwards"
+    "Runs the teacher once on every image, and keeps on disk what the terms need, with `views` the images and targets as well"
     order,run_valid = TeacherCallback.order+1,False
     _stateattrs = ('files','sums','same','replay','kinds')
     files,sums,same,replay,kinds,passed = (None,)*5+(0,)
     def __init__(self,
-        path, # A folder for this teacher, these data and these terms, made in the first fit if it is not there; several processes must see the same one
+        path, # A folder for this teacher, these data and these terms, made in the first fit; the same for all processes
         views:int=0 # Augmented views kept of every image; 0 where the pipeline shows each image the same way every time
     ):
         self.path,self.views = Path(path),views
-        if not isinstance(views, int) or views<0: raise ValueError(f"views is a whole number of augmented views, 0 for a pipeline without augmentation, got {views!r}")
+        if not isinstance(views, int) or views<0: raise ValueError(
+            f"views must be a whole number of augmented views, got {views!r}: use 0 for a pipeline without augmentation")
 
     @property
     def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
@@ -129,7 +133,7 @@ class TeacherCache(Callback):
     def before_fit(self): self.files,self.same,self.sums = None,None,_CheckSums()
 
     def before_train(self):
-        if not self.source: raise ValueError("A cache keeps what a teacher says: use distill_learner with a teacher, or leave TeacherCache out")
+        check_source(self)
         if not self.source.watched: return
         if self.files is None: self._open()
         self._check_lacking(self.files)
@@ -137,15 +141,16 @@ class TeacherCache(Callback):
         self.replay = _Replay(self.dl, self) if self.views else None
         if self.views: self.learn.dl = self.replay
 
-    def after_train(self):
-        if self.same is not None and not self.same: raise ValueError(_otherwise)
+    def after_train(self): self._check_same()
 
     def after_fit(self):
         self.passed += self.n_epoch
         self.files = self.replay = None
 
-_otherwise = ("The student sees other images than the teacher was asked about, because they are mixed, resized or augmented after the loader, or because the pipeline augments at random: "
-    "leave that callback out, or use TeacherCache(views=4), which keeps views that are already augmented")
+    def _check_same(self):
+        if self.same is not None and not self.same: raise ValueError(
+            "The student sees other images than the teacher was asked about, which are mixed, resized or augmented later: "
+            "leave that callback out, or keep augmented views with TeacherCache(views=4)")
 
 # %% ../../nbs/teacher/cache.ipynb #53066c5a
 @patch
@@ -188,33 +193,32 @@ def _together():
     if num_distrib()>1: distributed.all_gather_object(told, error and f'{type(error).__name__}: {error}')
     if error: raise error
     for rank,e in enumerate(told):
-        if e: raise RuntimeError(f"Process {rank} could not make or read the cache ({e}): mend what it says, and start all processes again")
+        if e: raise RuntimeError(f"Process {rank} could not make or read the cache ({e}): fix that, and restart all processes")
 
 # %% ../../nbs/teacher/cache.ipynb #8d709bc2
 @patch
 def _check(self:TeacherCache, kept, now):
-    remedy = f"delete {self.path}, or choose another folder"
-    if kept['teacher']!=now['teacher']: raise ValueError(f"The cache in {self.path} was made with another teacher: {remedy}")
-    if kept['precision']!=now['precision']: raise ValueError(f"The cache in {self.path} was made with a teacher in precision {kept['precision']}, not {now['precision']}: {remedy}")
-    if not _same_data(kept['data'], now['data']): raise ValueError(f"The cache in {self.path} was made with another data set or another pipeline: {remedy}")
-    if kept['views']!=now['views']: raise ValueError(f"The cache in {self.path} holds views={kept['views']}, not {now['views']}: use that, or {remedy}")
-    if not _same_sums(*(tensor(o['seen']).view(-1, 2) for o in (kept,now))).all(): raise ValueError(f"The cache in {self.path} was made with a teacher that sees images otherwise, by its tfm: {remedy}")
+    seen = [tensor(o['seen']).view(-1, 2) for o in (kept,now)]
+    same = {k:kept[k]==now[k] for k in ('teacher','precision','views')}
+    differs = ("another teacher" if not same['teacher'] else f"views={kept['views']}, not {now['views']}" if not same['views']
+        else f"a teacher in precision {kept['precision']}, not {now['precision']}" if not same['precision']
+        else "another data set or another pipeline" if not _same_data(kept['data'], now['data'])
+        else "a teacher whose tfm makes it see images differently" if not _same_sums(*seen).all() else '')
+    if differs: raise ValueError(f"The cache in {self.path} was made with {differs}: delete it, or choose another folder")
 
 @patch
 def _check_lacking(self:TeacherCache, files):
-    lacking = {*self._wanted(), *(['logits'] if any(t.reads_logits for t in self.source.watched) else [])}.difference(files)
-    if lacking: raise ValueError(f"The cache in {self.path} was made for other terms and lacks {', '.join(sorted(lacking))}: delete it, or choose another folder")
-
-@patch
-def _read(self:TeacherCache, name, file):
-    try: return np.load(self.path/file, mmap_mode='r')
-    except unreadable as e: raise ValueError(f"{self.path/file}, {name} of a cache, is cut off or damaged ({e}): delete {self.path}, and it is made again") from e
+    logits = ['logits'] if any(t.reads_logits for t in self.source.watched) else []
+    lacking = {*self._wanted(), *logits}.difference(files)
+    if lacking: raise ValueError(f"The cache in {self.path}, made for other terms, lacks {', '.join(sorted(lacking))}: "
+        "delete it, or choose another folder")
 
 # %% ../../nbs/teacher/cache.ipynb #d651b057
 @patch
 def _open(self:TeacherCache):
     self.source.check_numbered()
-    if self.source.precision is None: raise ValueError("precision=None is for a teacher that changes while it teaches, whose answers cannot be kept: use 'auto', or leave TeacherCache out")
+    if self.source.precision is None: raise ValueError(
+        "precision=None is for a teacher that changes while it teaches, which cannot be cached: use precision='auto', or no cache")
     now = self._meta()
     self.path.parent.mkdir(parents=True, exist_ok=True)
     if _agreed(not self.path.exists()):
@@ -224,10 +228,12 @@ def _open(self:TeacherCache):
 
 @patch
 def _kept(self:TeacherCache, now):
-    try: kept = json.loads((self.path/'meta.json').read_text())
-    except (OSError,ValueError) as e: raise ValueError(f"{self.path} is no cache ({e}): choose a folder that is not there yet, or delete it") from e
+    try:
+        kept = json.loads((self.path/'meta.json').read_text())
+        files = {k:np.load(self.path/o, mmap_mode='r') for k,o in kept['files'].items()}
+    except unreadable as e: raise ValueError(f"{self.path} is no cache, or a damaged one ({e}): choose a new folder, or delete it") from e
     self._check(kept, now)
-    return {k:self._read(k, o) for k,o in kept['files'].items()}
+    return files
 
 # %% ../../nbs/teacher/cache.ipynb #01ec2009
 @patch
@@ -244,15 +250,17 @@ def _arrays(self:TeacherCache):
     self.source.refreeze()
     b,n = _drawn(dl, [0,1]),(max(1, self.views),len(dl.dataset))
     res = {k:((*n,*o.shape[1:]), 'float32' if k=='sums' else 'float16') for k,o in self._answers(b[:n_inp]).items()}
-    if self.views: res.update({f'batch {i}':((*n,*o.shape[1:]), 'float16' if i<n_inp and o.is_floating_point() else str(o.dtype).split('.')[1]) for i,o in enumerate(b)})
+    dtype = lambda i,o: 'float16' if i<n_inp and o.is_floating_point() else str(o.dtype).split('.')[1]
+    if self.views: res.update({f'batch {i}':((*n,*o.shape[1:]), dtype(i, o)) for i,o in enumerate(b)})
     return res
 
 # %% ../../nbs/teacher/cache.ipynb #1539ab63
 @patch
 def _check_repeats(self:TeacherCache, dl):
     a,b = (self.sums(*_drawn(dl, [*range(min(8, len(dl.dataset)))], seed)[:self._n_inp]) for seed in (0,1))
-    if not _same_sums(a, b).all(): raise ValueError(f"This pipeline shows an image otherwise each time ({', '.join(dict.fromkeys(type(t).__name__ for t in _transforms(dl)))}), "
-        "so one answer of the teacher does not fit: use TeacherCache(views=4), which keeps augmented views, or DataLoaders without augmentation")
+    names = ', '.join(dict.fromkeys(type(t).__name__ for t in _transforms(dl)))
+    if not _same_sums(a, b).all(): raise ValueError(f"This pipeline augments at random ({names}): "
+        "keep augmented views with TeacherCache(views=4), or use DataLoaders without augmentation")
 
 # %% ../../nbs/teacher/cache.ipynb #5fd993da
 @patch
@@ -263,7 +271,8 @@ def _make(self:TeacherCache, meta):
             arrays = self._arrays()
             files = {k:f'{i}.npy' for i,k in enumerate(arrays)}
             if not rank_distrib(): self._reserve(stack.enter_context(whole_folder(self.path)), arrays, {**meta, 'files':files})
-        with _together(), on_interrupt(lambda: f"{self.path} was not made: the next fit asks the teacher from the beginning."): self._write(files)
+        told = lambda: f"{self.path} was not made: the next fit asks the teacher from the beginning."
+        with _together(), on_interrupt(told): self._write(files)
         with _together(): stack.close()
     self.source.frozen = self.source.frozen_key = None
 
@@ -291,12 +300,13 @@ def _ask(self:TeacherCache, maps, v):
     for b in map(tuplify, _these(self.source.loader, [*share])):
         b = _rounded(b, self._n_inp) if self.views else b
         n,kept = find_bs(b),self._answers(b[:self._n_inp])
-        if not all(o.abs().max()<65504 for o in [*b[:self._n_inp], *(o for k,o in kept.items() if k!='sums')]): raise ValueError("The teacher puts out NaN, or more than half precision holds: "
+        values = [*b[:self._n_inp], *(o for k,o in kept.items() if k!='sums')]
+        if not all(o.abs().max()<65504 for o in values): raise ValueError("The teacher puts out NaN, or more than half precision holds: "
             "check its weights, and that it is given inputs as in its training")
         if self.views: kept.update({f'batch {i}':o for i,o in enumerate(b)})
         for k,o in kept.items(): maps[k][v,at:at+n] = (o.float() if o.dtype==torch.bfloat16 else o).detach().cpu().numpy()
         at += n
-    if at!=share.stop: raise ValueError(f"The loader gave {at-share.start} of {len(share)} samples, so they cannot be told apart: a cache takes loaders that skip none")
+    if at!=share.stop: raise ValueError(f"The loader returned {at-share.start} of {len(share)} samples: use a loader that skips none")
 
 # %% ../../nbs/teacher/cache.ipynb #751d7d12
 class _Replay(GetAttr):
@@ -321,8 +331,9 @@ def recall(self:TeacherCache,
 ) -> tuple: # Logits, None if they are not kept, and the parts of features by name
     "What the teacher says to the batch; raises `ValueError` where it has been asked about other images"
     view,ids = self.replay.view if self.views else 0,self.source.ids
-    kept = {k:torch.from_numpy(o[view,ids]).float().to(xb[0].device, non_blocking=True) for k,o in self.files.items() if not k.startswith('batch ')}
+    load = lambda o: torch.from_numpy(o[view,ids]).float().to(xb[0].device, non_blocking=True)
+    kept = {k:load(o) for k,o in self.files.items() if not k.startswith('batch ')}
     sums = kept.pop('sums')
     self.same &= len(sums)==len(xb[0]) and _same_sums(self.sums(*xb), sums).all()
-    if (xb[0].device.type=='cpu' or not self.iter) and not self.same: raise ValueError(_otherwise)  # a GPU is asked once an epoch
+    if xb[0].device.type=='cpu' or not self.iter: self._check_same()  # a GPU is asked once an epoch
     return kept.pop('logits', None),kept

@@ -22,6 +22,10 @@ from .inference import Frozen
 class NoTeacher(nn.Module):
     "In place of a teacher, for terms that ask none"
 
+def check_source(cb, teacher='teacher'):
+    if not cb.source: raise ValueError(
+        f"{type(cb).__name__} has no teacher: use distill_learner, or add TeacherCallback({teacher}) to the learner's callbacks")
+
 # %% ../../nbs/teacher/callback.ipynb #8a57957d
 class TeacherCallback(Callback):
     "Runs a teacher once on every training batch, for all the `DistillCallback`s of a learner"
@@ -31,10 +35,11 @@ class TeacherCallback(Callback):
     def __init__(self,
         teacher:nn.Module, # A trained network, left as it is: a copy is asked, anew in each epoch if its weights have changed
         tfm=None, # Applied to the student's inputs before the teacher sees them, for instance to normalize them otherwise
-        precision='auto', # What the copy computes in: 'auto', 'float32', 'bf16' or 'fp16', or a function that makes the copy, such as `int8_teacher`; None asks the teacher itself, for one that changes while it teaches
+        precision='auto', # 'auto', 'float32', 'bf16', 'fp16' or a function such as `int8_teacher`; None runs the teacher itself
         compile:bool=False # Compile the copy with `torch.compile`
     ):
-        if not isinstance(teacher, nn.Module): raise TypeError(f"The teacher must be a module, got a {type(teacher).__name__}: pass learn.model, or use distill_learner")
+        if not isinstance(teacher, nn.Module): raise TypeError(
+            f"The teacher must be a module, got a {type(teacher).__name__}: pass learn.model, or use distill_learner")
         self.network,self.tfm,self.precision,self.compile = teacher,tfm,precision,compile
 
     def after_create(self): self.setup()
@@ -43,16 +48,18 @@ class TeacherCallback(Callback):
     def before_train(self): self._watch()
 
     def before_batch(self):
-        if not len(self.learn.yb): self.learn.yb,self.learn.loss_func = (torch.zeros(find_bs(self.learn.xb)),),_no_loss  # without labels fastai would not step
+        if len(self.learn.yb): return
+        self.learn.yb,self.learn.loss_func = (torch.zeros(find_bs(self.learn.xb)),),_no_loss  # without labels fastai would not step
 
     def after_pred(self):
         spoilt = self.student_taps.overwritten()
-        if spoilt: raise ValueError(f"Training overwrites what the student's {', '.join(spoilt)} put out, by a dropout in place: use inplace=False there, or tap another layer")
+        if spoilt: raise ValueError(
+            f"A dropout in place overwrites the output of the student's {', '.join(spoilt)}: use inplace=False there, or tap another layer")
         if any(t.taught and t.acts(t.now) for t in self.terms): self.out,self.taps = self.answer(*self.learn.xb)
 
     def after_loss(self): self._forget()
     def after_train(self):
-        if self.finite is not None and not self.finite: raise ValueError(f"The teacher put out NaN or infinity in epoch {self.epoch}: {_remedy}")
+        if self.finite is not None: _check_finite(self.finite, f"in epoch {self.epoch}")
 
     def after_epoch(self): self._release()
 
@@ -62,7 +69,9 @@ class TeacherCallback(Callback):
         new.learn = deepcopy(self.learn, memo)
         return new
 
-_remedy = "check its weights, that it is given inputs normalized as in its training, and if it runs in half precision try float32"
+def _check_finite(ok, when):
+    if not ok: raise ValueError(f"The teacher put out NaN or infinity {when}: "
+        "check its weights and how its inputs are normalized, or try precision='float32'")
 
 # %% ../../nbs/teacher/callback.ipynb #25851458
 @patch
@@ -124,7 +133,8 @@ def refreeze(self:TeacherCallback):
     watched = self.watched
     layers,outputs = sorted({n for t in watched for n in t.layers.values()}),any(t.reads_logits for t in watched)
     device = next(bare_model(self.learn.model).parameters()).device
-    key = (fingerprint(self.network), layers, outputs, device, self.precision, self.compile, id(self.tfm), callable(self.precision) and id(self.dls))
+    loaders = callable(self.precision) and id(self.dls)
+    key = (fingerprint(self.network), layers, outputs, device, self.precision, self.compile, id(self.tfm), loaders)
     if key!=self.frozen_key: self.frozen,self.frozen_key = self.freeze(layers, outputs),key
 
 # %% ../../nbs/teacher/callback.ipynb #72793022
@@ -137,8 +147,9 @@ def loader(self:TeacherCallback):
 def check_numbered(self:TeacherCallback):
     "Raises `ValueError` where the training loader does not tell which samples are in a batch"
     dl = self.loader
-    if not all(hasattr(dl, o) for o in ('new','create_batches')) or not dl.bs or not hasattr(dl.dataset, '__len__'): raise ValueError(
-        f"It must know which samples are in a batch, which a {type(dl).__name__} like this does not tell: use fastai's DataLoaders over a dataset with a length, and a batch size")
+    numbered = all(hasattr(dl, o) for o in ('new','create_batches')) and dl.bs and hasattr(dl.dataset, '__len__')
+    if not numbered: raise ValueError(f"A {type(dl).__name__} like this does not tell which samples are in a batch: "
+        "use fastai's DataLoaders over a dataset with a length, and a batch size")
 
 @patch(as_prop=True)
 def ids(self:TeacherCallback) -> list:
@@ -159,10 +170,11 @@ def _forget(self:TeacherCallback):
 
 @patch
 def _watch(self:TeacherCallback):
-    if self.network is None: raise ValueError("A teacher is not exported with its learner, so attach a teacher before training on: "
+    if self.network is None: raise ValueError("No teacher is exported with its learner, so attach a teacher before training on: "
         "learn.remove_cb(TeacherCallback); learn.add_cb(TeacherCallback(teacher))")
     if not self.terms: raise ValueError("A TeacherCallback alone teaches nothing: add a term, such as KD(), to the learner's callbacks")
-    if any(t.learn is not self.learn for t in self.terms): raise ValueError("A term belongs to one learner: make new ones, such as KD(), for each")
+    shared = any(t.learn is not self.learn for t in self.terms)
+    if shared: raise ValueError("A term belongs to one learner: make new ones, such as KD(), for each")
     self.setup()
     self._own_adapters()
     student = bare_model(self.learn.model)
@@ -193,14 +205,17 @@ class DistillCallback(Callback):
     def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's, to those that the term reads"
     def prepare(self, probe): return {}
     def compact(self, features): return at_least_float(features)
-    def term(self): raise NotImplementedError(f"{type(self).__name__} does not say what it adds to the loss: define term(), which gives a scalar")
+    def term(self): raise NotImplementedError(f"{type(self).__name__} adds nothing to the loss: define term(), which returns a scalar")
+
+    def _check_scalar(self, x):
+        if x.numel()!=1: raise ValueError(f"{self.column} returned shape {tuple(x.shape)}, not a scalar: let its function end with .mean()")
 
     def before_fit(self):
         self.total,self.count = 0.,0
         if self.source: self.source.setup()
 
     def before_train(self):
-        if not self.source: raise ValueError(f"{type(self).__name__} has no teacher: use distill_learner, or add TeacherCallback({'teacher' if self.taught else 'NoTeacher()'}) to the learner's callbacks")
+        check_source(self, 'teacher' if self.taught else 'NoTeacher()')
         self.total,self.count = 0.,0
 
     def before_batch(self):
@@ -210,7 +225,7 @@ class DistillCallback(Callback):
     def after_loss(self):
         n = find_bs(self.learn.xb)
         added = self.now*self.term() if self.acts(self.now) else self.learn.loss.new_zeros(())
-        if added.numel()!=1: raise ValueError(f"{self.column} gives a tensor of shape {tuple(added.shape)}, no scalar: let its function end with .mean()")
+        self._check_scalar(added)
         self.value = added.detach()
         self.total,self.count = self.total + n*self.value,self.count+n
         self.learn.loss_grad = self.learn.loss_grad + added
@@ -278,18 +293,17 @@ class Probe:
 
 def _same(a, b): return a is not None and len(a)==len(b) and all(x is y for x,y in zip(a, b))
 
-def _check_outputs(pred, target):
-    for name,o in dict(student=pred, **({} if target is None else dict(teacher=target))).items():
-        if not isinstance(o, Tensor): raise ValueError(f"The {name} must put out a tensor, got a {type(o).__name__}: wrap it in a module that returns its logits, alone or before other things")
-    if target is None: return
-    if pred.shape!=target.shape: raise ValueError(f"Student and teacher must have the same outputs, got {tuple(pred.shape[1:])} and {tuple(target.shape[1:])}: "
-        "give the student the teacher's n_out, or train the teacher on these classes")
-    if not torch.isfinite(target).all(): raise ValueError(f"The teacher puts out NaN or infinity for a batch of zeros: {_remedy}")
+def check_outputs(pred, other=None, name='teacher'):
+    for k,o in (('student',pred), *([] if other is None else [(name,other)])):
+        if not isinstance(o, Tensor): raise ValueError(f"The {k} must put out a tensor, got a {type(o).__name__}: "
+            "wrap it in a module that returns its logits, alone or before other things")
+    if other is not None and pred.shape!=other.shape: raise ValueError(f"Student and {name} must have the same outputs, "
+        f"got {tuple(pred.shape[1:])} and {tuple(other.shape[1:])}: give both the same n_out")
 
 # %% ../../nbs/teacher/callback.ipynb #6625024d
 @patch
 def setup(self:TeacherCallback):
-    "Check that the learner can be taught, let each term choose its layers, and put adapters into the model; does nothing where nothing has changed"
+    "Check the learner, let each term choose its layers, and put adapters into the model; does nothing where nothing has changed"
     if any(isinstance(cb, TeacherCallback) and cb is not self for cb in self.learn.cbs): raise ValueError(
         "A learner has one TeacherCallback: remove the other with learn.remove_cb(TeacherCallback) first")
     student,terms = bare_model(self.learn.model),self.terms
@@ -297,7 +311,8 @@ def setup(self:TeacherCallback):
     known = [student, self.network, self.dls, *terms]
     if self.network is None or _same(self.known, known): return
     asking = [type(t).__name__ for t in terms if t.taught]
-    if asking and isinstance(self.network, NoTeacher): raise ValueError(f"{' and '.join(asking)} need a teacher: learn.remove_cb(TeacherCallback), then learn.add_cb(TeacherCallback(teacher))")
+    if asking and isinstance(self.network, NoTeacher): raise ValueError(f"{' and '.join(asking)} need a teacher: "
+        "learn.remove_cb(TeacherCallback), then learn.add_cb(TeacherCallback(teacher))")
     if {*map(id, student.parameters())} & {*map(id, self.network.parameters())}: raise ValueError(
         "Teacher and student share parameters, so the student would change its own teacher: pass deepcopy(student) as teacher")
     if self.precision is not None and not callable(self.precision): autocast_dtype(self.precision, device_of(self.dls))
@@ -337,7 +352,8 @@ def _probe(self:TeacherCallback, student, terms):
             pred = student(*xs)
             if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): pred = logits_of(pred)  # which does so in training
             target = None if isinstance(self.network, NoTeacher) else logits_of(self.see(*xt))
-            _check_outputs(pred, target)
+            check_outputs(pred, target)
+            if target is not None: _check_finite(torch.isfinite(target).all(), "for a batch of zeros")
             probe = Probe(pred, target, *({n:o[n] for n in o.layers} for o in (s,t)), yb)
             return probe,s.overwritten()
 
