@@ -65,7 +65,7 @@ def test_bad_input(to, name, tmp_path, capfd):
         with pytest.raises(ValueError, match=message): to(net, tmp_path/name, 8)
         assert (tmp_path/name).read_text()=='before' and [*tmp_path.iterdir()]==[tmp_path/name]
     assert 'torch.ops' not in ''.join(capfd.readouterr())
-    with pytest.raises(FileNotFoundError, match='does not exist'): OnnxModel(tmp_path/'other.onnx')
+    with pytest.raises(FileNotFoundError, match='other.onnx'): OnnxModel(tmp_path/'other.onnx')
 
 def test_without_the_extra():
     code = "import sys; sys.modules.update(onnx=None); from kdfast.all import *; export_onnx(wrn(10, 1), '/tmp/x.onnx', 32)"
@@ -84,7 +84,7 @@ class Two(nn.Module):
 
 def test_two_outputs(tmp_path):
     for to,name in ((export_onnx,'net.onnx'),(export_program,'net.pt2')):
-        with pytest.raises(ValueError, match='has to put out one tensor, got a tuple'): to(Two(), tmp_path/name, 8)
+        with pytest.raises(ValueError, match='must output one tensor, got a tuple'): to(Two(), tmp_path/name, 8)
 
 def test_logging_is_as_it_was(tmp_path):
     import logging

@@ -50,7 +50,7 @@ def test_cp_keeps_stride_padding_and_dilation():
         conv,x = nn.Conv2d(3, 4, (3,2), stride, padding, dilation),torch.randn(2,3,9,10)
         f = CPDecomposition(conv)
         assert relative(f(*f.full)(x), conv(x))<.02 and f.error(*f.full)<.02
-    with pytest.raises(ValueError, match='has groups, which CP does not take'): CPDecomposition(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.raises(ValueError, match='CP takes no groups, this layer has 2'): CPDecomposition(nn.Conv2d(4, 4, 3, groups=2))
 
 @pytest.mark.parametrize('form', [SpatialSVD,Tucker2])
 def test_ranks(form):

@@ -12,7 +12,7 @@ import io, json, logging
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from fastai.vision.all import *
-from .quantize import Fixed, Int8
+from .quantize import Fixed, Int8, check_one_tensor
 from ..core import image_shape, input_shape, keep_rng, probing, whole_file
 from ..layers.adapters import bare_model
 
@@ -22,13 +22,15 @@ def _far(a, b): return ((a-b).norm()/b.norm().clamp(min=1e-12)).item()
 def _check_same(run, model, net, size, what):
     "Raises `ValueError` where `run` is not `model`"
     int8 = isinstance(model, Int8)
-    with keep_rng(): x = F.interpolate(model.images.float(), input_shape(size)[1:]) if int8 else torch.randn(3, *input_shape(size))
+    shape = input_shape(size)
+    with keep_rng(): x = F.interpolate(model.images.float(), shape[1:]) if int8 else torch.randn(3, *shape)
     with probing(net): out = (model if int8 else net)(x)
-    if not isinstance(out, Tensor): raise ValueError(f"The {what} has to put out one tensor, got a {type(out).__name__}: wrap the network in a module that returns its logits")
+    check_one_tensor(out, what)
     ours = run(x)
     for far,most in ((o, .3 if int8 else 1e-4) for o in (_far(ours, out),_far(run(x[:1]), ours[:1]))):
-        if not far<=most: raise ValueError(f"The {what} differs from the network by {far:.2g} of its outputs, more than {most:g}, so it was not written: "
-            "take random numbers and decisions by values out of its forward")
+        if not far<=most: raise ValueError(
+            f"The {what} differs from the network by {far:.2g}, more than {most:g}, and was not written: "
+            "take randomness and branches on values out of forward")
 
 # %% ../../nbs/compress/export.ipynb #e42417d7
 def _to_export(model):
@@ -55,32 +57,26 @@ def _writing(what, net):
     except Exception as e:
         while e.__cause__ is not None: e = e.__cause__
         raise ValueError(f"This network cannot be written as {what} ({(str(e).strip() or type(e).__name__).splitlines()[0]}): "
-            "let its forward take one batch of images and decide nothing by values, so that torch.export can trace it") from e
+            "make its forward take one batch and not branch on values") from e
 
 # %% ../../nbs/compress/export.ipynb #d423002f
 def _onnx():
     try: return [import_module(o) for o in ('onnx','onnxscript','onnxruntime')][-1]
-    except ImportError as e: raise ImportError("ONNX files are written and run by onnx, onnxscript and onnxruntime: pip install kdfast[onnx]") from e
+    except ImportError as e: raise ImportError("ONNX needs onnx, onnxscript and onnxruntime: pip install kdfast[onnx]") from e
 
 # %% ../../nbs/compress/export.ipynb #d44c16df
 class InFile(Fixed):
-    remedy = "A file cannot be trained: train the network that it was written from"
+    remedy = "A file cannot be trained: train the network it was written from"
     def __init__(self,
         file:Path, # With one input, images `(bs,c,h,w)`, and one output
         reference:nn.Module=None # The network that it was written from, whose parameters and multiply-adds are counted
     ):
         super().__init__(getattr(reference, '_kdfast_reference', reference) or nn.Identity())
         self.file,self.opened = Path(file),None
-        if not self.file.is_file(): raise FileNotFoundError(f"{file} does not exist: pass a file that export_onnx or export_program wrote")
-
-    def _open(self):
-        try: return self.open()
-        except ImportError: raise
-        except Exception as e: raise ValueError(
-            f"{self.file} cannot be opened ({type(e).__name__}: {e}): write it again, and give an ONNX file to OnnxModel, a .pt2 file to ProgramModel") from e
+        self.file.stat()  # a missing file shows now, not at the first image
 
     def forward(self, x):
-        if self.opened is None: self.opened = (self._open(),)
+        if self.opened is None: self.opened = (self.open(),)
         return self.run(self.opened[0], x.as_subclass(Tensor).cpu().float()).to(x.device)
 
     @property
@@ -121,7 +117,9 @@ def export_onnx(
 class ProgramModel(InFile):
     "A program of `torch.export` as a network"
     def open(self):
-        with _silent(), open(self.file, 'rb') as f: return torch.export.load(f).module()
+        try:
+            with _silent(), open(self.file, 'rb') as f: return torch.export.load(f).module()
+        except Exception as e: raise ValueError(f"{self.file} is no readable .pt2 file ({e}): rerun export_program") from e
 
     def run(self, program, x):
         with torch.no_grad(): return program(x)
@@ -131,9 +129,9 @@ def export_program(
     file:Path, # As for `export_onnx`; torch expects its name to end in .pt2
     size:int|tuple # As for `export_onnx`
 ) -> ProgramModel: # The file as a network
-    "Write `model` as a program of `torch.export`, to be opened with `torch.export.load(file).module()`; raises `ValueError` as `export_onnx` does"
-    net,anyhow = _to_export(model),torch.export.Dim.DYNAMIC
-    with _writing('a program', net): program = torch.export.export(net, (torch.zeros(2, *input_shape(size)),), dynamic_shapes=({0:anyhow},))
+    "Write `model` as a `torch.export` program, opened with `torch.export.load(file).module()`; raises `ValueError` as `export_onnx` does"
+    net,x = _to_export(model),torch.zeros(2, *input_shape(size))
+    with _writing('a program', net): program = torch.export.export(net, (x,), dynamic_shapes=({0:torch.export.Dim.DYNAMIC},))
     with whole_file(Path(file)) as part:
         with _silent(), open(part, 'wb') as f: torch.export.save(program, f)
         _check_same(ProgramModel(part), model, net, size, 'program')

@@ -13,26 +13,22 @@ from copy import deepcopy
 from fnmatch import fnmatch
 from math import sqrt
 from fastai.vision.all import *
-from ..layers.adapters import adapters_of, bare_model
+from .prune import check_adapters
+from ..layers.adapters import bare_model
 from ..models.convs import Full
 from ..models.measure import count_params
 from ..models.swap import layers_by_name, patterns_of, tied_to
 
 # %% ../../nbs/compress/factorize.ipynb #1c4ed111
 class Factorization:
-    "A way to write a layer as a product of smaller ones"
+    "A way to write a layer as a product of smaller ones; a custom one defines `decompose`, `count`, `error` and `build`, as `Tucker2` does"
     def __init__(self,
         layer:nn.Module # Trained, left as it is
     ):
         self.layer,self.groups = layer,getattr(layer, 'groups', 1)
         self.weight = layer.weight.detach().double().view(self.groups, -1, *layer.weight.shape[1:])
-        self.spectra = self.decompose()
+        self.spectra = self.decompose()  # singular values of each matrix, `(groups, full rank)`
         self.kept = [(c := s.square().sum(0).cumsum(0))/c[-1].clamp_min(1e-300) for s in self.spectra]
-
-    def decompose(self) -> list: # Singular values of each matrix, `(groups, full rank)`
-        "Whatever `build` needs"
-        raise NotImplementedError(
-            f"{type(self).__name__} does not say what its matrices are: define decompose(), count(), error() and build(), as Tucker2 does")
 
     @property
     def full(self): return tuple(len(o) for o in self.kept)
@@ -52,7 +48,7 @@ class Factorization:
 
     def check(self, ranks):
         if len(ranks)!=len(self.full) or not all(1<=r<=n for r,n in zip(ranks, self.full)): raise ValueError(
-            f"{self.layer} has ranks from {(1,)*len(self.full)} to {self.full} as {type(self).__name__}, got {tuple(ranks)}")
+            f"As {type(self).__name__} this layer has ranks from {(1,)*len(self.full)} to {self.full}, got {tuple(ranks)}")
 
     def __call__(self,
         *ranks:int # One for each matrix; raises `ValueError` below 1 and above the full rank
@@ -61,7 +57,8 @@ class Factorization:
         self.check(ranks)
         *inner,(last,_) = parts = self.build(*ranks)
         if self.layer.bias is not None: last.bias = nn.Parameter(self.layer.bias.detach().clone(), self.layer.bias.requires_grad)
-        for m,w in parts: m.weight = nn.Parameter(w.reshape(m.weight.shape).to(self.layer.weight).contiguous(), self.layer.weight.requires_grad)
+        old = self.layer.weight
+        for m,w in parts: m.weight = nn.Parameter(w.reshape(m.weight.shape).to(old).contiguous(), old.requires_grad)
         return nn.Sequential(*(m for m,_ in parts)).train(self.layer.training)
 
 # %% ../../nbs/compress/factorize.ipynb #87bf6f25
@@ -87,9 +84,10 @@ class TruncatedSVD(_OneMatrix):
     def matrix(self, w): return w.flatten(2)
 
     def build(self, r):
-        layer,w = self.layer,[self.right[:,:r], self.left[...,:r]]
-        if isinstance(layer, nn.Linear): return list(zip([nn.Linear(layer.in_features, r, False, 'meta'), nn.Linear(r, layer.out_features, False, 'meta')], w))
-        return list(zip([_part(layer, layer.in_channels, r*self.groups, (0,1)), _part(layer, r*self.groups, layer.out_channels)], w))
+        layer,n,linear = self.layer,r*self.groups,partial(nn.Linear, bias=False, device='meta')
+        if isinstance(layer, nn.Linear): parts = linear(layer.in_features, n),linear(n, layer.out_features)
+        else: parts = _part(layer, layer.in_channels, n, (0,1)),_part(layer, n, layer.out_channels)
+        return list(zip(parts, [self.right[:,:r], self.left[...,:r]]))
 
 class SpatialSVD(_OneMatrix):
     "A kernel as high as the original and one as wide (arXiv:1405.3866)"
@@ -124,20 +122,21 @@ class Tucker2(Factorization):
 # %% ../../nbs/compress/factorize.ipynb #64f1f2cb
 def _tensorly():
     try: import tensorly, tensorly.decomposition
-    except ImportError as e: raise ImportError("The CP decomposition is tensorly's: pip install kdfast[factorize]") from e
+    except ImportError as e: raise ImportError("CP needs tensorly: pip install kdfast[factorize]") from e
     return tensorly
 
 class CPDecomposition(Factorization):
     "1x1, a column and a row for each channel, 1x1 (arXiv:1412.6553); no groups"
     def decompose(self):
-        if self.groups>1: raise ValueError(f"{self.layer} has groups, which CP does not take: use SpatialSVD or Tucker2, or keep the layer")
+        if self.groups>1: raise ValueError(
+            f"CP takes no groups, this layer has {self.groups}: use SpatialSVD or Tucker2, or name it in keep=")
         self.sizes,self.found = self.weight[0].shape,{}
         return []
 
     @property
     def full(self): return (self.weight.numel()//max(self.sizes),)
 
-    def ranks(self, energy): raise ValueError("CP has no singular values to choose a rank by: pass ratio, or another form than CPDecomposition")
+    def ranks(self, energy): raise ValueError("CP has no singular values to choose ranks by: pass ratio, or another conv=")
     def within(self, most): return (max(1, min(*self.full, int(most/sum(self.sizes)+1e-9))),)
     def count(self, rank): return rank*sum(self.sizes)
     def error(self, rank): return self.factors(rank)[1]
@@ -146,14 +145,16 @@ class CPDecomposition(Factorization):
         if rank not in self.found:
             tl = _tensorly()
             with tl.backend_context('pytorch'):
-                (_,factors),errors = tl.decomposition.parafac(self.weight[0], rank, n_iter_max=50, init='svd', random_state=0, return_errors=True)
+                options = dict(n_iter_max=50, init='svd', random_state=0, return_errors=True)
+                (_,factors),errors = tl.decomposition.parafac(self.weight[0], rank, **options)
             self.found[rank] = factors,float(errors[-1])
         return self.found[rank]
 
     def build(self, r):
         conv,(out,into,tall,wide) = self.layer,self.factors(r)[0]
         column,row = (_part(conv, r, r, (i,), groups=r) for i in (0,1))
-        return [(_part(conv, conv.in_channels, r), into.t()), (column, tall.t()), (row, wide.t()), (_part(conv, r, conv.out_channels), out)]
+        narrow,widen = _part(conv, conv.in_channels, r),_part(conv, r, conv.out_channels)
+        return [(narrow, into.t()), (column, tall.t()), (row, wide.t()), (widen, out)]
 
 # %% ../../nbs/compress/factorize.ipynb #5fe80628
 _readers = {'MultiheadAttention','TransformerEncoderLayer','ShiftedWindowAttention'}
@@ -180,7 +181,7 @@ def _to_budget(forms, rest, params):
     steps = sorted({e for f in forms.values() for o in f.kept for e in o.tolist()})
     low,high = cost(steps[0]),cost(steps[-1])
     if not low<=params<=high: raise ValueError(
-        f"The budget of {params:,} is out of reach: factorized, this network has {low:,} to {high:,} parameters, so choose a budget between")
+        f"The budget of {params:,} is out of reach: factorized, this network has {low:,} to {high:,} parameters")
     energy = steps[bisect_right(steps, params, key=cost)-1]
     return {n:f.ranks(energy) for n,f in forms.items()}
 
@@ -197,23 +198,25 @@ def _check(ratio, energy, params):
 
 def _row(name, m, form, ranks, reason):
     if reason: return dict(layer=name, form='', ranks=(), weights=count_params(m), now=count_params(m), error=0., kept=reason)
-    return dict(layer=name, form=type(form).__name__, ranks=ranks, weights=form.weight.numel(), now=form.count(*ranks), error=form.error(*ranks), kept='')
+    sizes = dict(weights=form.weight.numel(), now=form.count(*ranks))
+    return dict(layer=name, form=type(form).__name__, ranks=ranks, **sizes, error=form.error(*ranks), kept='')
 
 def factorize(
     model:nn.Module, # Trained, left as it is
     ratio:float=None, # Part of the weights of each layer that is left at most
     energy:float=None, # In place of `ratio`: part of the squared singular values of each layer
     params:int=None, # In place of `ratio`: budget of parameters of the whole network, met by one energy for all layers
-    conv=SpatialSVD, # What convolutions larger than 1x1 become: `SpatialSVD`, `Tucker2`, `CPDecomposition`, or a `Factorization` of one's own
+    conv=SpatialSVD, # Form of convolutions larger than 1x1: `SpatialSVD`, `Tucker2`, `CPDecomposition` or a custom `Factorization`
     keep=() # Names of layers that stay, `*` standing for anything
 ) -> tuple: # A copy of `model`, and a report: one row a layer, with the relative error of its weights
-    "Linear layers and convolutions as products of smaller ones, where that saves weights; raises `ValueError`, naming the layer, where it cannot be done"
+    "Write linear layers and convolutions as products of smaller ones, where that saves weights; raises `ValueError` where it cannot"
     _check(ratio, energy, params)
     layers = layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
     keep = patterns_of(keep, layers)
     reasons = {n: next((f'kept as {k}' for k in keep if fnmatch(n, k)), None) or _kept(m, model) for n,m in layers.items()}
     forms = {n: _tried(m, n, conv) for n,m in layers.items() if not reasons[n]}
-    if not forms: raise ValueError(f"Nothing to factorize: {', '.join(f'{n} ({r})' for n,r in [*reasons.items()][:4]) or 'the network has no linear layer and no convolution'}")
+    if not forms: raise ValueError("Nothing to factorize: "
+        + (', '.join(f'{n} ({r})' for n,r in [*reasons.items()][:4]) or 'the network has no linear layer or convolution'))
     ranks = _ranks(forms, count_params(model)-sum(f.weight.numel() for f in forms.values()), ratio, energy, params)
     reasons.update({n: 'nothing to save' for n,r in ranks.items() if forms[n].count(*r)>=forms[n].weight.numel()})
     new = {id(m): forms[n](*ranks[n]) for n,m in layers.items() if not reasons[n]}
@@ -227,8 +230,8 @@ def factorize(self:Learner,
     params:int=None, # As for `factorize`
     **kwargs # `conv` and `keep`, as for `factorize`
 ) -> pd.DataFrame: # One row a layer
-    "Put a factorized network in the place of a learner's, and forget its optimizer; raises `ValueError`, and changes nothing, where that cannot be done"
-    if adapters_of(self.model): raise ValueError("A term's adapter reads a layer of this network: factorize first, then add FitNet")
+    "Factorize the network of a learner, and reset its optimizer; raises `ValueError`, and changes nothing, where that cannot be done"
+    check_adapters(self, 'factorize')
     model,report = factorize(bare_model(self.model), ratio, energy, params, **kwargs)
     self.model,self.opt = model,None
     return report

@@ -30,7 +30,7 @@ def report(
     stages:list, # `Stage`s, such as `pipeline` gives
     size:int|tuple, # Of the images, as for `count_macs`
     reps:int=10 # Turns of each network, after one to warm up
-) -> pd.DataFrame: # One row a stage: parameters, multiply-adds, MB on disk, ms per image of one and of 64 at a time, accuracy, that before training, seconds of the step
+) -> pd.DataFrame: # One row a stage: parameters, MACs, MB on disk, ms per image at batch sizes 1 and 64, accuracies, seconds
     "What networks are and what they cost, step by step"
     names = _unique([o.name for o in stages])
     one,many = (compare(dict(zip(names, [o.network for o in stages])), size, bs, reps) for bs in (1,64))
@@ -54,7 +54,9 @@ def _accuracy(learn):
 def _taken(learn, step, fit):
     "The stage that a step leads to"
     start,made,history = perf_counter(),step.change(learn),None
-    if is_aware(learn.model) and not step.finish: raise ValueError(f"{step.name} leaves a network that is only prepared for int8: write Step('int8', Learner.quantize_aware, finish=Learner.quantize)")
+    if is_aware(learn.model) and not step.finish: raise ValueError(
+        f"{step.name} leaves a network that is only prepared for int8: "
+        "pass Step('int8', Learner.quantize_aware, finish=Learner.quantize)")
     if isinstance(made, nn.Module): return Stage(step.name, made, accuracy_of(made, learn.dls), None, perf_counter()-start, None)
     before = _accuracy(learn) if step.trains else None
     if step.trains:
@@ -68,10 +70,10 @@ def _taken(learn, step, fit):
 def _as_steps(steps, folder):
     "Names for all; raises `ValueError` where one that is to be kept has none"
     no_step = [o for o in steps if not (isinstance(o, Step) or callable(o))]
-    if no_step: raise TypeError(f"A step is a Step or a function of a learner, got {no_step[0]!r}: write Step('name', ...), or [lambda learn: learn.prune(.5)]")
+    if no_step: raise TypeError(f"A step is a Step or a function of a learner, got {no_step[0]!r}: pass Step('name', ...)")
     named = [o if isinstance(o, Step) else Step(getattr(o, '__name__', '<partial>'), o) for o in steps]
     odd = [o.name for o in named if o.name.startswith('<')]
-    if folder and odd: raise ValueError(f"{odd[0]} says nothing of what it does, so what is kept could be taken for something else: write Step('name', ...)")
+    if folder and odd: raise ValueError(f"A step that is kept needs a name, got {odd[0]}: pass Step('name', ...)")
     return named
 
 def _kept(folder, steps, key):
@@ -83,7 +85,8 @@ def _kept(folder, steps, key):
         except unreadable as e:
             warnings.warn(f"{folder/f'{i}.pkl'} cannot be read ({type(e).__name__}), so the pipeline resumes from the step before")
             break
-        if (stage.name,theirs)!=(step.name,key): raise ValueError(f"{folder} holds the stages of another pipeline: choose another folder, or remove it")
+        if (stage.name,theirs)!=(step.name,key): raise ValueError(
+            f"{folder} holds the stages of another pipeline: choose another folder, or remove it")
         stages.append(stage)
     return stages
 
@@ -102,13 +105,13 @@ def pipeline(
     folder:Path=None # Keep every stage here; the same pipeline goes on with those that it finds
 ) -> list: # `Stage`s: the network as it was, then one for each step
     "Change a network step by step; raises `ValueError` where `folder` holds the stages of other steps, of another network or seed"
-    if 'accuracy' not in [o.name for o in learn.metrics]: raise ValueError("Stages are compared by their accuracy: make the learner with metrics=accuracy")
     steps,key = _as_steps(steps, folder),(seed,digest(bare_model(learn.model)))
     start = Stage('as it was', deepcopy(bare_model(learn.model)), _accuracy(learn), None, 0., None)
     stages = _kept(Path(folder), steps, key) if folder else []
     _go_on(learn, stages)
-    kept = lambda: f"and kept: the same command, or pipeline with folder={str(folder)!r}, goes on" if folder else "and lost: pass a folder to keep them"
-    with on_interrupt(lambda: f"Steps done: {len(stages)} of {len(steps)}, {kept()}."):
+    kept = "and lost: pass a folder to keep them"
+    if folder: kept = f"and kept: the same command, or pipeline with folder={str(folder)!r}, resumes"
+    with on_interrupt(lambda: f"Steps done: {len(stages)} of {len(steps)}, {kept}."):
         for i,step in enumerate(steps):
             if i<len(stages): continue
             learn.opt = None
@@ -125,15 +128,17 @@ def compressing(
     steps:list, # `Step`s
     fit, # Called with the learner after each that trains
     **kwargs # `seed` and `folder` of `pipeline`
-): # Called with a learner, gives what `run_arm` puts on record: accuracies, the curves of all steps, costs, and the report
+): # Called with a learner, returns what `run_arm` records: accuracies, the curves of all steps, costs, and the report
     "How to fit a learner step by step"
     def stepwise(learn):
         shape = image_shape(learn.dls)
         stages = pipeline(learn, steps, fit, **kwargs)
         table = report(stages, shape)
         last = max(i for i,o in enumerate(stages) if not isinstance(o.network, InFile))
-        curves,before = [o.history for o in stages if o.history is not None],[dict(before=o.before) for o in stages if o.before is not None][-1:]
+        curves = [o.history for o in stages if o.history is not None]
+        before = [dict(before=o.before) for o in stages if o.before is not None][-1:]
         costs = {k:table[k].iloc[last].item() for k in ('parameters','MACs')}
         result = dict(accuracy=stages[last].accuracy, seconds=round(sum(o.seconds for o in stages), 1), **costs, **first(before) or {})
-        return dict(result, history=plain_curves(pd.concat(curves)) if curves else {}, report=json.loads(table.reset_index().to_json(orient='records')))
+        history,rows = plain_curves(pd.concat(curves)) if curves else {},json.loads(table.reset_index().to_json(orient='records'))
+        return dict(result, history=history, report=rows)
     return stepwise

@@ -8,6 +8,7 @@ Docs: https://kdfast.github.io/kdfast/compress/prune.html.md"""
 __all__ = ['prune_channels', 'ChannelPruning', 'Sparsify', 'prune_curve']
 
 # %% ../../nbs/compress/prune.ipynb #fa801b02
+from contextlib import contextmanager
 from copy import deepcopy
 from fnmatch import fnmatch
 from functools import cache
@@ -21,7 +22,7 @@ from ..models.swap import layers_by_name, patterns_of, tied_to
 # %% ../../nbs/compress/prune.ipynb #e2c5a791
 def import_pruning():
     try: import torch_pruning
-    except ImportError as e: raise ImportError("Channels are pruned by Torch-Pruning: pip install kdfast[prune]") from e
+    except ImportError as e: raise ImportError("Pruning channels needs Torch-Pruning: pip install kdfast[prune]") from e
     return torch_pruning
 
 def _flat(o):
@@ -29,12 +30,11 @@ def _flat(o):
     return [t for v in (o.values() if isinstance(o, dict) else o if isinstance(o, (tuple,list)) else ()) for t in _flat(v)]
 
 def _heads(net, layers, x):
-    "The names of the layers that put out what the network does; raises `ValueError` where it cannot be run"
+    "The names of the layers whose outputs are the network's"
     outs,hooks = {},[]
     for n,m in layers.items(): hooks.append(m.register_forward_hook(lambda m,i,o,n=n: outs.update({n:o})))
     try:
         with probing(net): ends = _flat(net(x))
-    except Exception as e: raise ValueError(f"The network cannot be run on an image of zeros of shape {tuple(x.shape[1:])} ({e}): pass the size that it takes") from e
     finally:
         for h in hooks: h.remove()
     return {n for n,o in outs.items() if any(o is t for t in ends)} | {*[*outs][-1:]}
@@ -49,10 +49,13 @@ def _pruner(net, x, ratio, importance, ignored, kwargs):
         f"importance is one of torch_pruning.importance, got {importance!r}: pass for instance GroupMagnitudeImportance(p=1)")
     own = dict(in_channel_groups={}, out_channel_groups={})  # the defaults are dictionaries that all pruners share
     if isinstance(ratio, dict): ratio,own['pruning_ratio_dict'] = 0.,{net.get_submodule(n):r for n,r in ratio.items()}
-    try: return pruning.pruner.BasePruner(net, x, importance, pruning_ratio=ratio, ignored_layers=ignored, **own, **kwargs)
-    except Exception as e: raise _untraced(e) from e
+    with _traced(): return pruning.pruner.BasePruner(net, x, importance, pruning_ratio=ratio, ignored_layers=ignored, **own, **kwargs)
 
-def _untraced(e): return ValueError(f"The dependencies of this network's channels cannot be followed ({type(e).__name__}: {e}): name the part that cannot in keep=, or prune a network without it")
+@contextmanager
+def _traced():
+    try: yield
+    except Exception as e: raise ValueError(
+        f"The dependencies of this network's channels cannot be followed ({type(e).__name__}: {e}): name that part in keep=") from e
 
 def _channels(pruner, names):
     "How many channels each group of dependent layers has, by the name of a layer in it"
@@ -71,7 +74,8 @@ def _left(size, ratio, round_to=None):
 def _check_left(sizes, ratio, round_to=None):
     for n,size in sizes.items():
         if size>1 and _left(size, ratio, round_to)<1: raise ValueError(
-            f"{n} has {size} channels, of which a ratio of {ratio} would leave none{f' in multiples of {round_to}' if round_to else ''}: prune less, or name it in keep=")
+            f"{n} has {size} channels, of which a ratio of {ratio} would leave none{f' in multiples of {round_to}' if round_to else ''}: "
+            "prune less, or name it in keep=")
 
 # %% ../../nbs/compress/prune.ipynb #4d792709
 def _pruned(model, x, ratio, importance, kept, prepare, kwargs):
@@ -79,23 +83,24 @@ def _pruned(model, x, ratio, importance, kept, prepare, kwargs):
     net = deepcopy(model).requires_grad_(True)
     if prepare: prepare(net)
     pruner = _pruner(net, x, ratio, importance, [net.get_submodule(n) for n,why in kept.items() if why], kwargs)
-    if not isinstance(ratio, dict) and not kwargs.get('global_pruning'): _check_left(_channels(pruner, {m:n for n,m in net.named_modules()}), ratio, kwargs.get('round_to'))
-    try: pruner.step()
-    except Exception as e: raise _untraced(e) from e
+    alike = not isinstance(ratio, dict) and not kwargs.get('global_pruning')
+    if alike: _check_left(_channels(pruner, {m:n for n,m in net.named_modules()}), ratio, kwargs.get('round_to'))
+    with _traced(): pruner.step()
     now,was = _shapes(net, x),_shapes(model, x)
-    if now!=was: raise ValueError(f"Pruning has changed the shape of the outputs from {was} to {now}: name the layers that they come from in keep=")
+    if now!=was: raise ValueError(f"Pruning changed the shape of the outputs from {was} to {now}: name the output layers in keep=")
     for n,p in model.named_parameters(): net.get_parameter(n).requires_grad_(p.requires_grad).grad = None
     return net.train(model.training),pruner.pruning_history()
 
 # %% ../../nbs/compress/prune.ipynb #d1c0626a
+def _check_fraction(name, o):
+    if isinstance(o, (int,float)) and not 0<o<1: raise ValueError(f"{name} must be between 0 and 1, got {o}")
+
 def _sizes(model, x, kept, kwargs):
     net = deepcopy(model).requires_grad_(True)
     pruner = _pruner(net, x, .5, None, [net.get_submodule(n) for n,why in kept.items() if why], kwargs)
     return _channels(pruner, {m:n for n,m in net.named_modules()})
 
 def _to_budget(model, make, count, budget, smallest, round_to=None):
-    if count(model)<=budget: raise ValueError(
-        f"There is nothing to prune: the network costs {count(model):,}, and the budget is {budget:,}, so choose a lower one")
     ratios = [i/128 for i in range(128) if _left(smallest, i/128, round_to)>=1]
     @cache
     def cost(i):
@@ -105,10 +110,10 @@ def _to_budget(model, make, count, budget, smallest, round_to=None):
 # %% ../../nbs/compress/prune.ipynb #caa787af
 def _asked(ratio, params, macs, kwargs):
     odd = [k for k in kwargs if k not in _options]
-    if odd: raise ValueError(f"There is no {', '.join(odd)}: of torch_pruning.BasePruner's options there are {', '.join(_options)}")
+    if odd: raise ValueError(f"There is no {', '.join(odd)}: choose from {', '.join(_options)}")
     given = {k:v for k,v in dict(ratio=ratio, params=params, macs=macs).items() if v is not None}
     if len(given)!=1: raise ValueError(f"Give one of ratio, params and macs, got {', '.join(given) or 'none'}")
-    if isinstance(ratio, (int,float)) and not 0<ratio<1: raise ValueError(f"ratio is the part of the channels that goes, between 0 and 1, got {ratio}")
+    _check_fraction('ratio', ratio)
 
 def _check_own(layers, model):
     for n,m in layers.items():
@@ -128,8 +133,8 @@ def _prune(model, x, ratio, params, macs, importance, keep, prepare, kwargs):
         ratio = _to_budget(model, make, count, params if macs is None else macs, smallest, kwargs.get('round_to'))
     net,history = make(ratio)
     if not isinstance(ratio, dict) and count_params(net)==count_params(model): raise ValueError(
-        f"Nothing was pruned: at a ratio of {ratio} no layer loses a channel, or forward "
-        "runs without gradients and cannot be traced; raise the ratio, name less in keep=, or take torch.no_grad() out of forward")
+        f"Nothing was pruned: a ratio of {ratio} takes no channel, or forward cannot be traced: "
+        "raise the ratio, name less in keep=, or take torch.no_grad() out of forward")
     return net,kept,history
 
 # %% ../../nbs/compress/prune.ipynb #5aa866a6
@@ -137,7 +142,8 @@ def _out(m): return m.out_features if isinstance(m, nn.Linear) else m.out_channe
 
 def _report(model, net, kept):
     rows = [(n, model.get_submodule(n), net.get_submodule(n), why) for n,why in kept.items()]
-    return pd.DataFrame([dict(layer=n, channels=_out(a), left=_out(b), weights=count_params(a), now=count_params(b), kept=why) for n,a,b,why in rows])
+    return pd.DataFrame([dict(layer=n, channels=_out(a), left=_out(b), weights=count_params(a), now=count_params(b), kept=why)
+        for n,a,b,why in rows])
 
 def prune_channels(
     model:nn.Module, # Trained, left as it is
@@ -148,7 +154,7 @@ def prune_channels(
     importance=None, # Any of `torch_pruning.importance`; `GroupMagnitudeImportance(p=2)` if None
     keep=(), # Names of layers whose outputs stay, `*` standing for anything
     prepare=None, # Called with the copy that is to be pruned, to give it the gradients that an importance reads
-    **kwargs # Of `torch_pruning.BasePruner`: `global_pruning=True` for one ranking over all layers, `isomorphic`, `round_to=8`, `max_pruning_ratio`
+    **kwargs # Of `BasePruner`: `global_pruning=True` for one ranking over all layers, `isomorphic`, `round_to`, `max_pruning_ratio`
 ) -> tuple: # A pruned copy, and a report, one row a layer
     "Take whole channels out of a network, heads excepted (DepGraph, arXiv:2301.12900); raises `ValueError` where that cannot be done"
     net,kept,_ = _prune(model, zeros_for(model, size), ratio, params, macs, importance, keep, prepare, kwargs)
@@ -172,10 +178,11 @@ def _take(live, new):
 
 def _follow(opt, old, new, positions):
     "Give the optimizer the `new` parameters for the `old`, and of its state what belongs to what is left"
+    def left(n, p, v): return v.flatten()[positions[n]] if isinstance(v, Tensor) and v.shape==p.shape else v
     names,state = {id(p):n for n,p in old.items()},getattr(opt, 'opt', opt).state
     for ps in opt.param_lists: ps[:] = [new.get(names.get(id(p)), p) for p in ps]
     for n,p in old.items():
-        if p in state: state[new[n]] = {k: v.flatten()[positions[n]] if isinstance(v, Tensor) and v.shape==p.shape else v for k,v in state.pop(p).items()}
+        if p in state: state[new[n]] = {k:left(n, p, v) for k,v in state.pop(p).items()}
     if hasattr(opt, 'slow_weights'): opt.slow_weights = None  # Lookahead takes them anew
 
 # %% ../../nbs/compress/prune.ipynb #25c1417c
@@ -187,21 +194,22 @@ def _gradients(learn, prepared):
         if kept: return
         for b in prepared():
             b = to_device(b, next(net.parameters()).device)
-            loss = learn.loss_func(net(*b[:learn.dls.n_inp]), *b[learn.dls.n_inp:])
-            if not loss.requires_grad: raise ValueError("The forward of this network runs without gradients, so its channels cannot be traced: take torch.no_grad() out of it")
-            loss.backward()
+            learn.loss_func(net(*b[:learn.dls.n_inp]), *b[learn.dls.n_inp:]).backward()
         kept.update({n:p.grad.clone() for n,p in net.named_parameters() if p.grad is not None})
     return prepare
 
 # %% ../../nbs/compress/prune.ipynb #e0a5b449
 def _zeros(learn):
     if learn.dls.n_inp>1: raise ValueError(
-        f"The network of this learner takes {learn.dls.n_inp} inputs, but only networks of one can be pruned: give it, and its data, one input")
+        f"Only networks of one input can be pruned, got {learn.dls.n_inp} inputs: give the network and its data one")
     return zeros_for(bare_model(learn.model), image_shape(learn.dls))
+
+def check_adapters(learn, verb):
+    if adapters_of(learn.model): raise ValueError(f"A term's adapter reads layers of this network: {verb} first, then add FitNet")
 
 def _apply(learn, prepare, ratio, params, macs, importance, keep, kwargs):
     model = bare_model(learn.model)
-    if adapters_of(learn.model): raise ValueError("A term's adapter reads the channels of this network: prune first, then add FitNet")
+    check_adapters(learn, 'prune')
     x = _zeros(learn)
     net,kept,history = _prune(model, x, ratio, params, macs, importance, keep, prepare, kwargs)
     report = _report(model, net, kept)
@@ -221,7 +229,7 @@ def prune(self:Learner,
     n:int=8, # Number of training batches for the gradients
     **kwargs # As for `prune_channels`
 ) -> pd.DataFrame: # One row a layer
-    "Take channels out of the network of a learner, which can be fitted on; raises `ValueError`, and changes nothing, where that cannot be done"
+    "Take channels out of the network of a learner, to fit on; raises `ValueError`, and changes nothing, where that cannot be done"
     return _apply(self, _gradients(self, partial(first_batches, self.dls, n)), ratio, params, macs, importance, keep, kwargs)
 
 # %% ../../nbs/compress/prune.ipynb #8296f9ad
@@ -264,7 +272,8 @@ class ChannelPruning(_Shrinking):
 
     def before_batch(self):
         step = int(self.sched(self.pct_train)/self.final*self.steps + 1e-6) if self.training else 0
-        if step<=self.done or any(p.grad is not None and p.grad.any() for p in self.model.parameters()): return  # not while gradients are accumulated
+        accumulating = step>self.done and any(p.grad is not None and p.grad.any() for p in self.model.parameters())
+        if step<=self.done or accumulating: return
         ratios = self.ratios(*(self.final*o/self.steps for o in (self.done,step)))
         prepare = _gradients(self.learn, lambda: [(*self.xb,*self.yb)])
         if ratios: _apply(self.learn, prepare, ratios, None, None, self.importance, self.keep, self.kwargs)
@@ -280,7 +289,7 @@ class Sparsify(_Shrinking):
         by_layer:bool=False, # The same part of each layer, instead of one threshold for all
         every:int=10 # Steps of the optimizer between two changes of the masks
     ):
-        if isinstance(sparsity, (int,float)) and not 0<sparsity<1: raise ValueError(f"sparsity is the part of the weights that is zero, between 0 and 1, got {sparsity}")
+        _check_fraction('sparsity', sparsity)
         self.sched,self.keep,self.by_layer,self.every = _schedule(sparsity),keep,by_layer,every
 
     def start(self):
@@ -288,7 +297,7 @@ class Sparsify(_Shrinking):
         layers = layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
         heads,keep = _heads(model, layers, _zeros(self.learn)),patterns_of(self.keep, layers)
         self.layers = {n:m for n,m in layers.items() if n not in heads and not any(fnmatch(n, k) for k in keep)}
-        if not self.layers: raise ValueError(f"Nothing to sparsify, every layer is a head or kept: name less in keep=, which is {self.keep!r}")
+        if not self.layers: raise ValueError(f"Nothing to sparsify, every layer is a head or kept: name less in keep={self.keep!r}")
         _check_own(self.layers, model)
         self.masks,self.n = {n: self.mask(n, o) for n,o in self.layers.items()},0
 
@@ -330,14 +339,16 @@ def prune_curve(
 ) -> pd.DataFrame: # One row a network: method, ratio, parameters, MACs, and the first metric before and after it was trained further
     "What is left of a network's accuracy, by importance and ratio"
     rows,size = [],image_shape(learn.dls)
-    if not learn.metrics: raise ValueError("There is nothing to compare networks by: make the learner with metrics=accuracy")
+    if not learn.metrics: raise ValueError("There is no metric to compare networks by: make the learner with metrics=accuracy")
     for (name,importance),ratio in itertools.product(methods.items(), rates):
         student = deepcopy(bare_model(learn.model))
-        new = distill_learner(learn.dls, learn if teacher else None, student, metrics=learn.metrics, loss_func=learn.loss_func, path=learn.path)
+        same = dict(metrics=learn.metrics, loss_func=learn.loss_func, path=learn.path)
+        new = distill_learner(learn.dls, learn if teacher else None, student, **same)
         new.prune(ratio, importance=importance, **kwargs)
         with new.no_bar(), new.no_logging():
             before = new.validate()[1]
             fit(new) if fit else new.fit_one_cycle(3)
             after = new.validate()[1]
-        rows.append(dict(method=name, ratio=ratio, parameters=count_params(new.student), MACs=count_macs(new.student, size), before=before, after=after))
+        cost = dict(parameters=count_params(new.student), MACs=count_macs(new.student, size))
+        rows.append(dict(method=name, ratio=ratio, **cost, before=before, after=after))
     return pd.DataFrame(rows)

@@ -29,13 +29,16 @@ from ..models.swap import patterns_of
 from ..teacher.callback import DistillCallback, TeacherCallback
 
 # %% ../../nbs/compress/quantize.ipynb #2dc46aa8
-def _made(m): return isinstance(m, Structured) or isinstance(m, (nn.Linear,nn.modules.conv._ConvNd)) and not isinstance(m._parameters.get('weight'), nn.Parameter)
+def _made(m):
+    layer = isinstance(m, (nn.Linear,nn.modules.conv._ConvNd))
+    return isinstance(m, Structured) or layer and not isinstance(m._parameters.get('weight'), nn.Parameter)
 
 def _why_float(model, keep):
     "The names of modules that stay in floating point, and why"
     modules = {n:m for n,m in model.named_modules() if n}
     patterns = patterns_of(keep, modules)
-    named = {n: next((f'kept as {k}' for k in patterns if fnmatch(n, k)), 'makes its weights as it runs' if _made(m) else '') for n,m in modules.items()}
+    made = lambda m: 'makes its weights as it runs' if _made(m) else ''
+    named = {n: next((f'kept as {k}' for k in patterns if fnmatch(n, k)), made(m)) for n,m in modules.items()}
     return {n:why for n,why in named.items() if why}
 
 def _plain(model):
@@ -64,16 +67,20 @@ def _untraced(model, skipped, error):
     try: finder.trace(model)
     except Exception as e: error = e
     where = finder.inside[-1] if finder.inside else 'its forward'
-    return ValueError(f"This network cannot be traced, at {where} ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}): "
-        "name that part in keep=, which leaves it in floating point, or write it without a decision by its inputs")
+    return ValueError(f"This network cannot be traced, at {where} ({(str(error).strip() or type(error).__name__).splitlines()[0]}): "
+        "name that part in keep=, or take branches on values out of it")
+
+@contextmanager
+def _traced(model, skipped):
+    try: yield
+    except Exception as e: raise _untraced(model, skipped, e) from e
 
 # %% ../../nbs/compress/quantize.ipynb #e780117b
-class _InTraining(ValueError): pass
-
 def _check_training(model, floats):
     def nodes(mode): return [(o.op, str(o.target), str(o.args), str(o.kwargs)) for o in _Finder([*floats]).trace(model.train(mode)).nodes]
-    odd = first(a or b for a,b in itertools.zip_longest(nodes(True), nodes(False)) if a!=b)
-    if odd: raise _InTraining(f"The forward of this network does something else in training, at {odd[1]}, which tracing would make permanent: use modules such as nn.Dropout, or name the part in keep=")
+    with _traced(model, floats): odd = first(a or b for a,b in itertools.zip_longest(nodes(True), nodes(False)) if a!=b)
+    if odd: raise ValueError(f"The forward of this network does something else in training, at {odd[1]}: "
+        "use modules such as nn.Dropout, or name the part in keep=")
 
 # %% ../../nbs/compress/quantize.ipynb #13eff2fa
 @contextmanager
@@ -89,11 +96,9 @@ def _prepared(model, batches, floats, aware=False):
     mapping = (get_default_qat_qconfig_mapping if aware else get_default_qconfig_mapping)(torch.backends.quantized.engine)
     for n in floats: mapping.set_module_name(n, None)
     custom = PrepareCustomConfig().set_non_traceable_module_names([*floats])
-    try:
-        if aware: _check_training(model, floats)
-        with _quiet(): return (quantize_fx.prepare_qat_fx if aware else quantize_fx.prepare_fx)(model.train(aware), mapping, first(batches), custom)
-    except _InTraining: raise
-    except Exception as e: raise _untraced(model, floats, e) from e
+    if aware: _check_training(model, floats)
+    prepare = quantize_fx.prepare_qat_fx if aware else quantize_fx.prepare_fx
+    with _traced(model, floats), _quiet(): return prepare(model.train(aware), mapping, first(batches), custom)
 
 # %% ../../nbs/compress/quantize.ipynb #0bf307c9
 def _plain_batches(dls, n):
@@ -101,13 +106,14 @@ def _plain_batches(dls, n):
     if not batches: raise ValueError("Nothing to calibrate on: these DataLoaders give no training batch, or n is 0")
     return batches
 
+def check_one_tensor(out, what):
+    if not isinstance(out, Tensor): raise ValueError(
+        f"The {what} must output one tensor, got a {type(out).__name__}: wrap the network in a module that returns its logits")
+
 def _observe(net, batches):
     for xb in batches:
-        try:
-            with probing(net): out = net(*xb)
-        except Exception as e: raise ValueError(f"Calibration data of shape {' and '.join(str(tuple(o.shape)) for o in xb)} does not fit this network "
-            f"({str(e).splitlines()[0]}): pass the DataLoaders that it was trained with") from e
-        if not isinstance(out, Tensor): raise ValueError(f"An int8 network puts out one tensor, got a {type(out).__name__}: wrap it in a module that returns its logits")
+        with probing(net): out = net(*xb)
+        check_one_tensor(out, 'int8 network')
 
 # %% ../../nbs/compress/quantize.ipynb #196d26af
 class Fixed(nn.Module):
@@ -152,7 +158,8 @@ def _unpickled(kind, state):
     return m
 
 for o in [*vars(layers).values(), *vars(fused_layers).values()]:
-    if isinstance(o, type) and issubclass(o, layers.modules.conv._ConvNd): copyreg.pickle(o, lambda m: (_unpickled, (type(m), m.__getstate__())))
+    is_conv = isinstance(o, type) and issubclass(o, layers.modules.conv._ConvNd)
+    if is_conv: copyreg.pickle(o, lambda m: (_unpickled, (type(m), m.__getstate__())))
 
 # %% ../../nbs/compress/quantize.ipynb #3eb0740a
 class _Stored:
@@ -198,24 +205,29 @@ def _row(n, m, floats):
 
 def _precision(net, floats):
     kinds = nn.Linear,nn.modules.conv._ConvNd,Structured
-    return pd.DataFrame([_row(n, m, floats) for n,m in net.named_modules() if _in_int8(m) or isinstance(m, kinds)], columns=['layer','weights','precision','kept'])
+    rows = [_row(n, m, floats) for n,m in net.named_modules() if _in_int8(m) or isinstance(m, kinds)]
+    return pd.DataFrame(rows, columns=['layer','weights','precision','kept'])
 
 # %% ../../nbs/compress/quantize.ipynb #abed67d3
+def _check_once(done):
+    if done: raise ValueError("This network is int8 already, or prepared for it: quantize the trained one, once")
+
 def quantize(
     model:nn.Module, # Trained, left as it is; or prepared by `learn.quantize_aware`
     dls:DataLoaders, # Its training batches tell the range of every map
     n:int=8, # How many of them
     keep=() # Names of modules that stay in floating point and are not traced, `*` standing for anything
 ) -> tuple: # An `Int8`, and a report, one row a layer
-    "A network in 8-bit integers (arXiv:1712.05877); raises `ValueError` where it cannot be traced, where `dls` does not fit, and for one that is int8 already"
-    if _is_int8(model): raise ValueError("This network is int8 already: quantize the one that was trained")
+    "A network in 8-bit integers (arXiv:1712.05877); raises `ValueError` where it cannot be traced, and where it is int8 already"
+    _check_once(_is_int8(model))
     if is_aware(model) and keep: raise ValueError("What is kept was settled by quantize_aware: pass keep= there")
     floats,batches = model.meta['kept'] if is_aware(model) else _why_float(model, keep),_plain_batches(dls, n)
     prepared = deepcopy(model).cpu().eval() if is_aware(model) else _prepared(model, batches, floats)
     if not is_aware(model): _observe(prepared, batches)
     int8 = _converted(prepared, batches[0][0][:4].half())
     report = _precision(int8.net, floats)
-    if 'int8' not in set(report.precision): raise ValueError(f"Nothing was quantized: {', '.join(f'{o.layer} ({o.kept})' for o in report.itertuples()) or 'the network has no linear layer and no convolution'}")
+    if 'int8' not in set(report.precision): raise ValueError("Nothing was quantized: "
+        + (', '.join(f'{o.layer} ({o.kept})' for o in report[:4].itertuples()) or 'the network has no linear layer or convolution'))
     return int8,report
 
 # %% ../../nbs/compress/quantize.ipynb #63125f0f
@@ -234,7 +246,8 @@ def quantize(self:Learner,
     keep=() # As for `quantize`
 ) -> pd.DataFrame: # One row a layer
     "Put an int8 network in the place of a learner's; raises `ValueError`, and changes nothing, where that cannot be done"
-    if dls is not None and _shapes(dls)!=_shapes(self.dls): raise ValueError(f"Calibration data has the shape {_shapes(dls)}, the learner's {_shapes(self.dls)}: calibrate on data such as it will see")
+    if dls is not None and _shapes(dls)!=_shapes(self.dls): raise ValueError(
+        f"Calibration data has the shape {_shapes(dls)}, the learner's {_shapes(self.dls)}: pass data of the learner's shape")
     model,report = quantize(bare_model(self.model), dls or self.dls, n, keep)
     retire(self, model)
     return report
@@ -272,8 +285,8 @@ def int8_teacher(
     n:int=8 # Batches to calibrate on
 ): # To be called with a batch, as `Frozen` is
     "A copy of a teacher that answers in integers, for `precision=int8_teacher`"
-    if xb[0].device.type!='cpu': raise ValueError(f"int8_teacher computes on a CPU, and this learner is on {xb[0].device}: use precision='auto', or learn.dls.cpu()")
-    if len(xb)>1: raise ValueError("int8_teacher takes networks of one input: use precision='auto'")
+    if len(xb)>1 or xb[0].device.type!='cpu': raise ValueError(
+        f"int8_teacher computes on a CPU from one input, got {len(xb)} on {xb[0].device}: use precision='auto', or learn.dls.cpu()")
     batches = [tuple(o.as_subclass(Tensor).float() for o in seen_by(cb.tfm, b)) for b in _plain_batches(cb.dls, n)]
     telling = _Telling(deepcopy(cb.network).cpu().eval(), layers, outputs)
     prepared = _prepared(telling, batches, _why_float(telling, ()))
@@ -290,8 +303,9 @@ class _Rounding(FusedMovingAvgObsFakeQuantize):
     def forward(self, x):
         if self.training: self.follow(x.detach().float())
         levels = (0,255) if self.dtype==torch.quint8 else (self.quant_min,self.quant_max)
-        if self.is_per_channel: rounded = torch.fake_quantize_per_channel_affine(x.float(), self.scale, self.zero_point, self.ch_axis, *levels)
-        else: rounded = torch.fake_quantize_per_tensor_affine(x.float(), self.scale, self.zero_point, *levels)
+        args = x.float(),self.scale,self.zero_point
+        if self.is_per_channel: rounded = torch.fake_quantize_per_channel_affine(*args, self.ch_axis, *levels)
+        else: rounded = torch.fake_quantize_per_tensor_affine(*args, *levels)
         return rounded.to(x.dtype)
 
     def follow(self, x):
@@ -310,11 +324,12 @@ def quantize_aware(self:Learner,
     n:int=8, # As for `learn.quantize`: where the ranges begin
     keep=() # As for `quantize`
 ):
-    "Let a learner train on, in one group of parameters, with weights and maps rounded as `learn.quantize` will; raises `ValueError`, and changes nothing, where that cannot be done"
+    "Let a learner train on, in one parameter group, rounding as `learn.quantize` will; raises `ValueError`, changing nothing, if it cannot"
     model = bare_model(self.model)
-    if _is_int8(model) or is_aware(model): raise ValueError("This network is quantized, or prepared for it, already: do it once")
+    _check_once(_is_int8(model) or is_aware(model))
     reading = [type(cb).__name__ for cb in self.cbs if isinstance(cb, FeatureKD)]
-    if reading or adapters_of(self.model): raise ValueError(f"{' and '.join(reading) or 'An adapter'} reads stages, which tracing takes apart: train with it first, then remove it, and use KD")
+    if reading or adapters_of(self.model): raise ValueError(f"{' and '.join(reading) or 'An adapter'} reads stages, which tracing "
+        "takes apart: train with it first, then remove it, and use KD")
     device,floats = next(model.parameters()).device,_why_float(model, keep)
     batches = _plain_batches(self.dls, n)
     net = _rounding(_prepared(model, batches, floats, aware=True), batches)
