@@ -402,9 +402,8 @@ def tell_methods():
 _commands = dict(demo=demo, distill=distill, compress=compress, table=table, methods=tell_methods, doctor=tell_doctor)
 
 def _parser(commands):
-    parser = ArgumentParser(prog='kdfast',
-        description="Knowledge distillation for fastai: small, fast networks that are almost as good as big ones",
-        epilog="Options of a command: kdfast COMMAND --help")
+    purpose = "Knowledge distillation for fastai: small, fast networks that are almost as good as big ones"
+    parser = ArgumentParser(prog='kdfast', description=purpose, epilog="Options of a command: kdfast COMMAND --help")
     parser.add_argument('--version', action='version', version=f"kdfast {version('kdfast')}")
     subs = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name,f in commands.items():

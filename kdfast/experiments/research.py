@@ -49,11 +49,10 @@ _taps = _table('taps', "A separable WRN-40-1 with 3 to 18 taps", 'cifar10', {'40
 # %% ../../nbs/experiments/research.ipynb #d442c5a2
 def _of_34(student, **kwargs): return dict(student=student, teacher='resnet34', **kwargs)
 
-_imagenet = _table('imagenet',
-    "Students of a ResNet-34 on ImageNet, top-1; attention transfer from the first epoch, and in the last 40 of 100", 'imagenet',
-    {'ResNet-18':_of_34('resnet18'), 'ResNet-34 DW':_of_34('resnet34', conv='separable'),
-        'ResNet-18 half':_of_34('resnet18', params=3_055_880)},
-    {'AT':'at', 'AT late':'at:since=.6'})
+_by_34 = {'ResNet-18':_of_34('resnet18'), 'ResNet-34 DW':_of_34('resnet34', conv='separable'),
+    'ResNet-18 half':_of_34('resnet18', params=3_055_880)}
+_imagenet = _table('imagenet', "Students of a ResNet-34 on ImageNet, top-1; "
+    "attention transfer from the first epoch, and in the last 40 of 100", 'imagenet', _by_34, {'AT':'at', 'AT late':'at:since=.6'})
 
 _plain = {'hashed':'hashed', 'full':'full', '2x2':'dilated2x2', 'grouped':'grouped:groups=4', 'separable':'separable',
     'linear separable':'separable:linear', 'separable grouped':'separablegrouped:group_size=4',
@@ -71,14 +70,13 @@ _substitutions = _table('substitutions', "WRN-28-10 with convolutions of 1.5M pa
 
 # %% ../../nbs/experiments/research.ipynb #7cbf7d5d
 _nets = {'residual CNN':'residual_cnn', 'plain CNN':'plain_cnn', 'ResNet-10':'resnet10', 'ResNet-14':'resnet14', 'ResNet-18':'resnet18'}
-_stagewise = _table('stagewise', "Students of a ResNet-34 on Imagenette, block by block",
-    'imagenette', {k:_of_34(v) for k,v in _nets.items()},
-    {'5 maps':'blocks', '4 maps':'blocks-nostem', 'parallel':'blocks-parallel', 'simultaneous':'simultaneous',
-        'labels first':'blocks-pretrained', 'KD':'kd', 'FitNet':'fitnet'})
+_in_blocks = {'5 maps':'blocks', '4 maps':'blocks-nostem', 'parallel':'blocks-parallel', 'simultaneous':'simultaneous',
+    'labels first':'blocks-pretrained', 'KD':'kd', 'FitNet':'fitnet'}
+_stagewise = _table('stagewise', "Students of a ResNet-34 on Imagenette, block by block", 'imagenette',
+    {k:_of_34(v) for k,v in _nets.items()}, _in_blocks)
 
 _small = _of_34('resnet10', params=2_130_000)
-_compression = _table('compression',
-    "One order of size below the teacher; "
+_compression = _table('compression', "One order of size below the teacher; "
     "the published figures are of a network of 54M parameters and other students, on other data", 'imagenette',
     {'small CNN':_small, 'separable':dict(_small, conv='separable')}, dict(KD='kd'))
 

@@ -44,9 +44,9 @@ schedules = {'blocks':{}, 'blocks-nostem':dict(stem=False), 'blocks-parallel':di
 
 def _below(c): return [d for o in c.__subclasses__() for d in (o, *_below(o))]
 
-def _is_ours(c): return c.__module__.startswith('kdfast.') and not c.__name__.startswith('_')
-
-def _ours(base): return {c.__name__.lower():c for c in _below(base) if _is_ours(c)}
+def _ours(base):
+    classes = [c for c in _below(base) if c.__module__.startswith('kdfast.')]
+    return {c.__name__.lower():c for c in classes if not c.__name__.startswith('_')}
 
 @functools.cache  # inspecting sixty classes takes longer than all else that reading a run does
 def methods() -> dict: # Name to class
@@ -215,6 +215,9 @@ def _amount(name, text):
     return {key: _number(key, value, float if key in ('ratio','energy') else int)}
 
 # %% ../../nbs/experiments/spec.ipynb #eeb91e1b
+def _check_form(ok, spec, form):
+    if not ok: raise ValueError(f"The step {spec} is written as {form}")
+
 def _replace(make, learn):
     "Put another network in the place of a learner's"
     learn.model,learn.opt = make(learn).to(learn.dls.device),None
@@ -222,9 +225,6 @@ def _replace(make, learn):
 def _file(to, suffix, stem, learn): return to(deepcopy(bare_model(learn.model)), learn.path/f'{stem}{suffix}', image_shape(learn.dls))
 
 # %% ../../nbs/experiments/spec.ipynb #44cf2161
-def _check_form(ok, spec, form):
-    if not ok: raise ValueError(f"The step {spec} is written as {form}")
-
 def _swapped(args, spec, stem):
     conv = conv_of(':'.join(args))
     return Step(spec, partial(_replace, lambda learn: swap_convs(bare_model(learn.model), conv)[0]))

@@ -24,11 +24,9 @@ _steps10 = dict(epochs=200, bs=128, lr=.1, wd=5e-4, steps=(.3,.6,.8), drop=.2)
 _steps_imagenet = dict(epochs=100, bs=256, lr=.1, wd=1e-4, steps=(.3,.6,.9), drop=.1)
 _short10,_cpu10 = dict(epochs=15, bs=128, lr=1e-2, bf16=True),dict(epochs=12, bs=128, lr=1e-2, bf16=True)
 _nette = dict(bs=64, lr=3e-3, bf16=True)
-_schedules = {
-    ('full','cifar10'):_steps10, ('full','imagenet'):_steps_imagenet, ('full','imagenette'):dict(_nette, epochs=100, size=128),
-    ('short','cifar10'):_short10, ('short','imagenet'):dict(_short10, bs=256, lr=3e-3),
-    ('short','imagenette'):dict(_nette, epochs=15, size=128),
-    ('cpu','cifar10'):_cpu10, ('cpu','imagenette'):dict(_nette, epochs=20, size=64),
+_schedules = {('full','cifar10'):_steps10, ('full','imagenet'):_steps_imagenet, ('full','imagenette'):dict(_nette, epochs=100, size=128),
+    ('short','cifar10'):_short10, ('short','imagenet'):dict(_short10, bs=256, lr=3e-3), ('cpu','cifar10'):_cpu10,
+    ('short','imagenette'):dict(_nette, epochs=15, size=128), ('cpu','imagenette'):dict(_nette, epochs=20, size=64),
     **{(o,'digits'):dict(epochs=20, bs=20, lr=1e-2) for o in ('full','short','cpu')}}
 schedule_names = 'smoke','cpu','short','full'
 
@@ -74,8 +72,12 @@ def _run(self:ResearchTable, schedule, row, arm, seed=0):
     return Run(**settings, method=method, teacher=None if method=='control' else theirs, seed=seed)
 
 # %% ../../nbs/experiments/tables.ipynb #ea0902a4
-def _chosen(kind, all_of, names):
-    return [one_of(kind, o, all_of) for o in (all_of if names is None else names)]
+def _chosen(kind, all_of, names): return [one_of(kind, o, all_of) for o in (all_of if names is None else names)]
+
+@patch
+def _check_found(self:ResearchTable, found, schedule, what='Nothing'):
+    command = f'kdfast table {self.name} --schedule {schedule}'
+    if not len(found): raise ValueError(f"{what} of {self.name} at the schedule {schedule} is on record: {command}")
 
 @patch
 def runs(self:ResearchTable,
@@ -171,11 +173,6 @@ def to_markdown(
     rows = ([str(i),*map(str, row)] for i,row in zip(frame.index, frame.values))
     lines = [['',*map(str, frame.columns)], ['---']*(len(frame.columns)+1), *rows]
     return '\n'.join(f"| {' | '.join(o)} |" for o in lines)
-
-@patch
-def _check_found(self:ResearchTable, found, schedule, what='Nothing'):
-    command = f'kdfast table {self.name} --schedule {schedule}'
-    if not len(found): raise ValueError(f"{what} of {self.name} at the schedule {schedule} is on record: {command}")
 
 @patch
 def _laid(self:ResearchTable, frame): return frame.T if self.tall else frame
