@@ -286,7 +286,7 @@ def compress(
     from_files:bool=False, # Read images as they are needed instead of keeping them in memory
     out:Path=Path('compress') # Folder for the results; a record with the same settings is gone on with
 ):
-    "Train or load a network, then compress it step by step, distilled from the original; write a report, and each network as ONNX too"
+    "Train or load a network, then compress it step by step, distilled from the original; write a report and each network, also as ONNX"
     given,chains = dict(locals()),[*dict.fromkeys(steps.split(';'))]
     _check(data, teacher, teacher, None, teacher_file, False, from_files, lr, None)
     _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size)
