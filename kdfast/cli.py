@@ -23,7 +23,8 @@ from .distill.core import FitNet
 from .doctor import doctor
 from .experiments.records import Records
 from .experiments.research import table_of
-from .experiments.results import beside_control, by_arm, described, load_network, machine_facts, result_table, run_arm, RunFolder, save_network, versus
+from .experiments.results import beside_control, by_arm, described, load_network, machine_facts, result_table
+from .experiments.results import run_arm, RunFolder, save_network, versus
 from .experiments.run import epochs_of, fitter, images_of, learner_of
 from .experiments.spec import comes_in_memory, conv_of, data_of, method_table, network_of, schedule_of, steps_of, student_at, terms_of
 from .experiments.sweep import say, Sweep, with_controls
@@ -54,8 +55,8 @@ def _costs(networks, size, device):
     return json.loads(table.to_json(orient='index'))
 
 def _command(f, settings):
-    given = {k:v for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
-    return shlex.join(['kdfast', f.__name__, *(o for k,v in given.items() for o in (f"--{k.replace('_', '-')}", *([] if v is True else [str(v)])))])
+    given = {k.replace('_', '-'):v for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
+    return shlex.join(['kdfast', f.__name__, *(o for k,v in given.items() for o in (f'--{k}', *([] if v is True else [str(v)])))])
 
 # %% ../nbs/cli.ipynb #3a6c2de0
 def _whole_command(given, runs, arms):
@@ -72,7 +73,8 @@ def _report(folder):
         if names: say(f"{word}: {', '.join(names)}")
         if names and 'worse' in verdicts: say("What to look at: https://kdfast.github.io/kdfast/howto/debug.html")
     say()
-    for o in ('record.json','runs.csv','report.csv','curves.png','attention.png','teacher.pth',*map(_file_of, arms),*(f'{_stem(o, 0)}.onnx' for o in arms)):
+    files = 'record.json','runs.csv','report.csv','curves.png','attention.png','teacher.pth'
+    for o in (*files, *map(_file_of, arms), *(f'{_stem(o, 0)}.onnx' for o in arms)):
         if (folder.path/o).exists(): say(folder.path/o)
 
 # %% ../nbs/cli.ipynb #547f26ed
@@ -89,7 +91,8 @@ def demo(
     _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds)
     folder = RunFolder(out, dict(demo=True, epochs=epochs, teacher_epochs=teacher_epochs))
     folder.record = dict(runs=[])
-    say(f"A WRN-16-2 learns from 1,198 digits; then WRN-10-1 students learn from 5 labelled digits a class, with its help and without: {1+seeds*len(demo_arms)} trainings, a line each.\n")
+    say("A WRN-16-2 learns from 1,198 digits; then WRN-10-1 students learn from 5 labelled digits a class, "
+        f"with its help and without: {1+seeds*len(demo_arms)} trainings, a line each.\n")
     full,few = digits_dls(64),digits_dls(25, per_class=5, repeat=10)
     make = lambda: distill_learner(full, None, partial(wrn, 16, 2), metrics=accuracy)
     with on_interrupt(lambda: "A demo is not gone on with: the same command begins anew. Those of kdfast distill are."):
@@ -99,7 +102,8 @@ def demo(
         runs = _students(folder, few, make, demo_arms, seeds, fit, {}, quiet=True)
         learners = {arm:learn for arm,seed,learn in runs if not seed}
     costs = _costs(dict(teacher=teacher.model, student=learners['control'].student), 32, few.device)
-    folder.add(command=_command(demo, settings), machine=machine_facts(), costs=costs, teacher=dict(network='wrn-16-2', accuracy=run['accuracy'], seconds=run['seconds']))
+    about = dict(network='wrn-16-2', accuracy=run['accuracy'], seconds=run['seconds'])
+    folder.add(command=_command(demo, settings), machine=machine_facts(), costs=costs, teacher=about)
     folder.finish()
     figure = show_attention(learners['at'], control=learners['control'], stage=1)
     folder.save(figure, 'attention.png')
@@ -107,17 +111,20 @@ def demo(
 
 # %% ../nbs/cli.ipynb #8d5db81d
 def _same_training(file, theirs, ours):
-    if theirs is None: raise ValueError(f"{file} was not written by this command: choose another --out, or pass it as --teacher-file")
-    odd = [k for k in ours if theirs.get(k)!=ours[k]]
-    if odd: raise ValueError(f"{file} was trained otherwise ({', '.join(f'{k} {theirs.get(k)}, not {ours[k]}' for k in odd)}): choose another --out, or pass it as --teacher-file")
+    odd = [f'{k} {theirs.get(k)}, not {v}' for k,v in ours.items() if theirs.get(k)!=v] if theirs else ['not by this command']
+    if odd: raise ValueError(
+        f"{file} was trained differently ({', '.join(odd)}): choose another --out, or pass it as --teacher-file")
 
 def _train_teacher(folder, arch, dls, about):
     "Train a teacher and keep it beside the results"
     file,how = folder.path/'teacher.pth',about['training']
     fit = fitter(how['epochs'], how['lr'], how['bf16'], 'fine_tune' if how['pretrained'] else 'fit_one_cycle')
-    make = lambda: (vision_learner(dls, arch, normalize=False, metrics=accuracy) if how['pretrained'] else distill_learner(dls, None, arch, metrics=accuracy))
+    def make():
+        if how['pretrained']: return vision_learner(dls, arch, normalize=False, metrics=accuracy)
+        return distill_learner(dls, None, arch, metrics=accuracy)
     with folder.interruptible(about): learn,run = run_arm(make, fit, dls, 'teacher')
-    if not rank_distrib(): save_network(learn.student, file, **about, seconds=run['seconds'], images=len(dls.train_ds), history=run['history'])
+    about = dict(about, seconds=run['seconds'], images=len(dls.train_ds), history=run['history'])
+    if not rank_distrib(): save_network(learn.student, file, **about)
     distrib_barrier()
 
 # %% ../nbs/cli.ipynb #a8ba29a8
@@ -133,7 +140,8 @@ def _load_teacher(file, own, arch, dls, about):
 
 def _teacher(folder, file, train, *args):
     before,own = folder.record.get('teacher', {}),folder.path/'teacher.pth'
-    other = f"{folder.path} holds the results of {'the teacher ' + before['file'] if 'file' in before else 'another teacher'}: pass that as --teacher-file, choose another --out, or remove it"
+    whose = f"the teacher {before['file']}" if 'file' in before else 'another teacher'
+    other = f"{folder.path} holds the results of {whose}: pass that as --teacher-file, choose another --out, or remove it"
     if 'file' in before and not file: raise ValueError(other)
     if not (file or own.exists()): train()
     source,network,known = _load_teacher(file, own, *args)
@@ -142,9 +150,9 @@ def _teacher(folder, file, train, *args):
     return source,network,known
 
 # %% ../nbs/cli.ipynb #a2d78020
-def _check_numbers(**numbers):
-    low = [k for k,v in numbers.items() if v is not None and v<1]
-    if low: raise ValueError(f"--{low[0].replace('_', '-')} is at least 1, got {numbers[low[0]]}")
+def _check_numbers(least=1, /, **numbers):
+    low = [k for k,v in numbers.items() if v is not None and not least<=v<math.inf]
+    if low: raise ValueError(f"--{low[0].replace('_', '-')} is at least {least}, got {numbers[low[0]]}")
 
 def _arms(method):
     arms = ['control', *(o for o in method.split(',') if o!='control')]
@@ -152,10 +160,12 @@ def _arms(method):
     return arms
 
 def _check(data, teacher, student, conv, teacher_file, pretrained, from_files, lr, wd):
-    if pretrained and teacher_file: raise ValueError("--pretrained starts a teacher from ImageNet weights, --teacher-file has one that is trained: leave one out")
-    if from_files and 'path' not in inspect.signature(data_of(data)).parameters: raise ValueError(f"The {data} are no files: leave --from-files out")
+    if pretrained and teacher_file: raise ValueError(
+        "--pretrained trains a teacher from ImageNet weights, --teacher-file passes a trained one: leave one out")
+    if from_files and 'path' not in inspect.signature(data_of(data)).parameters: raise ValueError(
+        f"The {data} are no files: leave --from-files out")
     if not 0<lr<math.inf: raise ValueError(f"--lr must be positive, got {lr}")
-    if wd is not None and not 0<=wd<math.inf: raise ValueError(f"--wd is 0 or more, got {wd}")
+    _check_numbers(0, wd=wd)
     for o in (teacher,student): network_of(o)
     if conv: conv_of(conv)
 
@@ -168,7 +178,9 @@ def _try_out(dls, teacher, student, arms, epochs, size, **kwargs):
         for arm in arms:
             learn = learner_of(dls, teacher, student, arm, **kwargs)
             if schedule_of(arm) is not None: epochs_of(learn, epochs, **schedule_of(arm))
-    except Exception as e: raise ValueError(f"This teacher and this student cannot be trained so, on images of {'x'.join(map(str, size))}: {(str(e).strip() or repr(e)).splitlines()[-1].strip()}") from e
+    except Exception as e:
+        why = (str(e).strip() or repr(e)).splitlines()[-1].strip()
+        raise ValueError(f"This teacher and student cannot be trained so, on images of {'x'.join(map(str, size))}: {why}") from e
     return costs
 
 # %% ../nbs/cli.ipynb #ba08baa0
@@ -188,7 +200,7 @@ def distill(
     student:str='wrn-10-1', # The same
     conv:str=None, # What the student's convolutions are made of, ordinary ones if left out: separable, grouped:groups=4, ...
     params:int=None, # Budget of the student's parameters, met by the ratio of a convolution that has one, by the width otherwise
-    method:str='kd+at', # Those of `kdfast methods`, or blocks, blocks-parallel, simultaneous, joined by +; several of these, with commas between, share one control
+    method:str='kd+at', # Those of `kdfast methods`, or blocks, blocks-parallel, simultaneous, joined by +; commas separate arms
     epochs:int=10, # Epochs of a student
     teacher_epochs:int=None, # Epochs of the teacher, by default as many
     seeds:int=1, # Runs of each arm
@@ -217,12 +229,14 @@ def distill(
     teacher_arch,student_arch = (network_of(o, min(size)) for o in (teacher,student))
     student_arch,setting = student_at(student_arch, conv and conv_of(conv), params, dls.c)
     about = dict(vocab=[str(o) for o in dls.vocab], training=dict(shared, epochs=teacher_epochs or epochs, pretrained=pretrained))
-    about_teacher,fits = dict(about, network=teacher),partial(_try_out, dls, student=student_arch, arms=arms, epochs=epochs, size=size, **decay)
+    about_teacher = dict(about, network=teacher)
+    fits = partial(_try_out, dls, student=student_arch, arms=arms, epochs=epochs, size=size, **decay)
     def train():
         fits(teacher_arch)
         _train_teacher(folder, teacher_arch, make_dls(pct=1.), about_teacher)
     source,network,known = _teacher(folder, teacher_file, train, teacher_arch, dls, about_teacher)
-    folder.add(command=_whole_command(given, folder.record['runs'], arms), machine=machine_facts(), teacher=known, costs=fits(network), setting=setting)
+    command = _whole_command(given, folder.record['runs'], arms)
+    folder.add(command=command, machine=machine_facts(), teacher=known, costs=fits(network), setting=setting)
     say(described(folder.record))
     make,fit = partial(learner_of, dls, source, student_arch, **decay),lambda arm,seed: fitter(epochs, lr, bf16, method=arm)
     for _ in _students(folder, dls, make, arms, seeds, fit, dict(about, network=student)): pass
@@ -250,7 +264,8 @@ def _tell_chains(folder):
     rows = [dict(chain=r['arm'], **o) for r in folder.record['runs'] if not r['seed'] for o in r.get('report', ())]
     if not rows: return
     with whole_file(folder.path/'report.csv') as f: pd.DataFrame(rows).to_csv(f, index=False)
-    say(f"\n{pd.DataFrame(rows).set_index(['chain','step']).to_string(na_rep='')}\n\nms per image of one and of 64 at a time; seconds of each step")
+    shown = pd.DataFrame(rows).set_index(['chain','step']).to_string(na_rep='')
+    say(f"\n{shown}\n\nms per image of one and of 64 at a time; seconds of each step")
 
 # %% ../nbs/cli.ipynb #9f311c7c
 def compress(
@@ -259,7 +274,7 @@ def compress(
     size:int=None, # Side of the images of imagenette, pixels, 128 if left out
     pct:float=1., # Part of the training images for the training after each step, the same of each class
     teacher:str='wrn-16-2', # The network: resnet34, wrn-40-2 and the like, or a classifier of torchvision's
-    steps:str='prune:.5,factorize:.7,int8', # One after another: swap:separable, distill, distill:resnet10, prune:.5, factorize:.7, int8, int8:aware, onnx, program; several chains with ; between
+    steps:str='prune:.5,factorize:.7,int8', # Also swap:separable, distill, int8:aware, onnx, program; a semicolon separates chains
     method:str='kd', # How the network as it was teaches: kd, at, joined by +; control for labels alone
     epochs:int=3, # Epochs after each step
     teacher_epochs:int=10, # Epochs of the network before
@@ -271,13 +286,14 @@ def compress(
     from_files:bool=False, # Read images as they are needed instead of keeping them in memory
     out:Path=Path('compress') # Folder for the results; a record with the same settings is gone on with
 ):
-    "Train a network, or load it; then make it smaller step by step, taught by itself as it was; write a report and each chain's network, for Python and as ONNX"
+    "Train or load a network, then compress it step by step, distilled from the original; write a report and each network, also as ONNX"
     given,chains = dict(locals()),[*dict.fromkeys(steps.split(';'))]
     _check(data, teacher, teacher, None, teacher_file, False, from_files, lr, None)
     _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size)
-    if num_distrib()>1: raise ValueError(f"kdfast compress runs in one process, since it changes the network between fits, got {num_distrib()}: start it without a launcher")
+    if num_distrib()>1: raise ValueError(f"kdfast compress runs in one process, got {num_distrib()}: start it without a launcher")
     for o in chains: steps_of(o)
-    if any(isinstance(o, FitNet) for o in terms_of(method)) and ',' in steps: raise ValueError("fitnet reads channels through an adapter, which a second step would change: take one step a chain, or another --method")
+    if any(isinstance(o, FitNet) for o in terms_of(method)) and ',' in steps: raise ValueError(
+        "A second step would change the channels that fitnet's adapters read: take one step a chain, or another --method")
     if schedule_of(method) is not None: raise ValueError(f"{method} trains block by block: choose terms such as kd, or control")
     make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=not from_files if comes_in_memory(data) else None)
     with _in_turn(): dls = make_dls(pct=pct)
@@ -293,13 +309,16 @@ def compress(
     costs = {**folder.record.get('costs', {}), **_chains(dls, network, method, chains, size)}
     every = dict.fromkeys([*(r['arm'] for r in folder.record['runs']), *chains])
     seeds_ = max(seeds, *(r['seed']+1 for r in folder.record['runs']), 1)
-    folder.add(command=_command(compress, dict(given, steps=';'.join(every), seeds=seeds_)), machine=machine_facts(), teacher=known, costs=costs)
+    command = _command(compress, dict(given, steps=';'.join(every), seeds=seeds_))
+    folder.add(command=command, machine=machine_facts(), teacher=known, costs=costs)
     say(described(folder.record))
     def make(arm, **kwargs):
         learn = learner_of(dls, source, deepcopy(network), method, **kwargs)
         return learn.to_bf16().to_channelslast() if bf16 else learn
     kept = folder.path/'steps'
-    def fit(arm, seed): return compressing(steps_of(_to_file(arm), _stem(arm, seed)), fitter(epochs, lr), seed=seed, folder=kept/_stem(arm, seed))
+    def fit(arm, seed):
+        stem = _stem(arm, seed)
+        return compressing(steps_of(_to_file(arm), stem), fitter(epochs, lr), seed=seed, folder=kept/stem)
     with on_interrupt(lambda: f"Finished chains: {len(folder.record['runs'])}. The same command goes on after the last whole step."):
         for arm,seed,_ in _students(folder, dls, make, chains, seeds, fit, {}):
             costs[arm].update({k:folder.record['runs'][-1][k] for k in ('parameters','MACs')})
@@ -316,7 +335,8 @@ def _labels(text): return text and text.split(',')
 def _dry(runs, schedule, name):
     table = estimate(runs)
     hours,minutes = divmod(round(table.minutes.sum()), 60)
-    say(f"{table.to_string(index=False)}\n\n{len(runs)} runs of {name} at the schedule {schedule}, about {hours} h {minutes} min one after another on this machine")
+    told = f"about {hours} h {minutes} min one after another on this machine"
+    say(f"{table.to_string(index=False)}\n\n{len(runs)} runs of {name} at the schedule {schedule}, {told}")
 
 def _tell_table(research, records, schedule, out):
     "Write a table and its figures, and show it"
@@ -332,7 +352,7 @@ def _tell_table(research, records, schedule, out):
 # %% ../nbs/cli.ipynb #919fcb59
 def table(
     name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, imagenet, substitutions, stagewise, compression, teachers, budget-1mb or pruning; several with commas between
-    schedule:str='short', # full: as published; short: 15 epochs of all data; cpu: 12 to 20 epochs of a fifth; smoke: minutes on digits, to see that it works
+    schedule:str='short', # full: as published; short: 15 epochs; cpu: 12 to 20 epochs of a fifth; smoke: minutes on digits
     rows:str=None, # Some of the rows, with commas between
     arms:str=None, # Some of the columns, with commas between; the controls are always run
     seeds:int=1, # Runs of each cell
@@ -347,7 +367,6 @@ def table(
     "Make a table of the research: train what is not on record yet, then write the table and its figures"
     tables = [table_of(o) for o in name.split(',')]
     _check_numbers(seeds=seeds, workers=workers)
-    if len(tables)>1 and (rows or arms): raise ValueError("--rows and --arms are those of one table: name one")
     runs = {o: with_controls(o.runs(schedule, _labels(rows), _labels(arms), seeds)) for o in tables}
     if dry_run: return _dry([*dict.fromkeys(r for o in runs.values() for r in o)], schedule, name)
     for research,of_it in runs.items():
@@ -375,19 +394,22 @@ def tell_doctor():
 def tell_methods():
     "List the methods: what each compares, its arguments, its paper"
     for o in method_table().itertuples(): say(f'{o.Index:14} {o.compares}\n{"":14} {o.arguments}\n{"":14} {o.paper}')
-    say("Join several with +, give arguments after colons: --method kd+at:weight=500:until=.8. Everyone's: since, until, ramp, parts of the fit between 0 and 1. per_stage, stem: which layers; see also the schedules in kdfast distill --help.")
+    say("Join several with +, give arguments after colons: --method kd+at:weight=500:until=.8. "
+        "Everyone's: since, until, ramp, parts of the fit between 0 and 1. "
+        "per_stage, stem: which layers; see also the schedules in kdfast distill --help.")
 
 # %% ../nbs/cli.ipynb #bf4f4179
 _commands = dict(demo=demo, distill=distill, compress=compress, table=table, methods=tell_methods, doctor=tell_doctor)
 
 def _parser(commands):
-    parser = ArgumentParser(prog='kdfast', description="Knowledge distillation for fastai: small, fast networks that are almost as good as big ones",
-        epilog="Options of a command: kdfast COMMAND --help")
+    purpose = "Knowledge distillation for fastai: small, fast networks that are almost as good as big ones"
+    parser = ArgumentParser(prog='kdfast', description=purpose, epilog="Options of a command: kdfast COMMAND --help")
     parser.add_argument('--version', action='version', version=f"kdfast {version('kdfast')}")
     subs = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name,f in commands.items():
         p = anno_parser(f, prog=f'kdfast {name}')
-        subs.add_parser(name, parents=[p], add_help=False, allow_abbrev=False, help=f.__doc__, description=f.__doc__, formatter_class=p.formatter_class)
+        about = dict(help=f.__doc__, description=f.__doc__, formatter_class=p.formatter_class)
+        subs.add_parser(name, parents=[p], add_help=False, allow_abbrev=False, **about)
     return parser
 
 def _choose_device():

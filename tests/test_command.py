@@ -154,7 +154,7 @@ bad = {
     'data': (['--data','mnist'], 'choose from digits, cifar10, imagenette'),
     'path of digits': (['--path','x'], 'digits has no path'),
     'folder': (['--data','imagenette','--path','/nowhere'], "No such file or directory: '/nowhere'"),
-    'teacher file': (['--teacher-file','/nowhere.pth'], '/nowhere.pth does not exist'),
+    'teacher file': (['--teacher-file','/nowhere.pth'], "No such file or directory: '/nowhere.pth'"),
     'size': (['--data','imagenette','--size','0'], '--size is at least 1'),
     'lr': (['--lr','nan'], '--lr must be positive'),
     'no width': (['--student','wrn-16'], "Unknown network 'wrn-16'"),
@@ -174,7 +174,7 @@ bad = {
     'no budget': (['--params','0'], '--params is at least 1'),
     'low budget': (['--params','300'], 'The budget of 300 is out of reach'),
     'low ratio': (['--conv','hashed','--params','1000'], 'The budget of 1,000 is out of reach'),
-    'negative decay': (['--wd','-1'], '--wd is 0 or more'),
+    'negative decay': (['--wd','-1'], '--wd is at least 0'),
     'no decay': (['--conv','separable','--wd','0','--wd-groups'], 'The weight decay is 0'),
     'nothing to scale': (['--wd-groups'], 'No layer of this network is compressed'),
     'out': (['--out','/proc/nothing/here'], '/proc/nothing'),
@@ -237,7 +237,7 @@ def test_results_of_other_settings_stay(done, tmp_path, monkeypatch):
     out = shutil.copytree(done[1], tmp_path/'out')
     before = (out/'record.json').read_bytes()
     fails('holds the results of other settings (epochs 2, not 3)', *small[:-4], '--epochs', '3', '--out', out)
-    fails('was trained otherwise (epochs 1, not 2)', *small, '--teacher-epochs', '2', '--out', out)
+    fails('was trained differently (epochs 1, not 2)', *small, '--teacher-epochs', '2', '--out', out)
     save_network(wrn(10, 2), tmp_path/'new.pth')
     fails('results of another teacher', *small, '--teacher-file', tmp_path/'new.pth', '--out', out)
     main(['distill', *small, '--teacher-file', str(out/'teacher.pth'), '--out', str(tmp_path/'taught')])

@@ -143,7 +143,7 @@ def test_labels_alone(done, tmp_path):
     run, = record_of(tmp_path/'out')['runs']
     assert list(run['history'])==['train_loss','valid_loss','accuracy']
 
-bad = {'shrink:.5':"Unknown step 'shrink': choose from swap, distill, prune", 'int8,prune:.5':'is quantized', 'int8,int8':'int8 already', 'int8:aware,int8':'int8 already', 'distill:resnet11':'Unknown network', 'swap:sparable':'Unknown convolution', 'prune':'is written as prune:.5', 'prune:.5:l3':"names 'l3': choose from l1, l2", 'prune:energy=.5':'prune takes ratio, params, macs', 'factorize:x':'is no number',
+bad = {'shrink:.5':"Unknown step 'shrink': choose from swap, distill, prune", 'int8,prune:.5':'is quantized', 'int8,int8':'int8 already', 'int8:aware,int8':'int8 already', 'distill:resnet11':'Unknown network', 'swap:sparable':'Unknown convolution', 'prune':'is written as prune:.5', 'prune:.5:l3':"Unknown importance 'l3': choose from l1, l2", 'prune:energy=.5':'prune has no energy: it takes ratio, params, macs', 'factorize:x':'is no number',
     'prune:1.5':'between 0 and 1, got 1.5', 'prune:.99':'would leave none', 'prune:params=10':'The budget of 10 is out of reach', 'factorize:energy=2':'energy is above 0', 'prune:.5,factorize:params=1':'out of reach: factorized'}
 
 @pytest.mark.parametrize('steps', bad)

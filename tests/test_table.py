@@ -23,7 +23,7 @@ bad = {'table':(['banana'], "Unknown table 'banana': choose from methods, method
     'seeds':(['sanity','--seeds','0'], '--seeds is at least 1'), 'workers':(['sanity','--workers','0'], '--workers is at least 1'), 'imagenet on a cpu':(['imagenet','--schedule','cpu'], 'choose short or full'),
     'no imagenet':(['imagenet'], 'pass the folder that holds its train and val'), 'no folder':(['sanity','--data','/nowhere'], "No such file or directory: '/nowhere'"),
     'nothing yet':(['sanity','--report'], 'Nothing of sanity at the schedule short is on record: kdfast table sanity'), 'out':(['sanity','--out','/proc/nothing/here'], '/proc/nothing'),
-    'rows of two':(['sanity,taps','--rows','40-1 DW'], '--rows and --arms are those of one table')}
+    'rows of two':(['sanity,taps','--rows','40-1 DW'], "Unknown row '40-1 DW': choose from 16-1 from 16-2")}
 
 @pytest.mark.parametrize('case', bad)
 def test_bad_arguments(case, tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ from .run import Run, run_of
 
 # %% ../../nbs/experiments/records.ipynb #9c8a2192
 _ours,_version = 0x6b646673,1
-_schema = """create table runs (key text primary key, state text not null check (state in ('done','failed')), student text not null, method text not null,
+_schema = """create table runs (key text primary key, state text not null check (state in ('done','failed')),
+    student text not null, method text not null,
     seed integer not null, accuracy real, seconds real, settings text not null, result text not null)"""
 
 def _check_file(file, db):
@@ -25,9 +26,10 @@ def _check_file(file, db):
     tables = db.execute("select name from sqlite_master where type='table'").fetchall()
     (ours,),(version,) = (db.execute(f'pragma {o}').fetchone() for o in ('application_id','user_version'))
     db.execute('commit')
-    if ours!=_ours and tables: raise ValueError(f"{file} is a database, but not one of kdfast's records: choose another file")
-    if ours==_ours and version!=_version: raise ValueError(f"{file} holds records of version {version}, this kdfast reads version {_version}: "
-        f"{'pip install -U kdfast' if version>_version else 'export it with the kdfast that wrote it'}, or choose another file")
+    if ours!=_ours and tables: raise ValueError(f"{file} is a database, but not one of kdfast's: choose another file")
+    remedy = 'pip install -U kdfast' if version>_version else 'export it with the kdfast that wrote it'
+    if ours==_ours and version!=_version: raise ValueError(
+        f"{file} holds records of version {version}, this kdfast reads version {_version}: {remedy}, or choose another file")
     return bool(tables)
 
 def _made(db):
@@ -41,9 +43,13 @@ def _made(db):
 
 # %% ../../nbs/experiments/records.ipynb #a6480e53
 _columns = 'key','state','student','method','seed','accuracy','seconds','settings','result'
-_insert = f"insert into runs ({','.join(_columns)}) values ({','.join('?'*len(_columns))}) on conflict (key) do update set {', '.join(f'{o}=excluded.{o}' for o in _columns[1:])} where state='failed' or ?"
+_update = ', '.join(f'{o}=excluded.{o}' for o in _columns[1:])
+_insert = (f"insert into runs ({','.join(_columns)}) values ({','.join('?'*len(_columns))}) "
+    f"on conflict (key) do update set {_update} where state='failed' or ?")
 
-def _row(run, result, state): return run.key, state, run.student, run.method, run.seed, result.get('accuracy'), result.get('seconds'), json.dumps(run.settings), json.dumps(result)
+def _row(run, result, state):
+    scores = result.get('accuracy'), result.get('seconds')
+    return run.key, state, run.student, run.method, run.seed, *scores, json.dumps(run.settings), json.dumps(result)
 
 class Records:
     "Results of runs in a file; raises `ValueError` for a file that holds something else, or records of another version"
@@ -63,7 +69,8 @@ class Records:
         "A connection in autocommit mode"
         try:
             with closing(sqlite3.connect(self.file, timeout=60, isolation_level=None)) as db: yield db
-        except sqlite3.OperationalError as e: raise OSError(f"{self.file} could not be read or written, and is as it was ({e}): free some space or make it writable, and run again") from e
+        except sqlite3.OperationalError as e: raise OSError(
+            f"{self.file} cannot be read or written, and is as it was ({e}): free some space or make it writable, and run again") from e
         except sqlite3.DatabaseError as e: raise ValueError(f"{self.file} is no database ({e}): choose another file") from e
 
     def _rows(self, where='', *values):
@@ -102,7 +109,8 @@ def _flat(key, state, student, method, seed, accuracy, seconds, settings, result
     teacher = {'teacher': str(run_of(settings['teacher']))} if 'teacher' in settings else {}
     plain = {k:v for k,v in result.items() if k not in ('history','losses','images','report','fed','error')}
     losses = {f'last {k}':v for k,v in (result.get('losses') or {}).items()}
-    return {'key':key, 'state':state, 'student':student, 'method':method, 'seed':seed, **{k:v for k,v in settings.items() if k not in ('teacher','start')}, **teacher, **plain, **losses}
+    others = {k:v for k,v in settings.items() if k not in ('teacher','start')}
+    return {**dict(key=key, state=state, student=student, method=method, seed=seed), **others, **teacher, **plain, **losses}
 
 @patch
 def table(self:Records) -> pd.DataFrame:
@@ -137,7 +145,7 @@ def take(self:Records,
 ) -> int: # How many were new
     "Add the runs of an export, or of a command's folder, that are not done here"
     text = Path(file).read_text()
-    try: rows = [*_of_folder(json.loads(text))] if Path(file).suffix=='.json' else [(run_of(o['settings']), o['result'], o['state']) for o in map(json.loads, text.splitlines())]
+    try: rows = [*(_of_folder(json.loads(text)) if Path(file).suffix=='.json' else map(_of_line, text.splitlines()))]
     except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} holds no runs that could be taken ({type(e).__name__}: {e}): "
         "pass what Records.export wrote, or the record.json of kdfast distill") from e
     with self._db() as db:
@@ -147,26 +155,30 @@ def take(self:Records,
         return new
 
 # %% ../../nbs/experiments/records.ipynb #19d49e56
+def _of_line(line):
+    o = json.loads(line)
+    return run_of(o['settings']), o['result'], o['state']
+
 def _of_folder(record):
     "Runs, results and states from what a command wrote to `record.json`; raises `ValueError` for settings that a `Run` does not have"
     settings,teacher = record['settings'],record['teacher']  # `KeyError` for a file of something else
     known = ('data','size','pct','student','conv','params','epochs','bs','lr','wd','wd_groups','bf16')
     odd = [k for k,v in settings.items() if v and k not in (*known,'processes','from_files','images','method')]
-    how = teacher.get('training')
-    if not how: raise ValueError("what trained the teacher is not on record")
+    how = teacher.get('training') or dict(pretrained=True)  # a file of weights that says nothing of its training
     if odd or how.get('pretrained') or any(o.get('from_files') or o.get('processes')!=1 for o in (settings,how)): raise ValueError(
-        f"{' and '.join(odd) or 'a pretrained teacher, several processes, or images from files'}: a Run knows nothing of it")
+        f"a Run has no {' and no '.join(odd) or 'teacher from elsewhere, several processes or images from files'}")
     shared,training = dict(bs=64, lr=1e-2),{k:v for k,v in how.items() if k in known}
     source = run_of(_trim(dict(shared, **training, student=teacher['network'])))
     told = dict(record['machine'], command=record['command'])
     taught = {'teacher weights':teacher['weights']} if 'weights' in teacher else {}
-    if teacher.get('history'): yield source,_as_result(dict(teacher, images=teacher['images']), told, record['costs']['teacher'], teacher['images']),'done'
+    if teacher.get('history'): yield source,_as_result(teacher, told, record['costs']['teacher'], teacher['images']),'done'
     for o in record['runs']:
         run = _trim(dict(shared, **{k:v for k,v in settings.items() if k in known}, seed=o['seed']))
         if 'method' in settings: run.update(start=source.settings, chain=o['arm'], student=teacher['network'])
         method = settings.get('method', o['arm'])
         run = run_of(run if method=='control' else dict(run, method=method, teacher=source.settings))
-        yield run,_as_result(o, dict(told, **taught if run.teacher else {}), record['costs'].get(o['arm']) or record['costs']['student'], settings['images']['training'], settings['images']),'done'
+        costs,images = record['costs'].get(o['arm']) or record['costs']['student'],settings['images']
+        yield run,_as_result(o, dict(told, **taught if run.teacher else {}), costs, images['training'], images),'done'
 
 # %% ../../nbs/experiments/records.ipynb #6f451fe7
 def _trim(settings): return {k:v for k,v in settings.items() if v is not None and v is not False}
@@ -175,5 +187,7 @@ def _as_result(o, told, costs, n, images=None):
     history = o['history']
     accs = [a for a in history.get('accuracy', ()) if a is not None]
     more = {k:o[k] for k in ('before','weights') if k in o}
-    return dict(accuracy=o['accuracy'], best=max([o['accuracy'], *accs]), top5=None, losses={k:v[-1] for k,v in history.items() if k not in ('accuracy','stage','epoch')}, history=history,
-        parameters=costs['parameters'], MACs=costs['MACs'], seconds=o['seconds'], images_per_second=round(n*len(accs)/o['seconds'], 1), **dict(images=images) if images else {}, **more, **told)
+    losses,rate = {k:v[-1] for k,v in history.items() if k not in ('accuracy','stage','epoch')},round(n*len(accs)/o['seconds'], 1)
+    scores = dict(accuracy=o['accuracy'], best=max([o['accuracy'], *accs]), top5=None, losses=losses, history=history)
+    speed = dict(parameters=costs['parameters'], MACs=costs['MACs'], seconds=o['seconds'], images_per_second=rate)
+    return dict(scores, **speed, **dict(images=images) if images else {}, **more, **told)

@@ -10,7 +10,7 @@ __all__ = ['research', 'published_of', 'table_of']
 # %% ../../nbs/experiments/research.ipynb #807d53af
 import functools, kdfast
 from fastai.vision.all import *
-from .spec import methods
+from .spec import methods, one_of
 from .tables import ResearchTable
 
 # %% ../../nbs/experiments/research.ipynb #a9b1a875
@@ -32,8 +32,10 @@ _wide = {f'{d}-{k} {kind}':dict(student=f'wrn-{d}-{k}', teacher='wrn-40-2', **co
     for d,k in ((40,2),(40,1),(16,2),(16,1)) for kind,conv in _kinds.items()}
 _at = {'KD':'kd', 'AT':'at', 'AT+KD':'at+kd', 'AT6':'at:per_stage=2', 'AT6+KD':'at:per_stage=2+kd'}
 
-_moonshine = _table('moonshine', "Twelve wide ResNets taught by WRN-40-2 (the log does not name the teachers of the smaller ones)", 'cifar10', _wide, _at)
-_best_teacher = _table('best-teacher', "Nine students, all taught by WRN-40-2", 'cifar10', {k:v for k,v in _wide.items() if k[:4]!='40-2'}, _at)
+_moonshine = _table('moonshine', "Twelve wide ResNets taught by WRN-40-2 (the log does not name the teachers of the smaller ones)",
+    'cifar10', _wide, _at)
+_best_teacher = _table('best-teacher', "Nine students, all taught by WRN-40-2",
+    'cifar10', {k:v for k,v in _wide.items() if k[:4]!='40-2'}, _at)
 
 # %% ../../nbs/experiments/research.ipynb #6cd92a18
 def _taught(student, teacher, **kwargs): return dict(student=f'wrn-{student}', teacher=f'wrn-{teacher}', **kwargs)
@@ -47,13 +49,14 @@ _taps = _table('taps', "A separable WRN-40-1 with 3 to 18 taps", 'cifar10', {'40
 # %% ../../nbs/experiments/research.ipynb #d442c5a2
 def _of_34(student, **kwargs): return dict(student=student, teacher='resnet34', **kwargs)
 
-_imagenet = _table('imagenet', "Students of a ResNet-34 on ImageNet, top-1; attention transfer from the first epoch, and in the last 40 of 100", 'imagenet',
-    {'ResNet-18':_of_34('resnet18'), 'ResNet-34 DW':_of_34('resnet34', conv='separable'), 'ResNet-18 half':_of_34('resnet18', params=3_055_880)},
-    {'AT':'at', 'AT late':'at:since=.6'})
+_by_34 = {'ResNet-18':_of_34('resnet18'), 'ResNet-34 DW':_of_34('resnet34', conv='separable'),
+    'ResNet-18 half':_of_34('resnet18', params=3_055_880)}
+_imagenet = _table('imagenet', "Students of a ResNet-34 on ImageNet, top-1; "
+    "attention transfer from the first epoch, and in the last 40 of 100", 'imagenet', _by_34, {'AT':'at', 'AT late':'at:since=.6'})
 
 _plain = {'hashed':'hashed', 'full':'full', '2x2':'dilated2x2', 'grouped':'grouped:groups=4', 'separable':'separable',
-    'linear separable':'separable:linear', 'separable grouped':'separablegrouped:group_size=4', 'separable channelwise':'separablechannelwise',
-    'shuffle':'shuffle:groups=4', 'bottleneck':'bottleneck:b=4', 'ACDC':'acdc:n_layers=4'}
+    'linear separable':'separable:linear', 'separable grouped':'separablegrouped:group_size=4',
+    'separable channelwise':'separablechannelwise', 'shuffle':'shuffle:groups=4', 'bottleneck':'bottleneck:b=4', 'ACDC':'acdc:n_layers=4'}
 _structured = {'separable hashed':'separablehashed', 'low rank':'lowrank', 'tensor train':'tensortrain', 'Tucker':'tucker', 'CP':'cp'}
 
 # %% ../../nbs/experiments/research.ipynb #00d1aa09
@@ -67,21 +70,23 @@ _substitutions = _table('substitutions', "WRN-28-10 with convolutions of 1.5M pa
 
 # %% ../../nbs/experiments/research.ipynb #7cbf7d5d
 _nets = {'residual CNN':'residual_cnn', 'plain CNN':'plain_cnn', 'ResNet-10':'resnet10', 'ResNet-14':'resnet14', 'ResNet-18':'resnet18'}
-_stagewise = _table('stagewise', "Students of a ResNet-34 on Imagenette, block by block", 'imagenette', {k:_of_34(v) for k,v in _nets.items()},
-    {'5 maps':'blocks', '4 maps':'blocks-nostem', 'parallel':'blocks-parallel', 'simultaneous':'simultaneous', 'labels first':'blocks-pretrained',
-        'KD':'kd', 'FitNet':'fitnet'})
+_in_blocks = {'5 maps':'blocks', '4 maps':'blocks-nostem', 'parallel':'blocks-parallel', 'simultaneous':'simultaneous',
+    'labels first':'blocks-pretrained', 'KD':'kd', 'FitNet':'fitnet'}
+_stagewise = _table('stagewise', "Students of a ResNet-34 on Imagenette, block by block", 'imagenette',
+    {k:_of_34(v) for k,v in _nets.items()}, _in_blocks)
 
 _small = _of_34('resnet10', params=2_130_000)
-_compression = _table('compression',
-    "One order of size below the teacher; the published figures are of a network of 54M parameters and other students, on other data", 'imagenette',
+_compression = _table('compression', "One order of size below the teacher; "
+    "the published figures are of a network of 54M parameters and other students, on other data", 'imagenette',
     {'small CNN':_small, 'separable':dict(_small, conv='separable')}, dict(KD='kd'))
 
 _teachers = _table('teachers', "A mobile network taught by a weak and by a strong teacher; "
     "the published figures are of ResNet-18s, from scratch and pretrained, on eleven classes", 'imagenette',
     {'weak':dict(student='mobile', teacher=dict(student='resnet18', epochs=3)), 'strong':_of_34('mobile')}, dict(KD='kd'))
 
-_megabyte = _table('budget-1mb', "About a megabyte of parameters each, on labels alone; the published figures are of eleven classes", 'imagenette',
-    {k:dict(student='mobile', conv=v, params=250_000) for k,v in {'depthwise':'separable', 'full':'full', 'two groups':'grouped:groups=2'}.items()}, {})
+_convs = {'depthwise':'separable', 'full':'full', 'two groups':'grouped:groups=2'}
+_megabyte = _table('budget-1mb', "About a megabyte of parameters each, on labels alone; the published figures are of eleven classes",
+    'imagenette', {k:dict(student='mobile', conv=v, params=250_000) for k,v in _convs.items()}, {})
 
 # %% ../../nbs/experiments/research.ipynb #deecba8e
 def _pruned(how, rate): return _of_34('resnet34', start='teacher', chain=f'prune:{rate}:{how}', epochs=3, lr=1e-3)
@@ -100,12 +105,12 @@ _methods_cifar = _table('methods-cifar10', "Every method with its defaults", 'ci
     small='A tenth of the images, four epochs in float32', tall=True)
 
 # %% ../../nbs/experiments/research.ipynb #a0f5d1b5
-_tables = (_methods,_methods_cifar,_moonshine,_best_teacher,_sanity,_taps,_imagenet,_substitutions,_stagewise,_compression,_teachers,_megabyte,_pruning)
+_tables = (_methods,_methods_cifar,_moonshine,_best_teacher,_sanity,_taps,_imagenet,_substitutions,
+    _stagewise,_compression,_teachers,_megabyte,_pruning)
 research = {o.name:o for o in _tables}
 
 def table_of(
     name:str # 'sanity'; raises `ValueError` with the list of names for an unknown one
 ) -> ResearchTable:
     "A table of the research"
-    if name not in research: raise ValueError(f"Unknown table {name!r}: choose from {', '.join(research)}")
-    return research[name]
+    return research[one_of('table', name, research)]

@@ -61,11 +61,12 @@ def _against(accs, control):
     return f"{100*diff:+.1f} {'' if math.isnan(err) else f'± {100*err:.1f} '}{verdict}"
 
 def _row(seeds, accuracy, against, costs, seconds):
-    return {'seeds':seeds, 'accuracy':accuracy, 'against control (points)':against, **costs, 'seconds a run':f'{seconds:.0f}' if seconds else ''}
+    scores = {'seeds':seeds, 'accuracy':accuracy, 'against control (points)':against}
+    return {**scores, **costs, 'seconds a run':f'{seconds:.0f}' if seconds else ''}
 
 def result_table(
     record:dict # What a command writes to `record.json`
-) -> pd.DataFrame: # Accuracy ± standard deviation over the seeds, difference from the control ± its standard error, cost, time of the fastest run
+) -> pd.DataFrame: # Accuracy ± standard deviation, difference from the control ± its standard error, cost, time of the fastest run
     "The results of a set of runs, one row an arm"
     accs,seconds,teacher,costs = by_arm(record, 'accuracy'),by_arm(record, 'seconds'),record['teacher'],record['costs']
     before = groupby([r for r in record['runs'] if 'before' in r], itemgetter('arm'), itemgetter('before'))
@@ -90,19 +91,21 @@ def described(
 # %% ../../nbs/experiments/results.ipynb #8610a056
 def compare_records(
     records:dict # Name to what a command writes to `record.json`
-) -> pd.DataFrame: # One row a record: mean accuracy of every arm, cost of the student, its time with the teacher's as 1, and the setting that met a budget
+) -> pd.DataFrame: # One row a record: mean accuracy of each arm, cost of the student, its time relative to the teacher's
     "The results of several sets of runs"
     rows = {}
     for name,record in records.items():
         costs,teacher = record['costs']['student'],record['costs']['teacher']
         accs = {k: mean(v) for k,v in by_arm(record, 'accuracy').items()}
-        rows[name] = {**accs, **{k:costs[k] for k in ('parameters','MACs')}, 'time':costs['ms per image']/teacher['ms per image'], **record.get('setting', {})}
+        time = costs['ms per image']/teacher['ms per image']
+        rows[name] = {**accs, **{k:costs[k] for k in ('parameters','MACs')}, 'time':time, **record.get('setting', {})}
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../../nbs/experiments/results.ipynb #cb84cba4
 def _line(name, learn, log):
     if isinstance(log, str): return print(f"{name}, {log}", flush=True)
-    values = [f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n,v in zip(learn.recorder.metric_names[1:], log[1:]) if v is not None]
+    named = zip(learn.recorder.metric_names[1:], log[1:])
+    values = [f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n,v in named if v is not None]
     print(f"{name}, epoch {log[0]+1} of {learn.n_epoch}: {', '.join(values)}", flush=True)
 
 @contextmanager
@@ -117,7 +120,7 @@ def _shown(learn, name, quiet):
 # %% ../../nbs/experiments/results.ipynb #9f7bd75f
 def run_arm(
     make, # Called without arguments, gives the learner
-    fit, # Called with the learner; a dictionary that it gives becomes part of the run, in place of the last fit's accuracy and curves if it has a `history`
+    fit, # Called with the learner; may return a dictionary of results, with a `history` in place of the last fit's
     dls:DataLoaders, # The learner's
     name:str, # Name of the arm
     seed:int=0, # Decides weights, order and augmentation
@@ -137,9 +140,11 @@ def run_arm(
 
 def _trained(learn, dls):
     "Accuracy and curves of the last fit"
-    if not len(learn.recorder.losses): raise ValueError(f"Nothing was trained: {len(dls.train_ds)} images make no batch of {dls.bs} for each process, so take smaller batches")
+    if not len(learn.recorder.losses): raise ValueError(
+        f"Nothing was trained: {len(dls.train_ds)} images make no batch of {dls.bs} for each process, so take smaller batches")
     history = learn.recorder.history
-    acc = accuracy_of(learn.student, dls) if num_distrib()>1 else history['accuracy'].iloc[-1]  # fastai averages over processes whose last batches differ in size
+    # fastai averages over processes whose last batches differ in size
+    acc = accuracy_of(learn.student, dls) if num_distrib()>1 else history['accuracy'].iloc[-1]
     return dict(accuracy=acc, history=plain_curves(history))
 
 # %% ../../nbs/experiments/results.ipynb #fea33433
@@ -155,13 +160,14 @@ def save_network(
 
 # %% ../../nbs/experiments/results.ipynb #6b6b6d16
 def _read(file):
-    if not Path(file).is_file(): raise FileNotFoundError(f"{file} does not exist: pass a file of weights, or one that learn.export() wrote")
-    try: saved = torch.load(file, map_location='cpu', weights_only=True)
-    except unreadable as e: raise ValueError(f"{file} cannot be read as weights ({type(e).__name__}): write them with learn.save(..., with_opt=False), or let the name of an exported learner end in .pkl") from e
+    with open(file, 'rb') as f:
+        try: saved = torch.load(f, map_location='cpu', weights_only=True)
+        except unreadable as e: raise ValueError(f"{file} cannot be read as weights ({type(e).__name__}): "
+            "save them with learn.save(..., with_opt=False); an exported learner's name must end in .pkl") from e
     kind = first(k for k in ('weights','model','state_dict') if isinstance(saved, dict) and isinstance(saved.get(k), dict))
     weights = saved[kind] if kind else saved
     if not (isinstance(weights, dict) and weights and all(isinstance(v, Tensor) for v in weights.values())): raise ValueError(
-        f"{file} holds no weights but a {type(weights).__name__}: write them with torch.save(model.state_dict(), file)")
+        f"{file} holds no weights but a {type(weights).__name__}: save them with torch.save(model.state_dict(), file)")
     return dict(saved if kind=='weights' else {}, weights={k.removeprefix('module.'):v for k,v in weights.items()})
 
 def load_network(
@@ -173,9 +179,11 @@ def load_network(
     about = _read(file)
     weights,own = about.pop('weights'),model.state_dict()
     theirs,ours = about.get('vocab'),vocab and [str(o) for o in vocab]
-    if theirs and ours and theirs!=ours: raise ValueError(f"{file} was trained on the classes {theirs}, not {ours}, order included: train a teacher on these classes")
+    if theirs and ours and theirs!=ours: raise ValueError(
+        f"{file} was trained on the classes {theirs}, not {ours}, order included: train a teacher on these classes")
     odd = sorted({*own} ^ {*weights}) or [k for k in own if own[k].shape!=weights[k].shape]
-    if odd: raise ValueError(f"{file} holds {about.get('network', 'another network')}, which differs in {', '.join(odd[:3])}{' and more' if len(odd)>3 else ''}: "
+    differs = f"{', '.join(odd[:3])}{' and more' if len(odd)>3 else ''}"
+    if odd: raise ValueError(f"{file} holds {about.get('network', 'another network')}, which differs in {differs}: "
         "name the architecture and the number of classes that it was trained with")
     model.load_state_dict(weights)
     return about
@@ -184,7 +192,8 @@ def load_network(
 def machine_facts() -> dict: # Plain values
     "What a time in seconds depends on"
     device = torch.cuda.get_device_name() if default_device().type=='cuda' else f'{platform.machine()}, {torch.get_num_threads()} threads'
-    return dict(device=device, processes=max(1, num_distrib()), python=platform.python_version(), kdfast=kdfast.__version__, **{o:version(o) for o in ('fastai','torch')})
+    versions = dict(python=platform.python_version(), kdfast=kdfast.__version__, **{o:version(o) for o in ('fastai','torch')})
+    return dict(device=device, processes=max(1, num_distrib()), **versions)
 
 class RunFolder:
     "Where an experiment leaves its record, table, curves and networks"
@@ -204,14 +213,17 @@ class RunFolder:
     def _read(self):
         try:
             record = json.loads(self.file.read_text())
-            return dict(record, settings={**record['settings']}, runs=[{**r, **{k:r[k] for k in ('arm','seed','accuracy','seconds','history')}} for r in record['runs']])
-        except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{self.file} is no record of runs: choose another folder, or remove it") from e
+            runs = [{**r, **{k:r[k] for k in ('arm','seed','accuracy','seconds','history')}} for r in record['runs']]
+            return dict(record, settings={**record['settings']}, runs=runs)
+        except (ValueError,KeyError,TypeError) as e: raise ValueError(
+            f"{self.file} is no record of runs: choose another folder, or remove it") from e
 
     def _check(self):
         theirs = self.record.get('settings', self.settings)
-        odd = [k for k in {**theirs,**self.settings} if theirs.get(k)!=self.settings.get(k)]
-        if odd: raise ValueError(f"{self.path} holds the results of other settings ({', '.join(f'{k} {theirs.get(k)}, not {self.settings.get(k)}' for k in odd)}): "
-            "choose another folder, or remove it")
+        both = {k:(theirs.get(k),self.settings.get(k)) for k in {**theirs,**self.settings}}
+        odd = [f'{k} {a}, not {b}' for k,(a,b) in both.items() if a!=b]
+        if odd: raise ValueError(
+            f"{self.path} holds the results of other settings ({', '.join(odd)}): choose another folder, or remove it")
 
 # %% ../../nbs/experiments/results.ipynb #fe6e93ad
 @patch
@@ -264,7 +276,9 @@ def interruptible(self:RunFolder,
         learn = getattr(e, 'learn', None)
         if not rank_distrib():
             if learn: save_network(learn.student, self.path/'interrupted.pth', **about)
-            where = f" in {e.run}, epoch {getattr(learn, 'epoch', 0)+1}. Its weights so far are in {self.path/'interrupted.pth'}" if learn else ''
-            print(f"\nInterrupted{where}. Finished runs: {len(self.record['runs'])}. The same command goes on with the rest, this run from its beginning.", file=sys.stderr)
+            kept = f"Its weights so far are in {self.path/'interrupted.pth'}"
+            where = f" in {e.run}, epoch {getattr(learn, 'epoch', 0)+1}. {kept}" if learn else ''
+            print(f"\nInterrupted{where}. Finished runs: {len(self.record['runs'])}. "
+                "The same command goes on with the rest, this run from its beginning.", file=sys.stderr)
         e.answered = True
         raise

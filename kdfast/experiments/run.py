@@ -17,7 +17,7 @@ from ..compress.pipeline import compressing
 from ..core import image_shape, unreadable, whole_file
 from ..distill.core import KD
 from .results import machine_facts, run_arm
-from .spec import comes_in_memory, conv_of, data_of, network_of, schedule_of, steps_of, student_at, terms_of
+from .spec import comes_in_memory, conv_of, data_of, network_of, only, schedule_of, steps_of, student_at, terms_of
 from ..learner import distill_learner, student_of
 from ..models.measure import count_macs, count_params
 from ..teacher.callback import DistillCallback, TeacherCallback
@@ -53,14 +53,19 @@ class Run:
     def __post_init__(self):
         self._check_numbers()
         terms,_ = terms_of(self.method),(schedule_of(self.method),network_of(self.student),self.conv and conv_of(self.conv))
-        if any(hasattr(t, 'build') for t in terms): raise ValueError(f"{self.method} makes another network of the student, which cannot be built again from its name: use distill_learner")
-        if (self.method=='control')!=(self.teacher is None): raise ValueError(f"The method {self.method} {'has no teacher: leave it out' if self.teacher else 'needs a teacher: pass a Run'}")
+        if any(hasattr(t, 'build') for t in terms): raise ValueError(
+            f"{self.method} makes another network of the student, which no name stands for: use distill_learner")
+        remedy = 'has no teacher: leave it out' if self.teacher else 'needs a teacher: pass a Run'
+        if (self.method=='control')!=(self.teacher is None): raise ValueError(f"The method {self.method} {remedy}")
         for o in filter(None, (self.teacher,self.start)):
-            if o.data!=self.data: raise ValueError(f"The teacher has learned the classes of {o.data}, not those of {self.data}: pass a Run on {self.data}")
-            if o.chain: raise ValueError("A network that a chain of steps has changed cannot be built again from its name, so it can neither teach nor be started from: choose a run without chain")
+            if o.data!=self.data: raise ValueError(
+                f"The teacher has learned the classes of {o.data}, not those of {self.data}: pass a Run on {self.data}")
+            if o.chain: raise ValueError(
+                f"The network of {o} is not kept, so it can neither teach nor be started from: choose a run without chain")
         if self.start and any(getattr(self, k)!=getattr(self.start, k) for k in ('student','conv','params','size')): raise ValueError(
             f"A run that starts from {self.start.student} trains that network: give it the same student, conv, params and size")
-        if self.steps and (self.chain or schedule_of(self.method) is not None): raise ValueError("Stages and steps of compression have one-cycle schedules: leave steps out")
+        if self.steps and (self.chain or schedule_of(self.method) is not None): raise ValueError(
+            "Stages and steps of compression have one-cycle schedules: leave steps out")
 
     def _check_numbers(self):
         "Whole numbers and real ones in their ranges, and of one kind, since they are part of the key"
@@ -71,10 +76,10 @@ class Run:
             if isinstance(v, (str,bool)) or v!=kind(v): raise ValueError(f"{k} is a {'whole ' if kind is int else ''}number, got {v!r}")
             object.__setattr__(self, k, kind(v))
         object.__setattr__(self, 'steps', tuple(map(float, self.steps)))
-        low = [k for k in ('epochs','bs','lr') if not 0<getattr(self, k)<math.inf]
-        if low: raise ValueError(f"{low[0]} must be positive, got {getattr(self, low[0])}")
-        if not 0<self.pct<=1: raise ValueError(f"pct is the part of the training images, in (0,1], got {self.pct}")
-        if not all(0<o<1 for o in self.steps): raise ValueError(f"steps are parts of the fit, in (0,1), such as (.3,.6,.8) for epochs 60, 120 and 160 of 200, got {self.steps}")
+        odd = [k for k in ('epochs','bs','lr','pct') if not 0<getattr(self, k)<math.inf or (k=='pct' and self.pct>1)]
+        if odd: raise ValueError(f"{odd[0]} must be {'in (0,1]' if odd[0]=='pct' else 'positive'}, got {getattr(self, odd[0])}")
+        if not all(0<o<1 for o in self.steps): raise ValueError(
+            f"steps are parts of the fit, in (0,1), such as (.3,.6,.8) for 60, 120 and 160 of 200 epochs, got {self.steps}")
         if not self.steps and self.drop!=.2: raise ValueError(f"drop={self.drop} is for steps, and there are none: give both or none")
 
     def __str__(self):
@@ -102,8 +107,7 @@ def run_of(
     settings:dict # What `Run.settings` gives
 ) -> Run: # With the same key
     "The run that has these settings; raises `ValueError` for those that it does not know"
-    odd = [k for k in settings if k not in {f.name for f in dataclasses.fields(Run)}]
-    if odd: raise ValueError(f"A run has no {' and no '.join(odd)}: this comes from another version of kdfast, so pip install -U kdfast, or leave that out")
+    only('run', settings, [f.name for f in dataclasses.fields(Run)], 'pip install -U kdfast, or leave it out')
     return Run(**{k: run_of(v) if k in ('teacher','start') else v for k,v in settings.items()})
 
 # %% ../../nbs/experiments/run.ipynb #d87faeea
@@ -130,18 +134,14 @@ def _shares(epochs, n):
     return [epochs*(i+1)//n - epochs*i//n for i in range(n)]
 
 def epochs_of(learn, epochs, labels_first=False, untaught=False, stem=True, mode='stagewise', two_stages=False):
-    "Of `epochs`, those on labels before, those of every stage, and those of the classifier; of two stages, those of the first and of the second"
-    if two_stages:
-        first_terms(learn)
-        if epochs<2: raise ValueError(f"Two stages take at least two epochs, got {epochs}: use more --epochs")
-        return 0,max(1, epochs//4),epochs-max(1, epochs//4)
-    *blocks,_ = find_blocks(learn, stem=stem, mode=mode)
+    "Of `epochs`, those on labels before, of every stage, and of the classifier; of two stages, none, of the first and of the second"
+    blocks = first_terms(learn)[:1] if two_stages else find_blocks(learn, stem=stem, mode=mode)[:-1]
     n,quarter = len(blocks) if mode=='stagewise' else 1,max(1, epochs//4)
     if untaught: return 0,0,epochs
     first = quarter if labels_first else 0
     rest = epochs-quarter-first
-    if rest<n: raise ValueError(f"{epochs} epochs are too few for {n} stages of at least one epoch and as many as {quarter+first} on labels: use more --epochs")
-    return first,_shares(rest, n),quarter
+    if rest<n: raise ValueError(f"{epochs} epochs are too few for {n} stages and {quarter+first} on labels: use more --epochs")
+    return (0,quarter,rest) if two_stages else (first,_shares(rest, n),quarter)
 
 def _block_fit(learn, epochs, lr, stem=True, mode='stagewise', **how):
     "`fit_blocks` or `fit_two_stages` in as many epochs as a fit on labels would take"
@@ -195,8 +195,9 @@ def _state_of(learn):
     rec,rng = learn.recorder,_rng_states()
     recorded = dict(values=rec.values, lrs=rec.lrs, iters=rec.iters, losses=[float(o) for o in rec.losses])
     recorded.update(count=rec.smooth_loss.count, smooth=float(rec.smooth_loss.val))
-    return _plain_state(dict(epochs=learn.epoch+1, numbers=_numbers(learn.model), opt=learn.opt.state_dict(), rng=rng, order=_loader_rng(learn.dls).getstate(),
-        recorded=recorded, train_iter=learn.train_iter, scaler=learn.scaler.state_dict() if hasattr(learn, 'scaler') else {}))
+    states = dict(opt=learn.opt.state_dict(), scaler=learn.scaler.state_dict() if hasattr(learn, 'scaler') else {})
+    return _plain_state(dict(epochs=learn.epoch+1, numbers=_numbers(learn.model), **states, rng=rng,
+        order=_loader_rng(learn.dls).getstate(), recorded=recorded, train_iter=learn.train_iter))
 
 # %% ../../nbs/experiments/run.ipynb #7231d5a2
 def _tupled(o): return tuple(map(_tupled, o)) if isinstance(o, list) else o
@@ -205,13 +206,16 @@ def _restore_rng(learn, rng, order):
     name,keys,*rest = rng['numpy_state']
     cuda = rng['torch_cuda_state']
     if cuda and torch.cuda.is_available(): torch.cuda.set_rng_state(cuda[0])
-    set_random_states(**{**rng, 'torch_cuda_state':[], 'random_state':_tupled(rng['random_state']), 'numpy_state':(name, np.array(keys, dtype=np.uint32), *rest)})
+    numpy_state = name,np.array(keys, dtype=np.uint32),*rest
+    set_random_states(**dict(rng, torch_cuda_state=[], random_state=_tupled(rng['random_state']), numpy_state=numpy_state))
     _loader_rng(learn.dls).setstate(_tupled(order))
 
 # %% ../../nbs/experiments/run.ipynb #f3931afe
+def _shapes(numbers): return {k:v.shape for k,v in numbers.items()}
+
 def _fits(learn, state):
     "Whether `state` is one of this network"
-    return isinstance(state.get('numbers'), dict) and {k:v.shape for k,v in _numbers(learn.model).items()}=={k:v.shape for k,v in state['numbers'].items()}
+    return isinstance(state.get('numbers'), dict) and _shapes(_numbers(learn.model))==_shapes(state['numbers'])
 
 def _restore(learn, state):
     own,rec,told = _numbers(learn.model),learn.recorder,state['recorded']
@@ -251,7 +255,8 @@ class EpochCheckpoint(Callback):
             self.at += 1
             if self._done and not _fits(self.learn, self.fits[self.at]): self.fits = self.fits[:self.at]
         odd = [type(o).__name__ for o in self.learn.cbs if isinstance(o, TrackerCallback)]
-        if self._done and odd: raise ValueError(f"{odd[0]} keeps a state of its own, so that training cannot go on from {self.file}: leave it out, or remove the file")
+        if self._done and odd: raise ValueError(
+            f"{odd[0]} keeps a state of its own, so training cannot resume from {self.file}: leave it out, or remove the file")
         self.live = True
         if self.epoch<self._done: raise CancelEpochException("This epoch is on file")
 
@@ -340,12 +345,14 @@ def _result(learn, run, told, dls, seconds):
     "What goes on record"
     history,shape = told['history'],image_shape(dls)
     last = {k:v[-1] for k,v in history.items() if k not in ('accuracy','top5','stage','epoch')}
-    costs = {k:told[k] for k in ('parameters','MACs')} if run.chain else dict(parameters=count_params(learn.student), MACs=count_macs(learn.student, shape))
+    costs = ({k:told[k] for k in ('parameters','MACs')} if run.chain else
+        dict(parameters=count_params(learn.student), MACs=count_macs(learn.student, shape)))
     best = max([told['accuracy'], *(o for o in history.get('accuracy', ()) if o is not None)])
     more = {k:v for k,v in told.items() if k not in ('arm','seed','seconds','accuracy','history',*costs)}
     of_five,rate = first(history.get('top5', [])[-1:]),len(dls.train_ds)*len(history.get('accuracy', ()))/seconds
-    return dict(accuracy=told['accuracy'], best=best, top5=None if run.chain else of_five, losses=last, history=history, **costs, seconds=round(seconds, 1),
-        images_per_second=round(rate, 1), images=images_of(dls), **more, **origin_of())
+    scores = dict(accuracy=told['accuracy'], best=best, top5=None if run.chain else of_five, losses=last, history=history)
+    speed = dict(costs, seconds=round(seconds, 1), images_per_second=round(rate, 1))
+    return dict(scores, **speed, images=images_of(dls), **more, **origin_of())
 
 # %% ../../nbs/experiments/run.ipynb #8db09b40
 def do_run(

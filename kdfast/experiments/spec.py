@@ -27,21 +27,34 @@ from ..models.measure import fit_budget
 from ..models.swap import swap_convs
 from ..teacher.callback import DistillCallback
 
+# %% ../../nbs/experiments/spec.ipynb #6e1f0c52
+def one_of(kind, name, known):
+    if name not in known: raise ValueError(f"Unknown {kind} {name!r}: choose from {', '.join(known)}")
+    return name
+
+def only(what, given, known, remedy=''):
+    odd = [o for o in given if o not in known]
+    takes = remedy or f"it takes {', '.join(known) or 'nothing'}"
+    if odd: raise ValueError(f"The {what} has no {' and no '.join(odd)}: {takes}")
+
 # %% ../../nbs/experiments/spec.ipynb #4b34ea80
-schedules = {'blocks':{}, 'blocks-nostem':dict(stem=False), 'blocks-parallel':dict(mode='parallel'), 'simultaneous':dict(mode='simultaneous'),
-    'blocks-pretrained':dict(labels_first=True), 'blocks-random':dict(untaught=True), 'two-stages':dict(two_stages=True)}
+schedules = {'blocks':{}, 'blocks-nostem':dict(stem=False), 'blocks-parallel':dict(mode='parallel'),
+    'simultaneous':dict(mode='simultaneous'), 'blocks-pretrained':dict(labels_first=True), 'blocks-random':dict(untaught=True),
+    'two-stages':dict(two_stages=True)}
 
 def _below(c): return [d for o in c.__subclasses__() for d in (o, *_below(o))]
 
-def _ours(base): return {c.__name__.lower():c for c in _below(base) if c.__module__.startswith('kdfast.') and not c.__name__.startswith('_')}
+def _ours(base):
+    classes = [c for c in _below(base) if c.__module__.startswith('kdfast.')]
+    return {c.__name__.lower():c for c in classes if not c.__name__.startswith('_')}
 
 @functools.cache  # inspecting sixty classes takes longer than all else that reading a run does
 def methods() -> dict: # Name to class
     "The terms that need no argument"
     rooms = core,logits,features,relations,activations,online
     bare = lambda c: all(p.default is not p.empty for p in inspect.signature(c).parameters.values())
-    terms = [c for o in rooms for c in vars(o).values() if inspect.isclass(c) and issubclass(c, DistillCallback) and c.__module__==o.__name__]
-    return {c.__name__.lower():c for c in terms if bare(c)}
+    classes = [c for o in rooms for c in vars(o).values() if inspect.isclass(c) and c.__module__==o.__name__]
+    return {c.__name__.lower():c for c in classes if issubclass(c, DistillCallback) and bare(c)}
 
 # %% ../../nbs/experiments/spec.ipynb #9f9ca9c7
 def _described(c):
@@ -51,13 +64,14 @@ def _described(c):
 
 def method_table() -> pd.DataFrame: # One row a method: what it compares, arguments with their defaults, paper
     "The methods, from their signatures and docstrings"
-    args = lambda c: ':'.join(f'{k}={p.default:.3g}' if isinstance(p.default, float) else f'{k}={p.default}' for k,p in inspect.signature(c).parameters.items() if k!='pairs')
+    told = lambda o: f'{o:.3g}' if isinstance(o, float) else o
+    args = lambda c: ':'.join(f'{k}={told(p.default)}' for k,p in inspect.signature(c).parameters.items() if k!='pairs')
     rows = [(k, _described(c)[0], args(c), _described(c)[1]) for k,c in methods().items()]
     return pd.DataFrame(rows, columns=['method','compares','arguments','paper']).set_index('method').rename_axis(None)
 
 # %% ../../nbs/experiments/spec.ipynb #fd874876
-def _number(name, text):
-    try: return ast.literal_eval(text)
+def _number(name, text, read=ast.literal_eval):
+    try: return read(text)
     except (ValueError,SyntaxError): raise ValueError(f"{name}={text} is no number: write an argument as name=number") from None
 
 _phases = 'since','until','ramp'
@@ -65,11 +79,10 @@ _phases = 'since','until','ramp'
 def _term(name, *args):
     takes = [o for o in inspect.signature(methods()[name]).parameters if o!='pairs']
     given = {k:_number(k, v) for k,_,v in (o.partition('=') for o in args)}
-    odd = [k for k in given if k not in (*takes,*_phases)]
-    if odd: raise ValueError(f"The method {name} has no {' and no '.join(odd)}: it takes {', '.join(dict.fromkeys([*takes,*_phases]))}, as in {name}:{takes[0]}=1")
+    only(f'method {name}', given, dict.fromkeys([*takes,*_phases]))
     phase = {k:given.pop(k) for k in _phases if k in given and k not in takes}
     try: term = methods()[name](**given)
-    except TypeError as e: raise ValueError(f"{':'.join([name, *args])} has an argument of the wrong kind: {e}") from e
+    except TypeError as e: raise ValueError(f"{':'.join([name, *args])} has an argument of the wrong type: {e}") from e
     term.weight = phased(term.weight, **phase)
     return term
 
@@ -82,11 +95,10 @@ def terms_of(
     "The terms that `method` names"
     if method=='control': return []
     names = _named(method)
-    unknown = [m for m in names if m not in {**methods(),**schedules}]
-    if unknown: raise ValueError(f"Unknown method {' and '.join(unknown)}: choose from control, {', '.join([*methods(),*schedules])}, or join several with +")
+    unknown = [o for o,m in zip(method.split('+'), names) if m not in methods() and o not in schedules]  # a schedule has no arguments
+    if unknown: raise ValueError(f"Unknown method {' and '.join(unknown)}: "
+        f"choose from control, {', '.join([*methods(),*schedules])}, or join several with +")
     if len({*names})<len(names): raise ValueError(f"{method} names a method twice: name it once")
-    odd = [o for o in method.split('+') if ':' in o and o.split(':')[0] in schedules]
-    if odd: raise ValueError(f"{odd[0]} gives arguments to a schedule, which takes none: write {odd[0].split(':')[0]}")
     return [_term(*o.split(':')) for o in method.split('+') if o.split(':')[0] in methods()]
 
 # %% ../../nbs/experiments/spec.ipynb #9d15b75a
@@ -100,16 +112,15 @@ def schedule_of(
 
 # %% ../../nbs/experiments/spec.ipynb #ea230765
 def conv_of(
-    spec:str # 'separable', or 'grouped:groups=4,...' where the kind takes arguments; raises `ValueError` with the list of names for an unknown one
+    spec:str # 'separable', or 'grouped:groups=4,...' with arguments; raises `ValueError` for an unknown name
 ): # Called as `conv(ni, nf, ks, stride)`
     "The kind of convolution that `spec` stands for"
     name,_,args = spec.partition(':')
     kinds = dict(full=convs.Full, **{k:c for k,c in _ours(convs.Cheap).items() if c not in (convs.Composite,structured.Structured)})
-    if name not in kinds: raise ValueError(f"Unknown convolution {name!r}: choose from {', '.join(kinds)}")
+    kind = kinds[one_of('convolution', name, kinds)]
     given = dict(o.split('=', 1) if '=' in o else (o,'True') for o in args.split(',') if o)
-    odd = [k for k in given if k not in inspect.signature(kinds[name]).parameters]
-    if odd: raise ValueError(f"The convolution {name} has no {' and no '.join(odd)}: it takes {', '.join([*inspect.signature(kinds[name]).parameters][5:]) or 'nothing'}")
-    return partial(kinds[name], **{k:_number(k, v) for k,v in given.items()})
+    only(f'convolution {name}', given, [*inspect.signature(kind).parameters][4:])
+    return partial(kind, **{k:_number(k, v) for k,v in given.items()})
 
 # %% ../../nbs/experiments/spec.ipynb #2b1b64e1
 def _by_name():
@@ -121,7 +132,7 @@ def _by_name():
 def _known_networks(): return [*(f'resnet{d}' for d in nets.resnet_depths), *_by_name(), 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
 
 def network_of(
-    name:str, # 'resnet10', 'wrn-16-1', or one of torchvision's classifiers, which 'torchvision.' before it insists on; raises `ValueError` with the list of names for an unknown one
+    name:str, # 'resnet10', 'wrn-16-1', or a classifier of torchvision, with or without 'torchvision.'; raises `ValueError` otherwise
     size:int=32 # Side of the images, pixels: up to 32 a resnet gets the small stem
 ): # As `distill_learner` takes a student: called with `n_out`, or an architecture
     "The network that `name` stands for, with random weights"
@@ -129,7 +140,7 @@ def network_of(
     wide,plain = (ours and re.fullmatch(o, name) for o in (r'wrn-(\d+)-(\d+\.?\d*)', r'resnet-?(\d+)'))
     if wide: return partial(nets.wrn, int(wide[1]), float(wide[2]))
     if plain and int(plain[1]) in nets.resnet_depths: return partial(nets.resnet, int(plain[1]), stem='small' if size<=32 else 'imagenet')
-    if ours and name in (funcs := _by_name()): return partial(funcs[name], size) if 'size' in inspect.signature(funcs[name]).parameters else funcs[name]
+    if ours and (func := _by_name().get(name)): return partial(func, size) if 'size' in inspect.signature(func).parameters else func
     others = torchvision.models.list_models(module=torchvision.models)
     mine = f"{', '.join(_known_networks())}, or from " if ours else ''
     if name not in others: raise ValueError(f"Unknown network {name!r}: choose from {mine}torchvision's {', '.join(others)}")
@@ -153,7 +164,8 @@ def _in_width(arch, conv):
     if func is nets.wrn: return lambda s: partial(func, arch.args[0], s/64, conv=conv, divisor=divisor)
     if func is nets.resnet and divisor==1: return lambda s: partial(arch, width=s/64, conv=conv)
     if arch is nets.mobile: return lambda s: partial(arch, width=s/64, conv=conv, divisor=divisor)
-    raise ValueError("--params fits the width of a wrn, of mobile, or of a resnet without groups, or the ratio of a convolution that has one and is given none: choose another student or convolution")
+    raise ValueError("--params cannot fit the width of this student, nor the ratio of its convolutions: "
+        "choose a wrn, mobile, a resnet without groups, or a convolution with a ratio, such as hashed")
 
 # %% ../../nbs/experiments/spec.ipynb #037e09fb
 def student_at(
@@ -165,7 +177,8 @@ def student_at(
     "A student of an architecture, a convolution and a budget; raises `ValueError` where the budget is out of reach"
     if params is None: return (arch if conv is None else _in_full(arch, conv)),{}
     conv = conv or getattr(inspect.signature(arch).parameters.get('conv'), 'default', convs.Full)
-    by_ratio = {'ratio','budget','rank'} & {*inspect.signature(conv).parameters} and not {'ratio','budget','rank'} & {*getattr(conv, 'keywords', ())}
+    amounts,given = {'ratio','budget','rank'},{*getattr(conv, 'keywords', ())}
+    by_ratio = amounts & {*inspect.signature(conv).parameters} and not amounts & given
     make = (lambda r: _in_full(arch, partial(conv, ratio=r))) if by_ratio else _in_width(arch, conv)
     setting = fit_budget(lambda s: make(s)(n_out=n_out), params=params, over=(1e-3,1.) if by_ratio else (1,4096)).setting
     return make(setting),dict(ratio=setting) if by_ratio else dict(width=setting/64)
@@ -180,11 +193,10 @@ def data_of(
 ): # Gives `DataLoaders`
     "The function of the data set that `name` stands for, with arguments"
     funcs = data_sets()
-    if name not in funcs: raise ValueError(f"Unknown data set {name!r}: choose from {', '.join(funcs)}")
+    func = funcs[one_of('data set', name, funcs)]
     kwargs = {k:v for k,v in kwargs.items() if v is not None}
-    odd = [k for k in kwargs if k not in inspect.signature(funcs[name]).parameters]
-    if odd: raise ValueError(f"The data set {name} has no {' and no '.join(odd)}: leave it out")
-    return partial(funcs[name], **kwargs)
+    only(f'data set {name}', kwargs, inspect.signature(func).parameters, 'leave it out')
+    return partial(func, **kwargs)
 
 # %% ../../nbs/experiments/spec.ipynb #58556c47
 def importances() -> dict: # Name to one of `torch_pruning.importance`
@@ -196,14 +208,16 @@ def importances() -> dict: # Name to one of `torch_pruning.importance`
 _forms = dict(spatial=SpatialSVD, tucker=Tucker2, cp=CPDecomposition)
 _amounts = dict(prune=('ratio','params','macs'), factorize=('ratio','energy','params'))
 
-def _amount(spec, name, text):
+def _amount(name, text):
     key,_,value = text.rpartition('=')
     key = key or 'ratio'
-    if key not in _amounts[name]: raise ValueError(f"The step {spec} has the amount {key}, but {name} takes {', '.join(_amounts[name])}")
-    try: return {key: float(value) if key in ('ratio','energy') else int(value)}
-    except ValueError: raise ValueError(f"The step {spec} has the amount {text}, which is no number: write it as {name}:.5, or {name}:params=100000") from None
+    only(f'step {name}', [key], _amounts[name])
+    return {key: _number(key, value, float if key in ('ratio','energy') else int)}
 
 # %% ../../nbs/experiments/spec.ipynb #eeb91e1b
+def _check_form(ok, spec, form):
+    if not ok: raise ValueError(f"The step {spec} is written as {form}")
+
 def _replace(make, learn):
     "Put another network in the place of a learner's"
     learn.model,learn.opt = make(learn).to(learn.dls.device),None
@@ -216,38 +230,38 @@ def _swapped(args, spec, stem):
     return Step(spec, partial(_replace, lambda learn: swap_convs(bare_model(learn.model), conv)[0]))
 
 def _distilled(args, spec, stem):
-    if len(args)>1: raise ValueError(f"The step {spec} is written as distill, or distill:resnet10")
+    _check_form(len(args)<2, spec, 'distill, or distill:resnet10')
     if not args: return Step(spec, noop)
     network_of(*args)
     return Step(spec, partial(_replace, lambda learn: student_of(network_of(*args, size=min(image_shape(learn.dls)[1:])), learn.dls)))
 
 def _quantized(args, spec, stem):
-    if args not in ([],['aware']): raise ValueError(f"The step {spec} is written as int8, or int8:aware to train with rounding before")
+    _check_form(args in ([],['aware']), spec, 'int8, or int8:aware for quantization-aware training')
     return Step(spec, Learner.quantize_aware, finish=Learner.quantize) if args else Step(spec, Learner.quantize, trains=False)
 
 # %% ../../nbs/experiments/spec.ipynb #4dcb95b2
 def _shrunk(name, hows, by, args, spec, stem):
-    if not 1<=len(args)<=2: raise ValueError(f"The step {spec} is written as {name}:.5, or {name}:.5 and a name after another colon")
-    if len(args)>1 and args[1] not in hows(): raise ValueError(f"The step {spec} names {args[1]!r}: choose from {', '.join(hows())}")
-    kwargs = dict({by: hows()[args[1]]} if len(args)>1 else {}, **_amount(spec, name, args[0]))
+    _check_form(1<=len(args)<=2, spec, f'{name}:.5, or {name}:.5 and a name after another colon')
+    kwargs = {by: hows()[one_of(by, args[1], hows())]} if len(args)>1 else {}
+    kwargs.update(_amount(name, args[0]))
     return Step(spec, lambda learn: getattr(learn, name)(**kwargs))
 
 def _written(to, suffix, args, spec, stem):
-    if args: raise ValueError(f"The step {spec} is written as {spec.split(':')[0]} alone")
+    _check_form(not args, spec, f"{spec.split(':')[0]} alone")
     return Step(spec, partial(_file, to, suffix, stem), trains=False)
 
-_steps = dict(swap=_swapped, distill=_distilled, prune=partial(_shrunk, 'prune', importances, 'importance'), factorize=partial(_shrunk, 'factorize', lambda: _forms, 'conv'),
-    int8=_quantized, onnx=partial(_written, export_onnx, '.onnx'), program=partial(_written, export_program, '.pt2'))
+_steps = dict(swap=_swapped, distill=_distilled, prune=partial(_shrunk, 'prune', importances, 'importance'),
+    factorize=partial(_shrunk, 'factorize', lambda: _forms, 'conv'), int8=_quantized,
+    onnx=partial(_written, export_onnx, '.onnx'), program=partial(_written, export_program, '.pt2'))
 
 # %% ../../nbs/experiments/spec.ipynb #1410a4de
 def step_of(
-    spec:str, # 'prune:.5', 'prune:params=100000:taylor', 'factorize:energy=.9:tucker', 'swap:separable', 'distill:resnet10', 'int8:aware', 'onnx'; raises `ValueError` with the names to choose from
+    spec:str, # 'prune:params=100000:taylor', 'factorize:.7:tucker', 'swap:separable', 'int8'; raises `ValueError` for anything else
     stem:str='student' # Of the names of files that are written, in `learn.path`
 ) -> Step: # For `pipeline`
     "The step that `spec` stands for"
     name,*args = spec.split(':')
-    if name not in _steps: raise ValueError(f"Unknown step {name!r}: choose from {', '.join(_steps)}")
-    return _steps[name](args, spec, stem)
+    return _steps[one_of('step', name, _steps)](args, spec, stem)
 
 def steps_of(
     specs:str, # Steps with commas between

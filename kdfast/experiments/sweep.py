@@ -40,10 +40,6 @@ class Sweep:
         folder:Path, # For records and networks; goes on with what it holds
         path:Path=None # Folder or archive of the data
     ):
-        runs = [*runs]
-        if not runs: raise ValueError(f"The sweep {name} has no runs: pass a list of Run")
-        odd = [o for o in runs if not isinstance(o, Run)]
-        if odd: raise TypeError(f"The sweep {name} is made of Run, got {odd[0]!r}: pass for instance Run(data='digits', student='wrn-10-1')")
         self.name,self.runs,self.folder,self.path = name,with_controls(runs),Path(folder).absolute(),path
         self.records,self.started,self.broken = Records(self.folder/'records.db'),origin_of()['finished'],{}
 
@@ -98,7 +94,8 @@ def _same_images(self:Sweep, run, dls):
     for other in self.records.runs():
         theirs = self.records.get(other).get('images', ours)
         if (other.data,other.size)==(run.data,run.size) and any(theirs[k]!=ours[k] for k in ('validation','first')): raise ValueError(
-            f"{self.folder} holds results of other images of {run.data} ({theirs['validation']} to validate on, not {ours['validation']}, or not the same): choose another folder")
+            f"{self.folder} holds results of other images of {run.data} (validation {theirs['validation']} {theirs['first']}, "
+            f"here {ours['validation']} {ours['first']}): choose another folder")
 
 @patch
 def _do(self:Sweep, run, quiet, cbs):
@@ -169,7 +166,9 @@ def _settled(self:Sweep, run, retry):
     return bool(rows) and not (retry and json.loads(rows[0][-1])['finished']<self.started)
 
 @patch
-def _hopeless(self:Sweep, run, retry): return any(not self.ready(o) and (self._settled(o, retry) or self._hopeless(o, retry)) for o in _needs(run))
+def _hopeless(self:Sweep, run, retry):
+    waits = [o for o in _needs(run) if not self.ready(o)]
+    return any(self._settled(o, retry) or self._hopeless(o, retry) for o in waits)
 
 @patch
 def _work(self:Sweep, retry=False, quiet=True, show=None):
@@ -213,9 +212,10 @@ def _one_of(sweep, i, n, retry, device):
 # %% ../../nbs/experiments/sweep.ipynb #6d4d739a
 @patch
 def _look(self:Sweep):
-    if num_distrib()<2: return self._same_images(self.runs[0], dls_of(self.runs[0], self.path))
+    def look(run): self._same_images(run, dls_of(run, self.path))
+    if num_distrib()<2: return look(self.runs[0])
     from accelerate import PartialState
-    with PartialState(cpu=default_device().type=='cpu').main_process_first(): self._same_images(self.runs[0], dls_of(self.runs[0], self.path))
+    with PartialState(cpu=default_device().type=='cpu').main_process_first(): look(self.runs[0])
 
 # %% ../../nbs/experiments/sweep.ipynb #d7933663
 class _Batches(Callback):
@@ -248,7 +248,8 @@ def _remote(settings, path, weights):
         nets[k] = network_at(getattr(run, k), dls)
         nets[k].load_state_dict(w)
     learn,result = do_run(run, path, **nets)
-    return {k:v.cpu() for k,v in learn.student.state_dict().items()} if not run.chain else None,dict(result, **{f'{k} weights':digest(o) for k,o in nets.items()})
+    trained = {k:v.cpu() for k,v in learn.student.state_dict().items()} if not run.chain else None
+    return trained,dict(result, **{f'{k} weights':digest(o) for k,o in nets.items()})
 
 @patch
 def _submit(self:Sweep, client, run):
@@ -272,10 +273,10 @@ def _receive(self:Sweep, future):
 # %% ../../nbs/experiments/sweep.ipynb #84dc5c0d
 @patch
 def _on_cluster(self:Sweep, client, retry):
-    try: from distributed import as_completed
-    except ImportError as e: raise ImportError("A cluster needs Dask: pip install kdfast[sweep]") from e
+    from distributed import as_completed
     threads = client.nthreads()
-    if any(n>1 for n in threads.values()): raise ValueError("Two runs in one process would disturb each other's random numbers: start the cluster with threads_per_worker=1")
+    if any(n>1 for n in threads.values()): raise ValueError(
+        "Runs in threads of one process would disturb each other's random numbers: start the cluster with threads_per_worker=1")
     pool,out = as_completed(),set()
     def hand_out():
         for run in self.runs:
@@ -296,7 +297,7 @@ def run(self:Sweep,
     quiet:bool=True, # No lines for each epoch
     client=None # A `distributed.Client` of a cluster whose workers have one thread each, in place of `workers`
 ) -> pd.DataFrame: # One row a run of this sweep that is done
-    "Do all runs that are not done; interrupted, the same call goes on; raises `RuntimeError` naming the runs that failed, when all others are done"
+    "Do all runs that are not done; interrupted, the same call resumes; raises `RuntimeError` naming those that failed at the end"
     if workers<1: raise ValueError(f"workers is at least 1, got {workers}")
     self.started,self.broken = origin_of()['finished'],{}
     if not all(map(self.ready, self.runs)): self._look()
@@ -310,7 +311,9 @@ def run(self:Sweep,
     finally:
         if not rank_distrib(): self.records.export()
     failed = [str(o) for o in self.runs if not self.ready(o)]
-    if failed: raise RuntimeError(f"{len(failed)} of {len(self.runs)} runs of {self.name} are not done: {'; '.join(failed[:3])}{' and more' if len(failed)>3 else ''}. sweep.errors() tells why; retry=True tries again")
+    more = ' and more' if len(failed)>3 else ''
+    if failed: raise RuntimeError(f"{len(failed)} of {len(self.runs)} runs of {self.name} are not done: "
+        f"{'; '.join(failed[:3])}{more}. sweep.errors() tells why; retry=True tries again")
     return self.table()
 
 @patch
@@ -323,7 +326,8 @@ def _beside(self:Sweep, workers, retry):
     finally:
         for o in processes: o.terminate()
     codes = [o.exitcode for o in processes if o.exitcode]
-    if codes: raise RuntimeError(f"{len(codes)} of {workers} processes ended with the code {codes[0]}, a negative one being a signal: the same call goes on with what they left")
+    if codes: raise RuntimeError(
+        f"{len(codes)} of {workers} processes ended with exit code {codes[0]} (negative: a signal): the same call resumes their runs")
 
 @patch
 def table(self:Sweep) -> pd.DataFrame:

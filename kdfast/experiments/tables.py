@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from fastai.vision.all import *
 from ..data import data_sets
 from .run import Run
-from .spec import conv_of, network_of, student_at
+from .spec import conv_of, network_of, one_of, student_at
 from ..look.plots import plot_history, plot_tradeoff
 from ..models.measure import count_macs
 
@@ -25,8 +25,9 @@ _steps_imagenet = dict(epochs=100, bs=256, lr=.1, wd=1e-4, steps=(.3,.6,.9), dro
 _short10,_cpu10 = dict(epochs=15, bs=128, lr=1e-2, bf16=True),dict(epochs=12, bs=128, lr=1e-2, bf16=True)
 _nette = dict(bs=64, lr=3e-3, bf16=True)
 _schedules = {('full','cifar10'):_steps10, ('full','imagenet'):_steps_imagenet, ('full','imagenette'):dict(_nette, epochs=100, size=128),
-    ('short','cifar10'):_short10, ('short','imagenet'):dict(_short10, bs=256, lr=3e-3), ('short','imagenette'):dict(_nette, epochs=15, size=128),
-    **{(o,'digits'):dict(epochs=20, bs=20, lr=1e-2) for o in ('full','short','cpu')}, ('cpu','cifar10'):_cpu10, ('cpu','imagenette'):dict(_nette, epochs=20, size=64)}
+    ('short','cifar10'):_short10, ('short','imagenet'):dict(_short10, bs=256, lr=3e-3), ('cpu','cifar10'):_cpu10,
+    ('short','imagenette'):dict(_nette, epochs=15, size=128), ('cpu','imagenette'):dict(_nette, epochs=20, size=64),
+    **{(o,'digits'):dict(epochs=20, bs=20, lr=1e-2) for o in ('full','short','cpu')}}
 schedule_names = 'smoke','cpu','short','full'
 
 def recipe(
@@ -34,9 +35,11 @@ def recipe(
     data:str # As for `data_of`
 ) -> tuple: # Settings of a student's `Run`, and of its teacher's
     "How a table's runs are trained; raises `ValueError` where there is no such schedule"
-    if schedule not in schedule_names: raise ValueError(f"Unknown schedule {schedule!r}: choose from {', '.join(schedule_names)}")
-    if schedule=='smoke': return dict(data='digits', epochs=8 if data=='imagenette' else 2, pct=.5, bf16=True),dict(data='digits', epochs=2, bf16=True)
-    if (schedule,data) not in _schedules: raise ValueError(f"{data} is too large for the schedule {schedule}: choose short or full, on a GPU")
+    one_of('schedule', schedule, schedule_names)
+    smoke = dict(data='digits', epochs=2, bf16=True)
+    if schedule=='smoke': return dict(smoke, epochs=8 if data=='imagenette' else 2, pct=.5),smoke
+    if (schedule,data) not in _schedules: raise ValueError(
+        f"{data} is too large for the schedule {schedule}: choose short or full, on a GPU")
     teacher = dict(_schedules[schedule,data], data=data)
     return dict(teacher, pct=.2) if schedule=='cpu' else teacher,teacher
 
@@ -47,7 +50,7 @@ class ResearchTable:
     name:str # As on the command line
     caption:str # What it asks, and where it comes from
     data:str # As for `data_of`
-    rows:dict # Label to settings of a `Run`; `teacher` is the name of a network, or its settings; `start='teacher'` goes on with the teacher's network; `small` is what differs at the schedules smoke and cpu
+    rows:dict # Label to settings of a `Run`, with `teacher` (a name or settings), `start='teacher'`, `small` (at smoke and cpu)
     arms:dict # Label to method; 'alone', the control, is always there
     published:dict = field(default_factory=dict) # Label of a row to accuracies in percent by label of an arm, `teacher` among them
     small:str = '' # What differs at the schedules smoke and cpu, for the caption
@@ -65,14 +68,16 @@ def _run(self:ResearchTable, schedule, row, arm, seed=0):
     theirs = Run(**dict(teacher, **dict(student=theirs) if isinstance(theirs, str) else theirs)) if theirs else None
     if settings.pop('start', None): settings['start'] = theirs
     method = self.arms[arm]
-    return Run(**{**settings, **(dict(data='digits') if schedule=='smoke' else {})}, method=method, teacher=None if method=='control' else theirs, seed=seed)
+    if schedule=='smoke': settings['data'] = 'digits'
+    return Run(**settings, method=method, teacher=None if method=='control' else theirs, seed=seed)
 
 # %% ../../nbs/experiments/tables.ipynb #ea0902a4
-def _chosen(kind, all_of, names):
-    names = [*all_of] if names is None else [*names]
-    odd = [o for o in names if o not in all_of]
-    if odd: raise ValueError(f"Unknown {kind} {', '.join(map(repr, odd))}: choose from {', '.join(all_of)}")
-    return names
+def _chosen(kind, all_of, names): return [one_of(kind, o, all_of) for o in (all_of if names is None else names)]
+
+@patch
+def _check_found(self:ResearchTable, found, schedule, what='Nothing'):
+    command = f'kdfast table {self.name} --schedule {schedule}'
+    if not len(found): raise ValueError(f"{what} of {self.name} at the schedule {schedule} is on record: {command}")
 
 @patch
 def runs(self:ResearchTable,
@@ -101,7 +106,8 @@ def cells(self:ResearchTable,
     for row in self.rows:
         found = {arm: known[run] for arm in self.arms if (run := self._run(schedule, row, arm)) in known}
         taught = {r['teacher weights'] for results in found.values() for r in results if 'teacher weights' in r}
-        if len(taught)>1: raise ValueError(f"The row {row} of {self.name} was taught by {len(taught)} teachers, since one was trained again: run it in another folder")
+        if len(taught)>1: raise ValueError(
+            f"The row {row} of {self.name} was taught by {len(taught)} teachers, one of them a rerun: run it in another folder")
         if 'alone' in found: rows += [self._cell(schedule, row, arm, results) for arm,results in found.items()]
     table = pd.DataFrame(rows, columns=['row','arm','accuracy','std','n','published','parameters','MACs','seconds','images_per_second'])
     return table.astype(dict.fromkeys(['std','published','images_per_second'], float))
@@ -118,7 +124,9 @@ def refused(self:ResearchTable,
     return [row for row,arms in has.items() if arms and 'alone' not in arms]
 
 @patch
-def _as_published(self:ResearchTable, schedule, row): return {} if schedule in ('smoke','cpu') and 'small' in self.rows[row] else self.published.get(row, {})
+def _as_published(self:ResearchTable, schedule, row):
+    is_small = schedule in ('smoke','cpu') and 'small' in self.rows[row]
+    return {} if is_small else self.published.get(row, {})
 
 @patch
 def _cell(self:ResearchTable, schedule, row, arm, results):
@@ -162,7 +170,8 @@ def to_markdown(
     frame:pd.DataFrame # Of strings and numbers
 ) -> str:
     "A frame as a Markdown table"
-    lines = [['',*map(str, frame.columns)], ['---']*(len(frame.columns)+1), *([str(i),*map(str, row)] for i,row in zip(frame.index, frame.values))]
+    rows = ([str(i),*map(str, row)] for i,row in zip(frame.index, frame.values))
+    lines = [['',*map(str, frame.columns)], ['---']*(len(frame.columns)+1), *rows]
     return '\n'.join(f"| {' | '.join(o)} |" for o in lines)
 
 @patch
@@ -176,12 +185,14 @@ def markdown(self:ResearchTable,
     "The table with its caption; raises `ValueError` where nothing is on record"
     known = _of_any_seed(records)
     cells,refused = self.cells(known, schedule),self.refused(known, schedule)
-    if not len(cells): raise ValueError(f"{f'No control of {refused[0]}' if refused else 'Nothing'} of {self.name} at the schedule {schedule} is on record: kdfast table {self.name} --schedule {schedule}")
+    self._check_found(cells, schedule, f'No control of {refused[0]}' if refused else 'Nothing')
     left_out = f"\n\nRefused, since their controls are not on record: {', '.join(refused)}." if refused else ''
     smoke = '\n\n**A smoke test: a few epochs on digits. These numbers mean nothing.**' if schedule=='smoke' else ''
     caption = self.caption + (f'. {self.small}' if schedule in ('smoke','cpu') and self.small else '')
-    return (f"# {self.name}, {schedule}\n\n{caption}. Accuracy after the last epoch in %, over {self._seeds(cells)}; in brackets as published.{smoke}\n\n"
-        f"{to_markdown(self._laid(self.frame(known, schedule)))}{left_out}\n\nStudents: {self._how(schedule, cells)}. `kdfast table {self.name} --schedule {schedule}{self._part(cells)}`\n")
+    told = f"Accuracy after the last epoch in %, over {self._seeds(cells)}; in brackets as published.{smoke}"
+    command = f"kdfast table {self.name} --schedule {schedule}{self._part(cells)}"
+    return (f"# {self.name}, {schedule}\n\n{caption}. {told}\n\n{to_markdown(self._laid(self.frame(known, schedule)))}{left_out}\n\n"
+        f"Students: {self._how(schedule, cells)}. `{command}`\n")
 
 # %% ../../nbs/experiments/tables.ipynb #c03b3748
 @patch
@@ -193,8 +204,8 @@ def _seeds(self:ResearchTable, cells):
 def _how(self:ResearchTable, schedule, cells):
     "How all students on record were trained"
     runs = [self._run(schedule, row, 'alone') for row in dict.fromkeys(cells.row)]
-    told = {k:getattr(runs[0], k) for k in ('data','size','pct','epochs','bs','lr','wd','steps','bf16') if all(getattr(o, k)==getattr(runs[0], k) for o in runs)}
-    return ', '.join(f'{k} {v}' for k,v in told.items() if v not in (None,(),False))
+    values = {k:{getattr(o, k) for o in runs} for k in ('data','size','pct','epochs','bs','lr','wd','steps','bf16')}
+    return ', '.join(f'{k} {first(v)}' for k,v in values.items() if len(v)==1 and first(v) not in (None,(),False))
 
 @patch
 def _part(self:ResearchTable, cells):
@@ -229,7 +240,7 @@ def curves(self:ResearchTable,
     of_row = lambda row: {arm:drawn(self._run(schedule, row, arm)) for arm in self.arms}
     found = {row: {k:v for k,v in of_row(row).items() if v} for row in self.rows}
     found = {row:arms for row,arms in found.items() if arms}
-    if not found: raise ValueError(f"Nothing of {self.name} at the schedule {schedule} is on record: kdfast table {self.name} --schedule {schedule}")
+    self._check_found(found, schedule)
     n = min(4, len(found))
     fig,axs = plt.subplots(-(-len(found)//n), n, figsize=(3.4*n, 2.8*-(-len(found)//n)), layout='constrained', squeeze=False, sharey=True)
     for ax,(row,arms) in zip(axs.flat, found.items()):
@@ -253,11 +264,13 @@ def _as_trained(run):
 def _seconds_of(net, run, trains, left):
     "Seconds an image of a training step, or of a forward, on random images; the second one where there is time"
     device = default_device()
-    bs = run.bs if device.type=='cuda' else 4
-    x,y = torch.randn(bs, 3, _size_of(run), _size_of(run), device=device).to(memory_format=torch.channels_last),torch.zeros(bs, dtype=torch.long, device=device)
+    bs,size = run.bs if device.type=='cuda' else 4,_size_of(run)
+    x = torch.randn(bs, 3, size, size, device=device).to(memory_format=torch.channels_last)
+    y = torch.zeros(bs, dtype=torch.long, device=device)
     def step():
         start = time.perf_counter()
-        with torch.set_grad_enabled(trains), torch.autocast(device.type, torch.bfloat16, enabled=run.bf16): loss = F.cross_entropy(net(x), y).float()
+        with torch.set_grad_enabled(trains), torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
+            loss = F.cross_entropy(net(x), y).float()
         if trains: loss.backward()
         loss.item()
         return (time.perf_counter()-start)/bs
