@@ -68,6 +68,12 @@ def starred():
 
 def test_names_are_few(): assert len(starred())<=130
 
+def test_lines_are_short_and_checks_few():
+    lines = [o for f in files.values() for o in f.read_text().splitlines()]
+    raised = sum(isinstance(n, ast.Raise) and n.exc is not None for tree in rooms.values() for n in ast.walk(tree))
+    assert sum(len(o)>140 for o in lines)<=.015*len(lines)
+    assert raised<=.025*len(lines)
+
 def test_what_is_given_up_is_told():
     "Whoever catches everything raises or warns"
     for room,tree in rooms.items():
