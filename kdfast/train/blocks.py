@@ -382,7 +382,7 @@ def fit_blocks(self:Learner,
     pairs:dict=None, # Student's layer to teacher's layer, two or more, in the order in which they run; by default the ends of the stages
     lr_max=None, # Highest learning rate, or a list, one a stage and one for the classifier; the learner's if None
     head:int=None, # Epochs of the classifier on the labels, with the learner's terms; as many as the last stage if None
-    mode:str='stagewise', # 'stagewise': block after block; 'simultaneous': all hints, end to end; 'parallel': each fed with the teacher's map
+    mode:str='stagewise', # 'stagewise': block after block; 'simultaneous': all hints at once; 'parallel': each fed with the teacher's map
     per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
     stem:bool=True, # Pair the stems as well, where `pairs` is None
     unfreeze:bool=False, # Train the blocks with the classifier on the labels
