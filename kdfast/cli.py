@@ -17,7 +17,7 @@ from fastai.vision.all import *
 from fastcore.script import anno_parser
 from filelock import FileLock
 from .compress.pipeline import compressing
-from .core import digest, image_shape, on_interrupt, whole_file
+from .core import digest, image_shape, import_extra, on_interrupt, whole_file
 from .data import digits_dls
 from .distill.core import FitNet
 from .doctor import doctor
@@ -142,11 +142,13 @@ def _teacher(folder, file, train, *args):
     before,own = folder.record.get('teacher', {}),folder.path/'teacher.pth'
     whose = f"the teacher {before['file']}" if 'file' in before else 'another teacher'
     other = f"{folder.path} holds the results of {whose}: pass that as --teacher-file, choose another --out, or remove it"
-    if 'file' in before and not file: raise ValueError(other)
-    if not (file or own.exists()): train()
-    source,network,known = _load_teacher(file, own, *args)
-    known = dict(known, weights=digest(network), **dict(file=str(file)) if file else {})
-    if before and before['weights']!=known['weights']: raise ValueError(other)
+    same = file or 'file' not in before
+    if same:
+        if not (file or own.exists()): train()
+        source,network,known = _load_teacher(file, own, *args)
+        known = dict(known, weights=digest(network), **dict(file=str(file)) if file else {})
+        same = not before or before['weights']==known['weights']
+    if not same: raise ValueError(other)
     return source,network,known
 
 # %% ../nbs/cli.ipynb #a2d78020
@@ -381,10 +383,7 @@ def _fill(name, runs, out, data, workers, cluster, retry):
     try: sweep.run(workers, retry, client=client)
     except RuntimeError as e: raise ValueError(f"{e}\n\n{first(sweep.errors().values()) or ''}") from e
 
-def _client(address):
-    try: from distributed import Client
-    except ImportError as e: raise ImportError("--cluster needs Dask: pip install kdfast[sweep]") from e
-    return Client(address)
+def _client(address): return import_extra('sweep', 'distributed').Client(address)
 
 # %% ../nbs/cli.ipynb #c1e2677a
 def tell_doctor():

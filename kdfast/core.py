@@ -11,6 +11,7 @@ __all__ = ['eval_mode', 'probing', 'keep_rng']
 import hashlib, os, pickle, shutil, sys
 from contextlib import contextmanager
 from copy import deepcopy
+from importlib import import_module
 from fastai.vision.all import *
 
 # %% ../nbs/core.ipynb #0ecc08b6
@@ -178,6 +179,15 @@ def bisect(cost, n, budget):
         mid = (under+above)//2
         under,above = (mid,above) if cost(mid)<=budget else (under,mid)
     return under
+
+# %% ../nbs/core.ipynb #a1bff955
+def import_extra(
+    extra:str, # As in `pip install kdfast[extra]`
+    *modules # Their full names
+): # The last of them; raises `ImportError` with the command
+    "Import what an extra installs"
+    try: return [import_module(o) for o in modules][-1]
+    except ImportError as e: raise ImportError(f"{' and '.join(modules)} cannot be imported ({e}): pip install kdfast[{extra}]") from e
 
 # %% ../nbs/core.ipynb #f7346ee2
 @contextmanager

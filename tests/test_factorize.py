@@ -145,7 +145,7 @@ def test_a_learner_goes_on(dls, quiet, tmp_path):
     with pytest.raises(ValueError, match='factorize first, then add FitNet'): learn.factorize(ratio=.5)
     assert learn.model is before
 
-bad = [(lambda: wrn(10, 1), {}, 'Give one of ratio, energy and params'), (lambda: wrn(10, 1), dict(ratio=.5, energy=.5), 'Give one of'), (lambda: wrn(10, 1), dict(ratio=0), 'ratio is above 0'),
+bad = [(lambda: wrn(10, 1), {}, 'Give exactly one of ratio, energy, params'), (lambda: wrn(10, 1), dict(ratio=.5, energy=.5), 'Give exactly one of'), (lambda: wrn(10, 1), dict(ratio=0), 'ratio is above 0'),
     (lambda: wrn(10, 1), dict(energy=1.2), 'energy is above 0'), (lambda: wrn(10, 1), dict(params=10), 'The budget of 10 is out of reach: factorized, this network has'),
     (lambda: wrn(10, 1), dict(ratio=.5, keep='head'), 'keep names head, which no layer is called'), (lambda: nn.Sequential(nn.ReLU()), dict(ratio=.5), 'Nothing to factorize'),
     (lambda: wrn(10, 1), dict(energy=.5, conv=CPDecomposition), 'pass ratio'), (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), dict(ratio=.5, conv=CPDecomposition), '0 cannot be factorized: '),

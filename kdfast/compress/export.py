@@ -10,10 +10,9 @@ __all__ = ['OnnxModel', 'export_onnx', 'ProgramModel', 'export_program']
 # %% ../../nbs/compress/export.ipynb #76a8fe77
 import io, json, logging
 from contextlib import redirect_stderr, redirect_stdout
-from importlib import import_module
 from fastai.vision.all import *
 from .quantize import Fixed, Int8, check_one_tensor
-from ..core import image_shape, input_shape, keep_rng, probing, whole_file
+from ..core import image_shape, import_extra, input_shape, keep_rng, probing, whole_file
 from ..layers.adapters import bare_model
 
 # %% ../../nbs/compress/export.ipynb #48a71007
@@ -60,9 +59,7 @@ def _writing(what, net):
             "make its forward take one batch and not branch on values") from e
 
 # %% ../../nbs/compress/export.ipynb #d423002f
-def _onnx():
-    try: return [import_module(o) for o in ('onnx','onnxscript','onnxruntime')][-1]
-    except ImportError as e: raise ImportError("ONNX needs onnx, onnxscript and onnxruntime: pip install kdfast[onnx]") from e
+def _onnx(): return import_extra('onnx', 'onnx', 'onnxscript', 'onnxruntime')
 
 # %% ../../nbs/compress/export.ipynb #d44c16df
 class InFile(Fixed):

@@ -14,8 +14,9 @@ from fnmatch import fnmatch
 from math import sqrt
 from fastai.vision.all import *
 from .prune import check_adapters
+from ..core import import_extra
 from ..layers.adapters import bare_model
-from ..models.convs import Full
+from ..models.convs import check_one, Full
 from ..models.measure import count_params
 from ..models.swap import layers_by_name, patterns_of, tied_to
 
@@ -120,10 +121,7 @@ class Tucker2(Factorization):
             (_part(conv, no, conv.out_channels), self.out[...,:ro])]
 
 # %% ../../nbs/compress/factorize.ipynb #64f1f2cb
-def _tensorly():
-    try: import tensorly, tensorly.decomposition
-    except ImportError as e: raise ImportError("CP needs tensorly: pip install kdfast[factorize]") from e
-    return tensorly
+def _tensorly(): return import_extra('factorize', 'tensorly.decomposition', 'tensorly')
 
 class CPDecomposition(Factorization):
     "1x1, a column and a row for each channel, 1x1 (arXiv:1412.6553); no groups"
@@ -191,10 +189,9 @@ def _ranks(forms, rest, ratio, energy, params):
 
 # %% ../../nbs/compress/factorize.ipynb #d150e467
 def _check(ratio, energy, params):
-    given = {k:v for k,v in dict(ratio=ratio, energy=energy, params=params).items() if v is not None}
-    if len(given)!=1: raise ValueError(f"Give one of ratio, energy and params, got {', '.join(given) or 'none'}")
-    for k,v in given.items():
-        if k!='params' and not 0<v<=1: raise ValueError(f"{k} is above 0 and at most 1, got {v}")
+    check_one(ratio=ratio, energy=energy, params=params)
+    for k,v in dict(ratio=ratio, energy=energy).items():
+        if v is not None and not 0<v<=1: raise ValueError(f"{k} is above 0 and at most 1, got {v}")
 
 def _row(name, m, form, ranks, reason):
     if reason: return dict(layer=name, form='', ranks=(), weights=count_params(m), now=count_params(m), error=0., kept=reason)

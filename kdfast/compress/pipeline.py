@@ -105,6 +105,7 @@ def pipeline(
     folder:Path=None # Keep every stage here; the same pipeline goes on with those that it finds
 ) -> list: # `Stage`s: the network as it was, then one for each step
     "Change a network step by step; raises `ValueError` where `folder` holds the stages of other steps, of another network or seed"
+    if 'accuracy' not in learn.metrics.attrgot('name'): raise ValueError("Stages are compared by their accuracy: make the learner with metrics=accuracy")
     steps,key = _as_steps(steps, folder),(seed,digest(bare_model(learn.model)))
     start = Stage('as it was', deepcopy(bare_model(learn.model)), _accuracy(learn), None, 0., None)
     stages = _kept(Path(folder), steps, key) if folder else []

@@ -13,17 +13,15 @@ from copy import deepcopy
 from fnmatch import fnmatch
 from functools import cache
 from fastai.vision.all import *
-from ..core import bisect, first_batches, image_shape, keep_rng, probing
+from ..core import bisect, first_batches, image_shape, import_extra, keep_rng, probing
 from ..layers.adapters import adapters_of, bare_model
 from ..learner import distill_learner
+from ..models.convs import check_one
 from ..models.measure import count_macs, count_params, zeros_for
 from ..models.swap import layers_by_name, patterns_of, tied_to
 
 # %% ../../nbs/compress/prune.ipynb #e2c5a791
-def import_pruning():
-    try: import torch_pruning
-    except ImportError as e: raise ImportError("Pruning channels needs Torch-Pruning: pip install kdfast[prune]") from e
-    return torch_pruning
+def import_pruning(): return import_extra('prune', 'torch_pruning')
 
 def _flat(o):
     if isinstance(o, Tensor): return [o]
@@ -111,8 +109,7 @@ def _to_budget(model, make, count, budget, smallest, round_to=None):
 def _asked(ratio, params, macs, kwargs):
     odd = [k for k in kwargs if k not in _options]
     if odd: raise ValueError(f"There is no {', '.join(odd)}: choose from {', '.join(_options)}")
-    given = {k:v for k,v in dict(ratio=ratio, params=params, macs=macs).items() if v is not None}
-    if len(given)!=1: raise ValueError(f"Give one of ratio, params and macs, got {', '.join(given) or 'none'}")
+    check_one(ratio=ratio, params=params, macs=macs)
     _check_fraction('ratio', ratio)
 
 def _check_own(layers, model):

@@ -177,8 +177,6 @@ class FactorTransfer(FeatureKD):
         res = res/len(self.layers)
         return _still(res) if self.stage==1 else res
 
-    def after_loss(self):
-        super().after_loss()
-        still = self.stage==2 or not self.now
-        if self.acts(self.now): self.learn.loss_grad = self.learn.loss_grad + (_still(self.lost) if still else self.lost)
-        self.lost = None
+    def extras(self):
+        lost,self.lost = self.lost,None
+        return [_still(lost) if self.stage==2 or not self.now else lost]

@@ -146,10 +146,7 @@ class KD(LogitKD):
         if part>1+1e-6: raise ValueError(f"The alphas of the KD terms sum to {part:g}: choose alphas that add up to 1 or less")
 
     def term(self): return self.scale*super().term()
-
-    def after_loss(self):
-        super().after_loss()
-        if self.acts(self.now): self.learn.loss_grad = self.learn.loss_grad - self.now*self.learn.loss
+    def extras(self): return [-self.now*self.learn.loss]
 
 # %% ../../nbs/distill/core.ipynb #964b783b
 KD_IMAGENET = dict(T=1., alpha=.5)

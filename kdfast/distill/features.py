@@ -169,7 +169,4 @@ class SimKD(FeatureKD):
 
     def choose(self, student, network, tfm, xb): self.layers = {'projector': classifier_map(network, seen_by(tfm, xb))[0]}
 
-    def after_loss(self):
-        super().after_loss()
-        left = 1 - sum(t.now for t in self.source.terms if isinstance(t, KD))
-        if self.acts(self.now): self.learn.loss_grad = self.learn.loss_grad - left*self.learn.loss
+    def extras(self): return [(sum(t.now for t in self.source.terms if isinstance(t, KD)) - 1)*self.learn.loss]

@@ -13,7 +13,7 @@ from ..core import logits_of, probing
 from .core import KD, LogitKD
 from ..layers.adapters import adapters_of, bare_model
 from ..losses.core import check_temperature, kd_loss
-from ..losses.logits import cskd_loss, tfkd_loss
+from ..losses.logits import check_probability, cskd_loss, tfkd_loss
 from ..models.convs import init_he
 from ..teacher.callback import check_outputs
 
@@ -28,8 +28,7 @@ class TfKD(KD):
         T:float=20., # Temperature; raises `ValueError` unless positive
         alpha:float=.9 # Part of the loss that comes from the virtual teacher, in [0,1], or a fastai schedule of it
     ):
-        if not 0<a<1: raise ValueError(
-            f"The virtual teacher's probability of the right class must be in (0,1), got a={a}: .99 is published")
+        check_probability(a)
         super().__init__(T, alpha)
         self.func,self.labelled,self.reducible = partial(_from_labels, a=a, T=T, reduction='mean'),True,True
 
@@ -118,10 +117,7 @@ class DML(LogitKD):
 
     def _taught_by(self, pred, others): return sum(self.func(self.laid(pred), self.laid(o).detach()) for o in others)/len(others)
 
-    def after_loss(self):
-        super().after_loss()
-        if not self.acts(self.now): return
-        for o in self.said:
-            others = [p for p in (self.pred,*self.said) if p is not o]
-            self.learn.loss_grad = self.learn.loss_grad + bool(self.now)*self.loss_func(o, *self.yb) + self.now*self._taught_by(o, others)
-        self.said = None
+    def extras(self):
+        everyone,said,self.said = [self.pred,*self.said],self.said,None
+        parts = [(bool(self.now)*self.loss_func(o, *self.yb), self.now*self._taught_by(o, [p for p in everyone if p is not o])) for o in said]
+        return itertools.chain(*parts)

@@ -26,10 +26,10 @@ def _check_file(file, db):
     tables = db.execute("select name from sqlite_master where type='table'").fetchall()
     (ours,),(version,) = (db.execute(f'pragma {o}').fetchone() for o in ('application_id','user_version'))
     db.execute('commit')
-    if ours!=_ours and tables: raise ValueError(f"{file} is a database, but not one of kdfast's: choose another file")
     remedy = 'pip install -U kdfast' if version>_version else 'export it with the kdfast that wrote it'
-    if ours==_ours and version!=_version: raise ValueError(
-        f"{file} holds records of version {version}, this kdfast reads version {_version}: {remedy}, or choose another file")
+    wrong = ("is a database, but not one of kdfast's:" if ours!=_ours and tables else
+        f"holds records of version {version}, this kdfast reads version {_version}: {remedy}, or" if ours==_ours and version!=_version else '')
+    if wrong: raise ValueError(f"{file} {wrong} choose another file")
     return bool(tables)
 
 def _made(db):

@@ -72,8 +72,8 @@ _substitutions = _table('substitutions', "WRN-28-10 with convolutions of 1.5M pa
 _nets = {'residual CNN':'residual_cnn', 'plain CNN':'plain_cnn', 'ResNet-10':'resnet10', 'ResNet-14':'resnet14', 'ResNet-18':'resnet18'}
 _in_blocks = {'5 maps':'blocks', '4 maps':'blocks-nostem', 'parallel':'blocks-parallel', 'simultaneous':'simultaneous',
     'labels first':'blocks-pretrained', 'KD':'kd', 'FitNet':'fitnet'}
-_stagewise = _table('stagewise', "Students of a ResNet-34 on Imagenette, block by block", 'imagenette',
-    {k:_of_34(v) for k,v in _nets.items()}, _in_blocks)
+_students = {k:_of_34(v) for k,v in _nets.items()}
+_stagewise = _table('stagewise', "Students of a ResNet-34 on Imagenette, block by block", 'imagenette', _students, _in_blocks)
 
 _small = _of_34('resnet10', params=2_130_000)
 _compression = _table('compression', "One order of size below the teacher; "

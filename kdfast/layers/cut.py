@@ -191,9 +191,7 @@ class Maps:
         taps = Taps if feed is None else partial(_Fed, feed=feed)
         with taps(*self.model, self.layers, self.clone) as t:
             self.short[0](*seen_by(self.tfm, xb))
-            spoilt = t.overwritten()
-            if spoilt: raise ValueError(
-                f"A dropout in place overwrites the output of {', '.join(spoilt)}: use inplace=False there, or choose other pairs")
+            t.check()
             return dict(t.outs)
 
 # %% ../../nbs/layers/cut.ipynb #a721aa24

@@ -91,6 +91,10 @@ class Taps:
 
     def overwritten(self): return {n for n,o in self.outs.items() if n not in self.clone and o._version!=self.versions[n]}
 
+    def check(self):
+        if spoilt := self.overwritten(): raise ValueError(
+            f"A dropout in place overwrites the output of {', '.join(sorted(spoilt))}: use inplace=False there, or choose other layers")
+
 # %% ../../nbs/layers/taps.ipynb #6d56b6f1
 class _Reached(Exception):
     def __init__(self, out): self.out = out

@@ -134,8 +134,9 @@ def linear_cka(
 def _layers(net, x):
     "As many layers of every stage as the one with fewest blocks has, in order"
     for n in range(12, 0, -1):
-        try: return [o for names in stage_taps(net, x, n).values() for o in names]
+        try: found = [o for names in stage_taps(net, x, n).values() for o in names]
         except ValueError: continue
+        if found: return found
     raise ValueError("This network has no stages to compare: use linear_cka on features of your own")
 
 def _features(net, tfm, x):

@@ -131,6 +131,10 @@ def mlkd_loss(
         return kd_loss(input, target, T) + classes.square().sum()/s.shape[1] + images.square().sum()/len(s)
     return sum(map(level, T))
 
+# %% ../../nbs/losses/logits.ipynb #f4c1bd31
+def check_probability(a):
+    if not 0<a<1: raise ValueError(f"The virtual teacher's probability of the right class must be in (0,1), got a={a}: .99 is published")
+
 # %% ../../nbs/losses/logits.ipynb #169aafa4
 def tfkd_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
@@ -141,7 +145,7 @@ def tfkd_loss(
     reduction:str='mean' # Over all labels, or 'none': `(bs,...)`
 ) -> Tensor: # A scalar with 'mean'
     "`kd_loss` from a virtual teacher that gives the right class `a` and the others equal parts of the rest (Yuan et al., arXiv:1909.11723)"
-    if not 0<a<1: raise ValueError(f"The probability of the right class must be between 0 and 1, got a={a}: .99 is published")
+    check_probability(a)
     s = at_least_float(input).movedim(axis, -1)
     y,ok = _labelled(y, s.shape[-1])
     t = torch.full_like(s, math.log((1-a)/(s.shape[-1]-1))).scatter(-1, y[...,None], math.log(a))

@@ -52,9 +52,7 @@ class TeacherCallback(Callback):
         self.learn.yb,self.learn.loss_func = (torch.zeros(find_bs(self.learn.xb)),),_no_loss  # without labels fastai would not step
 
     def after_pred(self):
-        spoilt = self.student_taps.overwritten()
-        if spoilt: raise ValueError(
-            f"A dropout in place overwrites the output of the student's {', '.join(spoilt)}: use inplace=False there, or tap another layer")
+        self.student_taps.check()
         if any(t.taught and t.acts(t.now) for t in self.terms): self.out,self.taps = self.answer(*self.learn.xb)
 
     def after_loss(self): self._forget()
@@ -205,6 +203,7 @@ class DistillCallback(Callback):
     def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's, to those that the term reads"
     def prepare(self, probe): return {}
     def compact(self, features): return at_least_float(features)
+    def extras(self): return []
     def term(self): raise NotImplementedError(f"{type(self).__name__} adds nothing to the loss: define term(), which returns a scalar")
 
     def _check_scalar(self, x):
@@ -223,12 +222,12 @@ class DistillCallback(Callback):
         self.now = weight if self.stage in self.stages else 0.
 
     def after_loss(self):
-        n = find_bs(self.learn.xb)
-        added = self.now*self.term() if self.acts(self.now) else self.learn.loss.new_zeros(())
+        n,acts = find_bs(self.learn.xb),self.acts(self.now)
+        added = self.now*self.term() if acts else self.learn.loss.new_zeros(())
         self._check_scalar(added)
         self.value = added.detach()
         self.total,self.count = self.total + n*self.value,self.count+n
-        self.learn.loss_grad = self.learn.loss_grad + added
+        self.learn.loss_grad = sum([added, *(self.extras() if acts else [])], start=self.learn.loss_grad)
 
     def after_epoch(self):
         if self.count and hasattr(self.learn, 'recorder'):

@@ -347,12 +347,15 @@ def _each(values, n, what):
     if len(values)!=n: raise ValueError(f"{what} is one value or one for each of {n} stages, got {len(values)}: {list(values)}")
     return [*values]
 
+def _check_epochs(epochs):
+    if not all(isinstance(o, numbers.Integral) and o>=0 for o in epochs) or not any(epochs): raise ValueError(
+        f"Epochs are whole numbers, at least one of them above 0, got {epochs} for the stages")
+
 def _schedule(n_epoch, head, lr_max, n):
     "Epochs and learning rates of `n` stages on hints and of the classifier"
     epochs = _each(n_epoch, n, 'n_epoch')
     epochs.append(epochs[-1] if head is None else head)
-    if not all(isinstance(o, numbers.Integral) and o>=0 for o in epochs) or not any(epochs): raise ValueError(
-        f"Epochs are whole numbers, at least one of them above 0, got {epochs[:-1]} for the blocks and {epochs[-1]} for the classifier")
+    _check_epochs(epochs)
     return epochs,_each(lr_max, n+1, 'lr_max, the classifier\'s included,')
 
 # %% ../../nbs/train/blocks.ipynb #79ed009a
@@ -450,6 +453,7 @@ def fit_two_stages(self:Learner,
 ) -> BlockFit: # The curves of both
     "First the terms that are meant for it, without labels; then labels and the other terms; raises `ValueError` without the former"
     cb,cbs,run = _teacher_cb(self),L(cbs).map(instantiate),BlockFit()
+    _check_epochs([first,n_epoch])
     _check_learner(self, cbs)
     first_terms(self)
     cb.setup()
