@@ -98,10 +98,11 @@ _pruning = _table('pruning', "A ResNet-34 without a part of its channels", 'imag
 _every = {k:k for k,c in methods().items() if k!='sigmoidkd' and not hasattr(c, 'build')}
 _every.update({'kd standardized':'kd:T=2:scale=10:standardize=True', 'kd+at':'kd+at', 'kd+at+sp':'kd+at+sp',
     **{f'{o}, then kd':f'{o}+kd+two-stages' for o in ('fitnet','ab','fsp')}, 'factortransfer in two stages':'factortransfer+two-stages'})
+_few = dict(student='wrn-10-1', pct=.05, epochs=30, teacher=dict(student='wrn-16-2', bs=64, epochs=10))
+_tenth = _taught('16-1', '16-2', small=dict(pct=.1, epochs=4, bs=64, bf16=False))
 _methods = _table('methods', "Every method with its defaults, on six of each of scikit-learn's digits; the teacher has seen all", 'digits',
-    {'10-1 from 16-2':dict(student='wrn-10-1', pct=.05, epochs=30, teacher=dict(student='wrn-16-2', bs=64, epochs=10))}, _every, tall=True)
-_methods_cifar = _table('methods-cifar10', "Every method with its defaults", 'cifar10',
-    {'16-1 from 16-2':_taught('16-1', '16-2', small=dict(pct=.1, epochs=4, bs=64, bf16=False))}, _every,
+    {'10-1 from 16-2':_few}, _every, tall=True)
+_methods_cifar = _table('methods-cifar10', "Every method with its defaults", 'cifar10', {'16-1 from 16-2':_tenth}, _every,
     small='A tenth of the images, four epochs in float32', tall=True)
 
 # %% ../../nbs/experiments/research.ipynb #a0f5d1b5
