@@ -19,6 +19,7 @@ from filelock import FileLock
 from .compress.pipeline import compressing
 from .core import digest, image_shape, import_extra, on_interrupt, whole_file
 from .data import digits_dls
+from .devices import in_turn, say
 from .distill.core import FitNet
 from .doctor import doctor
 from .experiments.records import Records
@@ -27,7 +28,7 @@ from .experiments.results import beside_control, by_arm, described, load_network
 from .experiments.results import run_arm, RunFolder, save_network, versus
 from .experiments.run import epochs_of, fitter, images_of, learner_of
 from .experiments.spec import comes_in_memory, conv_of, data_of, method_table, network_of, schedule_of, steps_of, student_at, terms_of
-from .experiments.sweep import say, Sweep, with_controls
+from .experiments.sweep import Sweep, with_controls
 from .experiments.tables import estimate
 from .learner import accuracy_of, distill_learner, student_of, teacher_of
 from .look.compare import show_attention
@@ -185,13 +186,6 @@ def _try_out(dls, teacher, student, arms, epochs, size, **kwargs):
         raise ValueError(f"This teacher and student cannot be trained so, on images of {'x'.join(map(str, size))}: {why}") from e
     return costs
 
-# %% ../nbs/cli.ipynb #ba08baa0
-def _in_turn():
-    "A block that the first process runs before the others, so that it alone downloads and unpacks"
-    if num_distrib()<2: return nullcontext()
-    from accelerate import PartialState
-    return PartialState(cpu=default_device().type=='cpu').main_process_first()
-
 # %% ../nbs/cli.ipynb #fe468519
 def distill(
     data:str='digits', # A data set: `kdfast doctor` lists them
@@ -222,7 +216,7 @@ def distill(
     _check(data, teacher, student, conv, teacher_file, pretrained, from_files, lr, wd)
     _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size, params=params)
     make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=not from_files if comes_in_memory(data) else None)
-    with _in_turn(): dls = make_dls(pct=pct)
+    with in_turn(): dls = make_dls(pct=pct)
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files, processes=max(1, num_distrib()))
     made = {k:v for k,v in dict(conv=conv, params=params, wd=wd, wd_groups=wd_groups or None).items() if v is not None}
     decay = dict(wd=wd, by_compression=wd_groups)
@@ -298,7 +292,7 @@ def compress(
         "A second step would change the channels that fitnet's adapters read: take one step a chain, or another --method")
     if schedule_of(method) is not None: raise ValueError(f"{method} trains block by block: choose terms such as kd, or control")
     make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=not from_files if comes_in_memory(data) else None)
-    with _in_turn(): dls = make_dls(pct=pct)
+    with in_turn(): dls = make_dls(pct=pct)
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files, processes=max(1, num_distrib()))
     folder = RunFolder(out, dict(shared, pct=pct, method=method, epochs=epochs, images=images_of(dls)))
     size = image_shape(dls)[1:]

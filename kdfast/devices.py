@@ -69,6 +69,23 @@ def all_processes(
     device = device_of(learn.dls).type
     return learn.distrib_ctx(sync_bn=device=='cuda', cpu=device=='cpu', mixed_precision='no')  # precision is the learner's own affair
 
+# %% ../nbs/devices.ipynb #procver2
+def in_turn():
+    "A block that the first process runs before the others, so that it alone downloads and unpacks"
+    if num_distrib()<2: return nullcontext()
+    any_device()
+    from accelerate import PartialState
+    return PartialState(cpu=default_device().type=='cpu').main_process_first()
+
+def say(*args):
+    if not rank_distrib(): print(*args, flush=True)
+
+def from_first(o=None):
+    "What the first process has, in all of them"
+    box = [o]
+    torch.distributed.broadcast_object_list(box, 0)
+    return box[0]
+
 # %% ../nbs/devices.ipynb #4a6ccd82
 class LoaderHint(Callback):
     "Says after the first epoch if training waits for its images"

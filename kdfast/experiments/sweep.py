@@ -15,6 +15,7 @@ from fastai.vision.all import *
 from fastprogress.fastprogress import master_bar, progress_bar
 from filelock import FileLock, Timeout
 from ..core import digest, on_interrupt
+from ..devices import from_first, in_turn, say
 from .records import Records
 from .results import load_network, save_network
 from .run import dls_of, do_run, images_of, network_at, origin_of, Run, run_of
@@ -115,9 +116,6 @@ def _keep(self:Sweep, run, network, result):
     self.records.add(run, result, again=True)
 
 # %% ../../nbs/experiments/sweep.ipynb #372f495d
-def say(*args):
-    if not rank_distrib(): print(*args, flush=True)
-
 @patch
 def _attempt(self:Sweep, run, quiet=True, cbs=None):
     self._same_images(run, dls_of(run, self.path))
@@ -183,12 +181,6 @@ def _work(self:Sweep, retry=False, quiet=True, show=None):
     if show: show()
 
 # %% ../../nbs/experiments/sweep.ipynb #d56c7f13
-def _from_first(o=None):
-    "What the first process has, in all of them"
-    box = [o]
-    torch.distributed.broadcast_object_list(box, 0)
-    return box[0]
-
 @patch
 def _together(self:Sweep, retry, quiet):
     with ExitStack() as stack:
@@ -196,7 +188,7 @@ def _together(self:Sweep, retry, quiet):
             left = [] if rank_distrib() else [o for o in self.runs if not self._settled(o, retry) and not self._hopeless(o, retry)]
             ready = [o for o in left if all(map(self.ready, _needs(o)))]
             run = first(o for o in ready if stack.enter_context(self._claimed(o)) and not self._settled(o, retry))
-            waits,run = _from_first((bool(left), run))
+            waits,run = from_first((bool(left), run))
             if run is None and not waits: return
             self._attempt(run, quiet) if run is not None else time.sleep(.3)
             distrib_barrier()
@@ -212,10 +204,7 @@ def _one_of(sweep, i, n, retry, device):
 # %% ../../nbs/experiments/sweep.ipynb #6d4d739a
 @patch
 def _look(self:Sweep):
-    def look(run): self._same_images(run, dls_of(run, self.path))
-    if num_distrib()<2: return look(self.runs[0])
-    from accelerate import PartialState
-    with PartialState(cpu=default_device().type=='cpu').main_process_first(): look(self.runs[0])
+    with in_turn(): self._same_images(self.runs[0], dls_of(self.runs[0], self.path))
 
 # %% ../../nbs/experiments/sweep.ipynb #d7933663
 class _Batches(Callback):
