@@ -1,4 +1,4 @@
-"""What every room may use: networks run without a trace, batches looked at, files written whole
+"""What every module may use: probing networks, sampling batches, writing files atomically
 
 Docs: https://kdfast.github.io/kdfast/core.html.md"""
 

@@ -1,4 +1,4 @@
-"""What a machine computes in, with how many processes, and who waits for whom
+"""Precision, processes, and whether training waits for its data
 
 Docs: https://kdfast.github.io/kdfast/devices.html.md"""
 

@@ -1,4 +1,4 @@
-"""What stands between a layer of the student and one of the teacher, and is trained with the student
+"""Modules between a layer of the student and one of the teacher, trained with the student
 
 Docs: https://kdfast.github.io/kdfast/layers/adapters.html.md"""
 

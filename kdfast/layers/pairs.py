@@ -1,4 +1,4 @@
-"""Which layer of a student goes with which layer of its teacher, and what a classifier reads
+"""Matching the layers of student and teacher, and finding what a classifier reads
 
 Docs: https://kdfast.github.io/kdfast/layers/pairs.html.md"""
 

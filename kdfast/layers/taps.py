@@ -1,4 +1,4 @@
-"""Layers of any network by name: find them, read what they put out, stop after them
+"""Layers of any network by name: find them, read their outputs, stop after them
 
 Docs: https://kdfast.github.io/kdfast/layers/taps.html.md"""
 
