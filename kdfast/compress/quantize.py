@@ -217,7 +217,7 @@ def quantize(
     dls:DataLoaders, # Its training batches tell the range of every map
     n:int=8, # How many of them
     keep=() # Names of modules that stay in floating point and are not traced, `*` standing for anything
-) -> tuple: # An `Int8`, and a report, one row a layer
+) -> tuple: # The int8 network, and a report, one row a layer
     "A network in 8-bit integers (arXiv:1712.05877); raises `ValueError` where it cannot be traced, and where it is int8 already"
     _check_once(_is_int8(model))
     if is_aware(model) and keep: raise ValueError("What is kept was settled by quantize_aware: pass keep= there")

@@ -144,7 +144,7 @@ def residual_cnn(
     conv=Full, # What the 3x3 convolutions are made of, called as `conv(ni, nf, ks, stride)`
     n_in:int=3 # Channels of the image
 ) -> nn.Sequential: # Stages `stem layer1 layer2 layer3 layer4 pool flat hidden fc`, of strides 2 and 4 to 32
-    "A 7x7 stem, four stages of a convolution and a `ResidualLayer`, average and maximum pools side by side, two linear layers"
+    "A 7x7 stem, four stages of a convolution and a residual layer, average and maximum pools side by side, two linear layers"
     nfs = 64,64,128,256,512
     layers = {f'layer{i+1}': nn.Sequential(_conv_layer(*nfs[i:i+2], 2 if i else 1, conv), ResidualLayer(nfs[i+1], conv)) for i in range(4)}
     return init_he(nn.Sequential(OrderedDict(stem=_stem('imagenet', n_in, 64), **layers, pool=ConcatPool(), flat=nn.Flatten(),

@@ -114,7 +114,7 @@ def _key(tap): return f"of_{tap.replace('_', '__').replace('.', '_')}"
 
 # %% ../../nbs/train/blocks.ipynb #70d8896b
 class _HintsLoss:
-    "The mean of the `hint_loss`es of what a `Staged` puts out"
+    "The mean of the `hint_loss`es of what a `blocks.Staged` puts out"
     reduction,y_int = 'mean',True
     def __call__(self, maps, *yb, **kwargs): return sum(_hint_losses(maps))/(len(maps)//2)
 
