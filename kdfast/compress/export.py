@@ -20,7 +20,7 @@ def _far(a, b): return ((a-b).norm()/b.norm().clamp(min=1e-12)).item()
 
 def _check_same(run, model, net, size, what):
     "Raises `ValueError` where `run` is not `model`"
-    int8 = hasattr(model, 'images')  # those that an `Int8` was calibrated on
+    int8 = hasattr(model, '_kdfast_reference') and hasattr(model, 'images')  # those that an `Int8` was calibrated on
     shape = input_shape(size)
     with keep_rng(): x = F.interpolate(model.images.float(), shape[1:]) if int8 else torch.randn(3, *shape)
     with probing(net): out = (model if int8 else net)(x)
