@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/kdfast demo
 
 # Before each commit: style, exports, the library's notebooks, the quick tests
-test: NOTEBOOKS_RUN = --skip-folder-re '^(howto|tutorials|explanation)$$'
+test: NOTEBOOKS_RUN = --library
 test: TESTS_RUN = -m 'not slow'
 test: check
 
@@ -24,7 +24,7 @@ check: .venv/developing
 	@failed=; \
 	$(STYLE) kdfast nbs || failed=style; \
 	$(MAKE) --no-print-directory sync || failed="$$failed sync"; \
-	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --timing $(NOTEBOOKS_RUN) | sed -n 1,11p || failed="$$failed notebooks"; \
+	OMP_NUM_THREADS=1 $(BIN)/python tools/notebooks.py $(NOTEBOOKS_RUN) || failed="$$failed notebooks"; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10 $(TESTS_RUN) || failed="$$failed tests"; \
 	test -z "$$failed" || { echo "Failed: $$failed"; exit 1; }
 
