@@ -11,7 +11,7 @@ __all__ = ['OnnxModel', 'export_onnx', 'ProgramModel', 'export_program']
 import io, json, logging
 from contextlib import redirect_stderr, redirect_stdout
 from fastai.vision.all import *
-from .quantize import Fixed, check_one_tensor
+from .quantize import check_one_tensor, Fixed, Int8
 from ..core import image_shape, import_extra, input_shape, keep_rng, probing, whole_file
 from ..layers.adapters import bare_model
 
@@ -20,7 +20,7 @@ def _far(a, b): return ((a-b).norm()/b.norm().clamp(min=1e-12)).item()
 
 def _check_same(run, model, net, size, what):
     "Raises `ValueError` where `run` is not `model`"
-    int8 = hasattr(model, '_kdfast_reference') and hasattr(model, 'images')  # those that an `Int8` was calibrated on
+    int8 = isinstance(model, Int8)
     shape = input_shape(size)
     with keep_rng(): x = F.interpolate(model.images.float(), shape[1:]) if int8 else torch.randn(3, *shape)
     with probing(net): out = (model if int8 else net)(x)

@@ -93,7 +93,7 @@ Fit.__doc__ = "What `fit_budget` finds: the setting, its network, and what that 
 def _built(make, setting):
     try:
         with torch.device('meta'): return make(setting)
-    except (NotImplementedError,RuntimeError): return make(setting)  # it looks at its weights
+    except (RuntimeError,TypeError,ValueError): return make(setting)  # it looks at its weights, or is wrong anyway
 
 def _milliseconds(model, size, reps=10):
     x = zeros_for(model, size)
