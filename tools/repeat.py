@@ -56,7 +56,8 @@ def settings(i):
 
 def workers(env):
     "Processes beside each other, each of which has its threads to itself: two that share a core wait for each other at every operation"
-    return max(1, os.cpu_count()//int(env.get('OMP_NUM_THREADS', os.cpu_count())))
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores//int(env.get('OMP_NUM_THREADS', cores)))
 
 def teaches(nb):
     "Whether a notebook fits a learner"
