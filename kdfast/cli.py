@@ -8,183 +8,154 @@ Docs: https://kdfast.github.io/kdfast/cli.html.md"""
 __all__ = ['demo_arms', 'demo', 'distill', 'compress', 'table', 'tell_doctor', 'tell_methods', 'main']
 
 # %% ../nbs/cli.ipynb #248317bb
-import inspect, itertools, json, os, shlex, shutil, sys, warnings
+import inspect, os, shlex, shutil, sys, warnings
 from argparse import ArgumentParser
-from contextlib import nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # fastai's import, nothing that a user could mend
 from fastai.vision.all import *
 from fastcore.script import anno_parser
 from filelock import FileLock
-from .compress.pipeline import compressing
 from .core import digest, image_shape, import_extra, on_interrupt, whole_file
-from .data import digits_dls
 from .devices import in_turn, say
 from .distill.core import FitNet
 from .doctor import doctor
+from .experiments.arm import load_network
 from .experiments.records import Records
 from .experiments.research import table_of
-from .experiments.results import beside_control, by_arm, described, load_network, machine_facts, result_table
-from .experiments.results import run_arm, RunFolder, save_network, versus
-from .experiments.run import epochs_of, fitter, images_of, learner_of
-from .experiments.spec import comes_in_memory, conv_of, data_of, method_table, network_of, schedule_of, steps_of, student_at, terms_of
+from .experiments.results import arms_of, beside_control, by_arm, described, label_of, result_table, versus
+from .experiments.run import dls_of, network_at, rehearse, Run
+from .experiments.spec import data_of, method_table, schedule_of, steps_of, terms_of
 from .experiments.sweep import Sweep, with_controls
 from .experiments.tables import estimate
-from .learner import accuracy_of, distill_learner, student_of, teacher_of
+from .learner import teacher_of
 from .look.compare import show_attention
-from .look.plots import save_figure
+from .look.plots import plot_history, save_figure
 from .models.measure import compare
-from .models.nets import wrn
 
-# %% ../nbs/cli.ipynb #f8ae6a55
-def _file_of(arm): return f"student-{re.sub(r'[^.+a-z0-9-]+', '-', arm)}.pkl"
-
-def _students(folder, dls, make, arms, seeds, fit, about, quiet=False):
-    "Runs what is not on record yet and yields arm, seed and learner"
-    for seed,arm in itertools.product(range(seeds), arms):
-        if folder.has(arm, seed): continue
-        made = lambda: make(arm, metrics=accuracy, path=folder.path)
-        with folder.interruptible(about) if about else nullcontext(): learn,run = run_arm(made, fit(arm, seed), dls, arm, seed, quiet)
-        say(f"{arm:8} seed {seed}: {run['accuracy']:6.1%} in {run['seconds']:.0f} s")
-        if not seed: learn.export_student(_file_of(arm))
-        folder.add(run)
-        yield arm,seed,learn
-
-# %% ../nbs/cli.ipynb #000ea907
-def _costs(networks, size, device):
-    table = compare({k:m.to(device) for k,m in networks.items()}, size)[['parameters','MACs','ms per image']]
-    return json.loads(table.to_json(orient='index'))
-
+# %% ../nbs/cli.ipynb #24f742b7
 def _command(f, settings):
     given = {k.replace('_', '-'):v for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
     return shlex.join(['kdfast', f.__name__, *(o for k,v in given.items() for o in (f'--{k}', *([] if v is True else [str(v)])))])
 
-# %% ../nbs/cli.ipynb #3a6c2de0
-def _whole_command(given, runs, arms):
-    "The command that makes all of this again, what was on record before included"
-    names = [o for o in dict.fromkeys([*(r['arm'] for r in runs), *arms]) if o!='control']
-    return _command(distill, dict(given, method=','.join(names) or 'control', seeds=max(given['seeds'], *(r['seed']+1 for r in runs), 1)))
+def _check_numbers(least=1, /, **numbers):
+    low = [k for k,v in numbers.items() if v is not None and not least<=v<math.inf]
+    if low: raise ValueError(f"--{low[0].replace('_', '-')} is at least {least}, got {numbers[low[0]]}")
 
-def _report(folder):
-    arms = by_arm(folder.record, 'accuracy')
-    found = {k: versus(*beside_control(folder.record, k))[2] for k in arms if k!='control'} if 'control' in arms else {}
-    say(f"\n{result_table(folder.record).to_string()}\n\nAccuracy ± standard deviation over the seeds, differences ± standard error.")
+def _sweep(sweep, **kwargs):
+    try: sweep.run(**kwargs)
+    except RuntimeError as e: raise ValueError(f"{e}\n\n{first(sweep.errors().values()) or ''}") from e
+
+# %% ../nbs/cli.ipynb #f8ae6a55
+def _carry_out(f, given, runs, files=None, **kwargs):
+    "The sweep of the command `f`, done"
+    path,files = given.get('path'),files or {}
+    with in_turn(): dls_of(runs[-1], path)
+    for o in dict.fromkeys(replace(o, seed=0) for o in runs): rehearse(o, path, files.get(first(o.needs)))
+    sweep = Sweep(f.__name__, runs, given['out'], path, files, command=_command(f, given), **kwargs)
+    say(f"{sweep} in {sweep.folder}")
+    _sweep(sweep, quiet=f is demo)
+    return sweep
+
+# %% ../nbs/cli.ipynb #f8ffe504
+def _alike(run, **kwargs): return replace(run, method='control', teacher=None, seed=0, **kwargs)
+
+def _on_record(sweep):
+    "Results of the sweep's student and teacher"
+    known,needed = sweep.records.results(),{o for r in sweep.runs for o in r.needs}
+    kinds = {_alike(o, chain=None) for o in sweep.runs if o not in needed}
+    return {r:o for r,o in known.items() if r in needed or _alike(r, chain=None) in kinds and {*r.needs}<=needed}
+
+def _timed(sweep, results):
+    "The same with milliseconds an image"
+    if all('ms per image' in o for o in results.values()): return results
+    kinds,dls = groupby(results, _alike),dls_of(sweep.runs[-1], sweep.path)
+    networks = {k.key:sweep.network(runs[0]).to(dls.device) for k,runs in kinds.items()}
+    took = compare(networks, image_shape(dls))['ms per image']
+    for k,runs in kinds.items():
+        for r in runs: sweep.records.add(r, {**results[r], 'ms per image':float(took[k.key])}, again=True)
+    return _on_record(sweep)
+
+# %% ../nbs/cli.ipynb #860bf1e7
+def _stem(run): return f"student-{re.sub(r'[^.+a-z0-9-]+', '-', label_of(run))}"
+
+def _exported(sweep, run):
+    "Files of a run in the sweep's folder"
+    if not run.chain: return [sweep.learner(run).export_student(f'{_stem(run)}.pkl')]
+    kept = sweep.file_of(run)
+    names = {o:sweep.folder/o.name.replace(kept.stem, _stem(run)) for o in sorted(kept.parent.glob(f'{kept.stem}*'))}
+    return [shutil.copy(o, to) for o,to in names.items()]
+
+def _save(figure, file):
+    with whole_file(file) as f: figure.savefig(f, dpi=120, format='png')
+    return file
+
+# %% ../nbs/cli.ipynb #000ea907
+def _verdicts(results):
+    "Which arms are no better than the control"
+    arms = by_arm(results, 'accuracy')
+    found = {k: versus(*beside_control(results, k))[2] for k in arms if k!='control'} if 'control' in arms else {}
     for word,verdicts in {'Not better than the control':('worse','no different'), 'Undecided by one seed':('(one seed)',)}.items():
         names = [k for k,v in found.items() if v in verdicts]
         if names: say(f"{word}: {', '.join(names)}")
         if names and 'worse' in verdicts: say("What to look at: https://kdfast.github.io/kdfast/howto/debug.html")
-    say()
-    files = 'record.json','runs.csv','report.csv','curves.png','attention.png','teacher.pth'
-    for o in (*files, *map(_file_of, arms), *(f'{_stem(o, 0)}.onnx' for o in arms)):
-        if (folder.path/o).exists(): say(folder.path/o)
+
+def _report(sweep, *files):
+    "Show what is on record, and write curves and students"
+    if rank_distrib(): return
+    results = _timed(sweep, _on_record(sweep))
+    sweep.records.export()
+    say(f"\n{described(results)}\n\n{result_table(results).to_string()}\n\n"
+        "Accuracy ± standard deviation over the seeds, differences ± standard error.")
+    _verdicts(results)
+    curves = {arm:drawn for arm,runs in by_arm(results, 'history').items() if (drawn := [o for o in runs if o])}
+    drawn = [_save(plot_history(curves), sweep.folder/'curves.png')] if curves else []
+    ours = [r for r in arms_of(sweep.results()) if not r.seed]
+    say('\n'.join(map(str, ['', sweep.records.exported, *drawn, *files, *(o for r in ours for o in _exported(sweep, r))])))
 
 # %% ../nbs/cli.ipynb #547f26ed
 demo_arms = 'control','kd','at','kd+at','fitnet'
 
 def demo(
-    out:Path=Path('demo'), # Folder for the record, the two pictures and the exported students
+    out:Path=Path('demo'), # Folder for the records, the two pictures and the exported students; what it holds is gone on with
     epochs:int=12, # Epochs of every student, 20 batches each
     teacher_epochs:int=8, # Epochs of the teacher
     seeds:int=3 # Runs of every arm
 ):
     "Distil a student on scikit-learn's digits: five arms, a table, two pictures, exported students"
-    settings = dict(out=out, epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds)
+    given = dict(locals())
     _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds)
-    folder = RunFolder(out, dict(demo=True, epochs=epochs, teacher_epochs=teacher_epochs))
-    folder.record = dict(runs=[])
+    teacher = Run(student='wrn-16-2', bs=64, lr=1e-2, epochs=teacher_epochs)
+    control = Run(student='wrn-10-1', bs=25, lr=1e-2, epochs=epochs, per_class=5, repeat=10)
+    taught = [replace(control, method=o, teacher=teacher) for o in demo_arms[1:]]
     say("A WRN-16-2 learns from 1,198 digits; then WRN-10-1 students learn from 5 labelled digits a class, "
         f"with its help and without: {1+seeds*len(demo_arms)} trainings, a line each.\n")
-    full,few = digits_dls(64),digits_dls(25, per_class=5, repeat=10)
-    make = lambda: distill_learner(full, None, partial(wrn, 16, 2), metrics=accuracy)
-    with on_interrupt(lambda: "A demo is not gone on with: the same command begins anew. Those of kdfast distill are."):
-        teacher,run = run_arm(make, fitter(teacher_epochs, 1e-2), full, 'teacher', quiet=True)
-        say(f"teacher: {run['accuracy']:.1%} in {run['seconds']:.0f} s")
-        make,fit = partial(learner_of, few, teacher.model, partial(wrn, 10, 1)),lambda arm,seed: fitter(epochs, 1e-2, method=arm)
-        runs = _students(folder, few, make, demo_arms, seeds, fit, {}, quiet=True)
-        learners = {arm:learn for arm,seed,learn in runs if not seed}
-    costs = _costs(dict(teacher=teacher.model, student=learners['control'].student), 32, few.device)
-    about = dict(network='wrn-16-2', accuracy=run['accuracy'], seconds=run['seconds'])
-    folder.add(command=_command(demo, settings), machine=machine_facts(), costs=costs, teacher=about)
-    folder.finish()
-    figure = show_attention(learners['at'], control=learners['control'], stage=1)
-    folder.save(figure, 'attention.png')
-    _report(folder)
+    sweep = _carry_out(demo, given, [replace(o, seed=seed) for seed in range(seeds) for o in (control,*taught)])
+    if rank_distrib(): return
+    at = first(o for o in taught if o.method=='at')
+    figure = show_attention(sweep.learner(at), control=sweep.learner(control), stage=1)
+    _report(sweep, _save(figure, sweep.folder/'attention.png'))
 
 # %% ../nbs/cli.ipynb #8d5db81d
-def _same_training(file, theirs, ours):
-    odd = [f'{k} {theirs.get(k)}, not {v}' for k,v in ours.items() if theirs.get(k)!=v] if theirs else ['not by this command']
-    if odd: raise ValueError(
-        f"{file} was trained differently ({', '.join(odd)}): choose another --out, or pass it as --teacher-file")
+def _from_file(file, run, path):
+    "The run that stands for a network on file; `run`, which would have trained it, tells data and architecture"
+    with in_turn(): dls = dls_of(run, path)
+    name = Path(file).name if Path(file).suffix=='.pkl' else run.student
+    if name!=run.student: network = teacher_of(file, dls)[0]
+    else: load_network(network := network_at(run, dls), file, dls.vocab)
+    return Run(data=run.data, size=run.size, bs=run.bs, from_files=run.from_files, student=name, weights=digest(network))
 
-def _train_teacher(folder, arch, dls, about):
-    "Train a teacher and keep it beside the results"
-    file,how = folder.path/'teacher.pth',about['training']
-    fit = fitter(how['epochs'], how['lr'], how['bf16'], 'fine_tune' if how['pretrained'] else 'fit_one_cycle')
-    def make():
-        if how['pretrained']: return vision_learner(dls, arch, normalize=False, metrics=accuracy)
-        return distill_learner(dls, None, arch, metrics=accuracy)
-    with folder.interruptible(about): learn,run = run_arm(make, fit, dls, 'teacher')
-    about = dict(about, seconds=run['seconds'], images=len(dls.train_ds), history=run['history'])
-    if not rank_distrib(): save_network(learn.student, file, **about)
-    distrib_barrier()
+def _source(teacher, file, path, **kwargs):
+    "The teacher's run, and the files of a sweep"
+    run = Run(student=teacher, **kwargs)
+    if not file: return run,{}
+    run = _from_file(file, run, path)
+    return run,{run:file}
 
-# %% ../nbs/cli.ipynb #a8ba29a8
-def _load_teacher(file, own, arch, dls, about):
-    "What `distill_learner` takes as teacher, its network, and what is known of it"
-    if file and Path(file).suffix=='.pkl':
-        network,tfm = teacher_of(file, dls)
-        return file,network,dict(network=Path(file).name, accuracy=accuracy_of(network.to(dls.device), dls, tfm))
-    network = student_of(arch, dls).to(dls.device)
-    known = dict(network=about['network']) | load_network(network, file or own, dls.vocab)
-    if not file: _same_training(own, known.get('training'), about['training'])
-    return network,network,dict({k:v for k,v in known.items() if k!='vocab'}, accuracy=accuracy_of(network, dls))
-
-def _teacher(folder, file, train, *args):
-    before,own = folder.record.get('teacher', {}),folder.path/'teacher.pth'
-    whose = f"the teacher {before['file']}" if 'file' in before else 'another teacher'
-    other = f"{folder.path} holds the results of {whose}: pass that as --teacher-file, choose another --out, or remove it"
-    same = file or 'file' not in before
-    if same:
-        if not (file or own.exists()): train()
-        source,network,known = _load_teacher(file, own, *args)
-        known = dict(known, weights=digest(network), **dict(file=str(file)) if file else {})
-        same = not before or before['weights']==known['weights']
-    if not same: raise ValueError(other)
-    return source,network,known
-
-# %% ../nbs/cli.ipynb #a2d78020
-def _check_numbers(least=1, /, **numbers):
-    low = [k for k,v in numbers.items() if v is not None and not least<=v<math.inf]
-    if low: raise ValueError(f"--{low[0].replace('_', '-')} is at least {least}, got {numbers[low[0]]}")
-
-def _arms(method):
-    arms = ['control', *(o for o in method.split(',') if o!='control')]
-    for o in arms: terms_of(o),schedule_of(o)
-    return arms
-
-def _check(data, teacher, student, conv, teacher_file, pretrained, from_files, lr, wd):
-    if pretrained and teacher_file: raise ValueError(
-        "--pretrained trains a teacher from ImageNet weights, --teacher-file passes a trained one: leave one out")
+def _check(data, from_files, **numbers):
     if from_files and 'path' not in inspect.signature(data_of(data)).parameters: raise ValueError(
         f"The {data} are no files: leave --from-files out")
-    if not 0<lr<math.inf: raise ValueError(f"--lr must be positive, got {lr}")
-    _check_numbers(0, wd=wd)
-    for o in (teacher,student): network_of(o)
-    if conv: conv_of(conv)
-
-# %% ../nbs/cli.ipynb #9a5a00df
-def _try_out(dls, teacher, student, arms, epochs, size, **kwargs):
-    "What both networks cost; raises `ValueError` where an arm cannot be made"
-    try:
-        teacher = student_of(teacher, dls)
-        costs = _costs(dict(teacher=teacher, student=student_of(student, dls)), size, dls.device)
-        for arm in arms:
-            learn = learner_of(dls, teacher, student, arm, **kwargs)
-            if schedule_of(arm) is not None: epochs_of(learn, epochs, **schedule_of(arm))
-    except Exception as e:
-        why = (str(e).strip() or repr(e)).splitlines()[-1].strip()
-        raise ValueError(f"This teacher and student cannot be trained so, on images of {'x'.join(map(str, size))}: {why}") from e
-    return costs
+    _check_numbers(**numbers)
 
 # %% ../nbs/cli.ipynb #fe468519
 def distill(
@@ -202,66 +173,37 @@ def distill(
     seeds:int=1, # Runs of each arm
     teacher_file:Path=None, # A trained teacher: weights, or a learner that was exported, whose name ends in .pkl
     pretrained:bool=False, # Start the teacher from torchvision's ImageNet weights and fine-tune it
-    bs:int=64, # Batch size of each process
+    bs:int=64, # Batch size, of all processes together
     lr:float=3e-3, # Highest learning rate of the one-cycle schedule
     wd:float=None, # Weight decay of the students, the optimizer's default of 0.01 if left out
     wd_groups:bool=False, # Scale the weight decay of compressed layers by their compression
     bf16:bool=False, # Train in bfloat16
     from_files:bool=False, # Read images as they are needed instead of keeping them in memory
-    out:Path=Path('distill') # Folder for the results; a record with the same settings is gone on with
+    out:Path=Path('distill') # Folder for the results; what it holds is gone on with
 ):
     "Train a teacher, or load it; then students with its help and without; write table, curves and students"
-    given,arms = dict(locals()),_arms(method)
-    if pretrained: teacher = f"torchvision.{teacher.removeprefix('torchvision.')}"
-    _check(data, teacher, student, conv, teacher_file, pretrained, from_files, lr, wd)
-    _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size, params=params)
-    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=not from_files if comes_in_memory(data) else None)
-    with in_turn(): dls = make_dls(pct=pct)
-    shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files, processes=max(1, num_distrib()))
-    made = {k:v for k,v in dict(conv=conv, params=params, wd=wd, wd_groups=wd_groups or None).items() if v is not None}
-    decay = dict(wd=wd, by_compression=wd_groups)
-    folder = RunFolder(out, dict(shared, pct=pct, student=student, **made, epochs=epochs, images=images_of(dls)))
-    size = image_shape(dls)[1:]
-    teacher_arch,student_arch = (network_of(o, min(size)) for o in (teacher,student))
-    student_arch,setting = student_at(student_arch, conv and conv_of(conv), params, dls.c)
-    about = dict(vocab=[str(o) for o in dls.vocab], training=dict(shared, epochs=teacher_epochs or epochs, pretrained=pretrained))
-    about_teacher = dict(about, network=teacher)
-    fits = partial(_try_out, dls, student=student_arch, arms=arms, epochs=epochs, size=size, **decay)
-    def train():
-        fits(teacher_arch)
-        _train_teacher(folder, teacher_arch, make_dls(pct=1.), about_teacher)
-    source,network,known = _teacher(folder, teacher_file, train, teacher_arch, dls, about_teacher)
-    command = _whole_command(given, folder.record['runs'], arms)
-    folder.add(command=command, machine=machine_facts(), teacher=known, costs=fits(network), setting=setting)
-    say(described(folder.record))
-    make,fit = partial(learner_of, dls, source, student_arch, **decay),lambda arm,seed: fitter(epochs, lr, bf16, method=arm)
-    for _ in _students(folder, dls, make, arms, seeds, fit, dict(about, network=student)): pass
-    folder.finish()
-    _report(folder)
+    given = dict(locals())
+    if pretrained and teacher_file: raise ValueError(
+        "--pretrained trains a teacher from ImageNet weights, --teacher-file passes a trained one: leave one out")
+    _check(data, from_files, epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size, params=params)
+    _check_numbers(0, wd=wd)
+    shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files)
+    how = dict(shared, student=student, conv=conv, params=params, pct=pct, epochs=epochs, wd=wd, wd_groups=wd_groups)
+    control = Run(**how)
+    source,files = _source(teacher, teacher_file, path, **shared, epochs=teacher_epochs or epochs, pretrained=pretrained)
+    arms = [control, *(Run(**how, method=o, teacher=source) for o in method.split(',') if o!='control')]
+    _report(_carry_out(distill, given, [replace(o, seed=seed) for seed in range(seeds) for o in arms], files))
 
 # %% ../nbs/cli.ipynb #6a403408
-def _chains(dls, network, method, chains, size):
-    "What each chain of steps makes of a network, and of the network itself, to be counted; raises `ValueError` where it cannot be done"
-    made = {'teacher':network}
-    with tempfile.TemporaryDirectory() as tmp:
-        for chain in chains:
-            learn = learner_of(dls, network, deepcopy(network), method, metrics=accuracy, path=Path(tmp))
-            for step in steps_of(_to_file(chain)):
-                for change in (step.change,step.finish): (change or noop)(learn)
-            made[chain] = learn.student
-        return _costs(made, size, dls.device)
-
 def _to_file(chain): return chain if chain.endswith('onnx') else f'{chain},onnx'
 
-def _stem(arm, seed): return Path(_file_of(arm)).stem + (f'-{seed}' if seed else '')
-
-# %% ../nbs/cli.ipynb #f3739e0c
-def _tell_chains(folder):
-    rows = [dict(chain=r['arm'], **o) for r in folder.record['runs'] if not r['seed'] for o in r.get('report', ())]
-    if not rows: return
-    with whole_file(folder.path/'report.csv') as f: pd.DataFrame(rows).to_csv(f, index=False)
-    shown = pd.DataFrame(rows).set_index(['chain','step']).to_string(na_rep='')
-    say(f"\n{shown}\n\nms per image of one and of 64 at a time; seconds of each step")
+def _tell_chains(sweep):
+    "The report of every chain, in one table"
+    rows = [dict(chain=label_of(r), **row) for r,o in _on_record(sweep).items() if not r.seed for row in o.get('report', ())]
+    shown,file = pd.DataFrame(rows),sweep.folder/'report.csv'
+    with whole_file(file) as f: shown.to_csv(f, index=False)
+    say(f"\n{shown.set_index(['chain','step']).to_string(na_rep='')}\n\nms per image of one and of 64 at a time; seconds of each step")
+    return file
 
 # %% ../nbs/cli.ipynb #9f311c7c
 def compress(
@@ -276,54 +218,26 @@ def compress(
     teacher_epochs:int=10, # Epochs of the network before
     seeds:int=1, # Runs of each chain
     teacher_file:Path=None, # The network, trained: weights, or a learner that was exported, whose name ends in .pkl
-    bs:int=64, # Batch size of each process
+    bs:int=64, # Batch size
     lr:float=3e-3, # Highest learning rate of the one-cycle schedule
     bf16:bool=False, # Train in bfloat16
     from_files:bool=False, # Read images as they are needed instead of keeping them in memory
-    out:Path=Path('compress') # Folder for the results; a record with the same settings is gone on with
+    out:Path=Path('compress') # Folder for the results; what it holds is gone on with
 ):
     "Train or load a network, then compress it step by step, distilled from the original; write a report and each network, also as ONNX"
     given,chains = dict(locals()),[*dict.fromkeys(steps.split(';'))]
-    _check(data, teacher, teacher, None, teacher_file, False, from_files, lr, None)
-    _check_numbers(epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size)
+    _check(data, from_files, epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size)
     if num_distrib()>1: raise ValueError(f"kdfast compress runs in one process, got {num_distrib()}: start it without a launcher")
     for o in chains: steps_of(o)
     if any(isinstance(o, FitNet) for o in terms_of(method)) and ',' in steps: raise ValueError(
         "A second step would change the channels that fitnet's adapters read: take one step a chain, or another --method")
     if schedule_of(method) is not None: raise ValueError(f"{method} trains block by block: choose terms such as kd, or control")
-    make_dls = data_of(data, path=path, size=size, bs=bs, in_memory=not from_files if comes_in_memory(data) else None)
-    with in_turn(): dls = make_dls(pct=pct)
-    shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files, processes=max(1, num_distrib()))
-    folder = RunFolder(out, dict(shared, pct=pct, method=method, epochs=epochs, images=images_of(dls)))
-    size = image_shape(dls)[1:]
-    arch = network_of(teacher, min(size))
-    about = dict(vocab=[str(o) for o in dls.vocab], network=teacher, training=dict(shared, epochs=teacher_epochs, pretrained=False))
-    def train():
-        _chains(dls, student_of(arch, dls), method, chains, size)
-        _train_teacher(folder, arch, make_dls(pct=1.), about)
-    source,network,known = _teacher(folder, teacher_file, train, arch, dls, about)
-    costs = {**folder.record.get('costs', {}), **_chains(dls, network, method, chains, size)}
-    every = dict.fromkeys([*(r['arm'] for r in folder.record['runs']), *chains])
-    seeds_ = max(seeds, *(r['seed']+1 for r in folder.record['runs']), 1)
-    command = _command(compress, dict(given, steps=';'.join(every), seeds=seeds_))
-    folder.add(command=command, machine=machine_facts(), teacher=known, costs=costs)
-    say(described(folder.record))
-    def make(arm, **kwargs):
-        learn = learner_of(dls, source, deepcopy(network), method, **kwargs)
-        return learn.to_bf16().to_channelslast() if bf16 else learn
-    kept = folder.path/'steps'
-    def fit(arm, seed):
-        stem = _stem(arm, seed)
-        return compressing(steps_of(_to_file(arm), stem), fitter(epochs, lr), seed=seed, folder=kept/stem)
-    with on_interrupt(lambda: f"Finished chains: {len(folder.record['runs'])}. The same command goes on after the last whole step."):
-        for arm,seed,_ in _students(folder, dls, make, chains, seeds, fit, {}):
-            costs[arm].update({k:folder.record['runs'][-1][k] for k in ('parameters','MACs')})
-            folder.add(costs=costs)
-            shutil.rmtree(kept/_stem(arm, seed))
-    if kept.exists() and not [*kept.iterdir()]: kept.rmdir()
-    folder.finish()
-    _tell_chains(folder)
-    _report(folder)
+    shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files)
+    source,files = _source(teacher, teacher_file, path, **shared, epochs=teacher_epochs)
+    how = dict(shared, student=source.student, start=source, pct=pct, epochs=epochs, method=method, teacher=None if method=='control' else source)
+    runs = [Run(**how, chain=_to_file(o), seed=seed) for seed in range(seeds) for o in chains]
+    sweep = _carry_out(compress, given, runs, files, exports=True, controls=False)
+    _report(sweep, _tell_chains(sweep))
 
 # %% ../nbs/cli.ipynb #90cb69b3
 def _labels(text): return text and text.split(',')
@@ -374,8 +288,7 @@ def _fill(name, runs, out, data, workers, cluster, retry):
     sweep = Sweep(name, runs, out, data)
     say(f"{sweep} in {sweep.folder}")
     client = _client(cluster) if cluster else None
-    try: sweep.run(workers, retry, client=client)
-    except RuntimeError as e: raise ValueError(f"{e}\n\n{first(sweep.errors().values()) or ''}") from e
+    _sweep(sweep, workers=workers, retry=retry, client=client)
 
 def _client(address): return import_extra('sweep', 'distributed').Client(address)
 

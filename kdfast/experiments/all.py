@@ -1,4 +1,6 @@
 "Runs, records, tables"
+from .arm import *
+from .checkpoint import *
 from .results import *
 from .run import *
 from .records import *

@@ -10,26 +10,28 @@ __all__ = ['with_controls', 'Sweep']
 # %% ../../nbs/experiments/sweep.ipynb #5356b059
 import json, multiprocessing, sys, time, traceback
 from contextlib import ExitStack
+from dataclasses import replace
 from operator import attrgetter
 from fastai.vision.all import *
 from fastprogress.fastprogress import master_bar, progress_bar
 from filelock import FileLock, Timeout
-from ..core import digest, on_interrupt
+from ..core import digest, image_shape, on_interrupt
 from ..devices import from_first, in_turn, say
 from .records import Records
-from .results import load_network, save_network
-from .run import dls_of, do_run, images_of, network_at, origin_of, Run, run_of
+from .arm import load_network, save_network
+from .run import dls_of, do_run, images_of, learner_of, network_at, origin_of, Run, run_of
+from ..learner import accuracy_of, teacher_of
+from ..models.measure import count_macs, count_params
 
 # %% ../../nbs/experiments/sweep.ipynb #bafad89c
-def _needs(run): return [o for o in (run.teacher,run.start) if o]
-
-def _before(run): return [o for t in _needs(run) for o in (*_before(t), t)]
+def _before(run): return [o for t in run.needs for o in (*_before(t), t)]
 
 def with_controls(
-    runs:list # `Run`s
+    runs:list, # `Run`s
+    controls:bool=True # False leaves the controls out
 ) -> list: # Each once: teachers, then all others by seed
     "`runs`, their controls, and all runs whose networks they need"
-    arms = [o for r in runs for o in ((r.control, r) if r.teacher else (r,))]
+    arms = [o for r in runs for o in ((r.control, r) if r.teacher and controls else (r,))]
     return [*dict.fromkeys([*(t for r in arms for t in _before(r)), *sorted(arms, key=attrgetter('seed'))])]
 
 # %% ../../nbs/experiments/sweep.ipynb #acb195d4
@@ -39,9 +41,14 @@ class Sweep:
         name:str, # For what is shown
         runs:list, # `Run`s; their controls and teachers are added
         folder:Path, # For records and networks; goes on with what it holds
-        path:Path=None # Folder or archive of the data
+        path:Path=None, # Folder or archive of the data
+        files:dict=None, # `Run` with `weights` to its file: weights, or an exported learner, whose name ends in .pkl
+        exports:bool=False, # Keep the networks that chains of compression make, and what their steps write
+        controls:bool=True, # Do the control of each run that is taught as well
+        command:str=None # That does all of it, for the records
     ):
-        self.name,self.runs,self.folder,self.path = name,with_controls(runs),Path(folder).absolute(),path
+        self.name,self.runs,self.folder,self.path = name,with_controls(runs, controls),Path(folder).absolute(),path
+        self.files,self.exports,self.command = files or {},exports,command
         self.records,self.started,self.broken = Records(self.folder/'records.db'),origin_of()['finished'],{}
 
     def __repr__(self): return f"Sweep {self.name}: {sum(map(self.ready, self.runs))} of {len(self.runs)} runs done"
@@ -65,19 +72,36 @@ def file_of(self:Sweep,
     run:Run # One of the sweep's, or its teacher
 ) -> Path:
     "Where the network of a run is kept"
-    kind = 'teachers' if any(run in _needs(o) for o in self.runs) else 'students'
-    files = [self.folder/o/f'{run.data}-{run.student}-{run.key}.pth' for o in (kind,'teachers','students')]
+    if run in self.files: return Path(self.files[run])
+    kind = 'teachers' if any(run in o.needs for o in self.runs) else 'students'
+    name = f"{run.data}-{run.student}-{run.key}{'.pkl' if run.chain else '.pth'}"
+    files = [self.folder/o/name for o in (kind,'teachers','students')]
     return next((o for o in files if o.exists()), files[0])
 
 @patch
 def network(self:Sweep,
-    run:Run # Done in this folder; raises `FileNotFoundError` otherwise
-) -> nn.Module: # In eval mode
+    run:Run # Done in this folder, or with a file; raises `FileNotFoundError` otherwise
+) -> nn.Module: # In eval mode; raises `ValueError` where a file has changed
     "The trained network of a run"
-    dls = dls_of(run, self.path)
-    net = network_at(run, dls)
-    load_network(net, self.file_of(run), dls.vocab)
+    dls,file = dls_of(run, self.path),self.file_of(run)
+    if file.suffix=='.pkl': net = teacher_of(file, dls)[0]
+    else: load_network(net := network_at(run, dls), file, dls.vocab)
+    if run.weights and digest(net)!=run.weights: raise ValueError(f"{file} holds other weights than those on record: choose another folder")
     return net.eval()
+
+@patch
+def _teacher(self:Sweep, run):
+    "As `distill_learner` takes it: of an exported learner the file, which tells its normalization"
+    file = self.files.get(run)
+    return Path(file) if file and Path(file).suffix=='.pkl' else self.network(run)
+
+@patch
+def learner(self:Sweep,
+    run:Run # Done in this folder
+) -> Learner: # Its student trained, its teacher and terms attached
+    "The learner of a run, to look at and to export"
+    teacher = self._teacher(run.teacher) if run.teacher else None
+    return learner_of(dls_of(run, self.path), teacher, self.network(run), run.method, metrics=accuracy, path=self.folder)
 
 @patch
 def ready(self:Sweep,
@@ -85,7 +109,7 @@ def ready(self:Sweep,
 ) -> bool:
     "Whether `run` is on record, with its network where others wait for it"
     if self.records.get(run) is None: return False
-    return self.file_of(run).exists() or not any(run in _needs(o) for o in self.runs if self.records.get(o) is None)
+    return self.file_of(run).exists() or not any(run in o.needs for o in self.runs if self.records.get(o) is None)
 
 # %% ../../nbs/experiments/sweep.ipynb #d54574e8
 @patch
@@ -100,16 +124,35 @@ def _same_images(self:Sweep, run, dls):
 
 @patch
 def _do(self:Sweep, run, quiet, cbs):
-    checkpoint,needed = self.folder/'.checkpoints'/f'{run.key}.pth',{k:getattr(run, k) for k in ('teacher','start') if getattr(run, k)}
-    nets = {k:self.network(o) for k,o in needed.items()}
-    learn,result = do_run(run, self.path, checkpoint=checkpoint, cbs=cbs, quiet=quiet, **nets)
-    self._keep(run, learn.student, dict(result, **{f'{k} weights':digest(o) for k,o in nets.items()}))
+    if run.weights: return self._keep(run, None, self._measured(run))
+    nets = {**({'teacher':self._teacher(run.teacher)} if run.teacher else {}), **({'start':self.network(run.start)} if run.start else {})}
+    files,checkpoint = self.file_of(run).with_suffix('') if run.chain and self.exports else None,self.folder/'.checkpoints'/f'{run.key}.pth'
+    if files: files.parent.mkdir(exist_ok=True)
+    learn,result = do_run(run, self.path, checkpoint=checkpoint, files=files, cbs=cbs, quiet=quiet, **nets)
+    self._keep(run, learn.student, dict(result, **self._taught_by(run)))
+    if files: learn.export_student(self.file_of(run))
     learn.epoch_checkpoint.remove()
+
+@patch
+def _measured(self:Sweep, run):
+    "What is to be known of a network from elsewhere"
+    dls = dls_of(run, self.path)
+    tfm = teacher_of(self._teacher(run), dls)[1]
+    net = self.network(run).to(dls.device)
+    costs = dict(parameters=count_params(net), MACs=count_macs(net, image_shape(dls)))
+    return dict(accuracy=accuracy_of(net, dls, tfm), **costs, seconds=0., history={}, losses={}, images=images_of(dls), **origin_of())
+
+@patch
+def _taught_by(self:Sweep, run):
+    "Digests of the networks that a run needs"
+    return {f'{k} weights':digest(self.network(o)) for k in ('teacher','start') if (o := getattr(run, k))}
 
 @patch
 def _keep(self:Sweep, run, network, result):
     if rank_distrib(): return
-    if not run.chain:
+    if self.command: result['command'] = self.command
+    if run.weights: result['weights'] = run.weights
+    elif not run.chain:
         vocab,file = [str(o) for o in dls_of(run, self.path).vocab],self.file_of(run)
         save_network(network, file, network=run.student, vocab=vocab, key=run.key)
         result['weights'] = digest(self.network(run))
@@ -134,8 +177,8 @@ def _failed(self:Sweep, run, e):
 @patch
 def _told(self:Sweep, run):
     if rank_distrib(): return
-    result = self.records.get(run)
-    print(f"{run}: {result['accuracy']:.1%} in {result['seconds']:.0f} s{self._left()}", flush=True)
+    result,who = self.records.get(run),f'Teacher {run.student}' if any(run in o.needs for o in self.runs) else run
+    print(f"{who}: {result['accuracy']:.1%} in {result['seconds']:.0f} s{self._left()}", flush=True)
 
 @patch
 def errors(self:Sweep) -> dict: # Run to traceback
@@ -165,14 +208,14 @@ def _settled(self:Sweep, run, retry):
 
 @patch
 def _hopeless(self:Sweep, run, retry):
-    waits = [o for o in _needs(run) if not self.ready(o)]
+    waits = [o for o in run.needs if not self.ready(o)]
     return any(self._settled(o, retry) or self._hopeless(o, retry) for o in waits)
 
 @patch
 def _work(self:Sweep, retry=False, quiet=True, show=None):
     "Do runs until there are no more to do"
     while left := [o for o in self.runs if not self._settled(o, retry) and not self._hopeless(o, retry)]:
-        for run in (o for o in left if all(map(self.ready, _needs(o)))):
+        for run in (o for o in left if all(map(self.ready, o.needs))):
             with self._claimed(run) as mine:
                 if mine and not self._settled(run, retry):
                     self._attempt(run, quiet, show and show(run))
@@ -186,7 +229,7 @@ def _together(self:Sweep, retry, quiet):
     with ExitStack() as stack:
         while True:
             left = [] if rank_distrib() else [o for o in self.runs if not self._settled(o, retry) and not self._hopeless(o, retry)]
-            ready = [o for o in left if all(map(self.ready, _needs(o)))]
+            ready = [o for o in left if all(map(self.ready, o.needs))]
             run = first(o for o in ready if stack.enter_context(self._claimed(o)) and not self._settled(o, retry))
             waits,run = from_first((bool(left), run))
             if run is None and not waits: return
@@ -237,8 +280,7 @@ def _remote(settings, path, weights):
         nets[k] = network_at(getattr(run, k), dls)
         nets[k].load_state_dict(w)
     learn,result = do_run(run, path, **nets)
-    trained = {k:v.cpu() for k,v in learn.student.state_dict().items()} if not run.chain else None
-    return trained,dict(result, **{f'{k} weights':digest(o) for k,o in nets.items()})
+    return {k:v.cpu() for k,v in learn.student.state_dict().items()} if not run.chain else None,result
 
 @patch
 def _submit(self:Sweep, client, run):
@@ -253,9 +295,9 @@ def _receive(self:Sweep, future):
     run = future.run
     try:
         weights,result = future.result()
-        network = network_at(run, dls_of(run, self.path))
-        if weights: network.load_state_dict(weights)
-        self._keep(run, network, result)
+        network = None if run.chain else network_at(run, dls_of(run, self.path))
+        if network is not None: network.load_state_dict(weights)
+        self._keep(run, network, dict(result, **self._taught_by(run)))
     except Exception as e: self._failed(run, e)
     else: self._told(run)
 
@@ -269,7 +311,7 @@ def _on_cluster(self:Sweep, client, retry):
     pool,out = as_completed(),set()
     def hand_out():
         for run in self.runs:
-            if run in out or self._settled(run, retry) or not all(map(self.ready, _needs(run))): continue
+            if run in out or self._settled(run, retry) or not all(map(self.ready, run.needs)): continue
             self._same_images(run, dls_of(run, self.path))
             out.add(run)
             pool.add(self._submit(client, run))
@@ -295,7 +337,7 @@ def run(self:Sweep,
         with on_interrupt(lambda: f"{self}. The same command, or sweep.run(), goes on {how}."):
             if client is not None: self._on_cluster(client, retry)
             elif num_distrib()>1: self._together(retry, quiet)
-            elif workers==1: self._work(retry, quiet, _watched(self))
+            elif workers==1: self._work(retry, quiet, _watched(self) if quiet else None)
             else: self._beside(workers, retry)
     finally:
         if not rank_distrib(): self.records.export()
@@ -317,6 +359,12 @@ def _beside(self:Sweep, workers, retry):
     codes = [o.exitcode for o in processes if o.exitcode]
     if codes: raise RuntimeError(
         f"{len(codes)} of {workers} processes ended with exit code {codes[0]} (negative: a signal): the same call resumes their runs")
+
+@patch
+def results(self:Sweep) -> dict: # `Run` to result, in the order of the runs
+    "What is on record of this sweep"
+    known = self.records.results()
+    return {o:known[o] for o in self.runs if o in known}
 
 @patch
 def table(self:Sweep) -> pd.DataFrame:
