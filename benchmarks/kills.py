@@ -10,14 +10,14 @@ def child(args):
     "One start of the command, in this process, which kills itself as `--at` asks"
     import io, sqlite3, threading
     from kdfast import cli
-    from kdfast.experiments import records, run
+    from kdfast.experiments import checkpoint, records
     kind,_,n = args.at.partition(':')
     count = dict(checkpoint=0, record=0)
     def die(): os.kill(os.getpid(), signal.SIGKILL)
     def due(what):
         count[what] += 1
         return what==kind and count[what]==int(n)
-    write,save,connect = run.EpochCheckpoint._write,run.torch.save,sqlite3.connect
+    write,save,connect = checkpoint.EpochCheckpoint._write,checkpoint.torch.save,sqlite3.connect
     def saved(o, file):
         if not (isinstance(o, dict) and 'fits' in o and due('checkpoint')): return save(o, file)
         whole = io.BytesIO()
@@ -26,7 +26,7 @@ def child(args):
         die()
     def wrote(self):
         write(self)
-        with (Path(args.out)/'epochs.txt').open('a') as f: f.write(f'{self.key} {self.at} {self.learn.epoch}\n')
+        with (Path(args.out)/'epochs.txt').open('a') as f: f.write(f'{self.key} {self.nth} {self.learn.epoch}\n')
     class Database(sqlite3.Connection):
         def execute(self, sql, *values):
             doomed = sql.startswith('insert') and due('record')
@@ -34,7 +34,7 @@ def child(args):
             done = super().execute(sql, *values)
             if doomed: die()
             return done
-    run.torch.save,run.EpochCheckpoint._write = saved,wrote
+    checkpoint.torch.save,checkpoint.EpochCheckpoint._write = saved,wrote
     records.sqlite3.connect = lambda *a, **k: connect(*a, **k, factory=Database)
     if kind=='time': threading.Timer(float(n), die).start()
     cli.main(['table', args.table, '--schedule', 'smoke', '--out', args.out, *args.more])

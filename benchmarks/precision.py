@@ -9,7 +9,7 @@ from argparse import ArgumentParser
 warnings.filterwarnings('ignore')
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.experiments.results import load_network
+from kdfast.experiments.arm import load_network
 
 precisions = 'float32','bf16','int8'
 

@@ -51,7 +51,8 @@ def _carry_out(f, given, runs, files=None, **kwargs):
     "The sweep of the command `f`, done"
     path,files = given.get('path'),files or {}
     with in_turn(): dls_of(runs[-1], path)
-    for o in dict.fromkeys(replace(o, seed=0) for o in runs): rehearse(o, path, files.get(first(o.needs)))
+    learners = {r:f for r,f in files.items() if Path(f).suffix=='.pkl'}
+    for o in dict.fromkeys(replace(o, seed=0) for o in runs): rehearse(o, path, learners.get(first(o.needs)))
     sweep = Sweep(f.__name__, runs, given['out'], path, files, command=_command(f, given), **kwargs)
     say(f"{sweep} in {sweep.folder}")
     _sweep(sweep, quiet=f is demo)

@@ -4,8 +4,11 @@ from contextlib import suppress
 from test_processes import launch
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.core import digest
 from kdfast.cli import main
-from kdfast.experiments.results import load_network, save_network, result_table
+from kdfast.experiments.arm import load_network, save_network
+from kdfast.experiments.records import read_results
+from kdfast.experiments.results import arms_of, by_arm, label_of, result_table, teachers_of
 from kdfast.experiments.spec import methods
 
 kdfast_command = str(Path(sys.executable).parent/'kdfast')
@@ -28,22 +31,37 @@ def done(tmp_path_factory):
     assert cpu_seconds()-start<60
     return res.stdout,out
 
-def record_of(out): return json.loads((out/'record.json').read_text())
+def results_of(out): return read_results(out/'records.jsonl')
+
+def arms(results): return [(label_of(r), r.seed) for r in arms_of(results)]
+
+def teacher_of_all(results):
+    "The run and the result of the one teacher"
+    (run,result), = teachers_of(results).items()
+    return run,result
+
+def weights_of_teacher(out):
+    file, = (out/'teachers').iterdir()
+    return file
 
 def test_distill_writes_what_it_says(done):
     stdout,out = done
-    assert {o.name for o in out.iterdir()}=={'record.json','runs.csv','curves.png','teacher.pth',*(f'student-{o}.pkl' for o in ('control','kd','kd+at'))}
-    assert all(str(o) in stdout for o in out.iterdir())
-    record,runs = record_of(out),pd.read_csv(out/'runs.csv')
-    assert [(r['arm'],r['seed']) for r in record['runs']]==[(a,s) for s in range(2) for a in ('control','kd','kd+at')]
-    assert [*runs.accuracy]==[r['accuracy'] for r in record['runs']] and len(runs)==6
-    assert all(len(r['history']['accuracy'])==2 for r in record['runs'])
-    assert [list(r['history'])[3:] for r in record['runs'][:3]]==[[],['kd'],['kd','at']]
-    assert record['settings']['images']['training']==240 and record['teacher']['images']==1198
-    assert record['costs']['student']['parameters']==count_params(wrn(10, 1)) and record['costs']['teacher']['MACs']==count_macs(wrn(10, 2), 32)
+    exported = {f'student-{o}.pkl' for o in ('control','kd','kd+at')}
+    shown = {'records.jsonl','curves.png',*exported}
+    assert {o.name for o in out.iterdir() if o.name[0]!='.'}=={'records.db','records.csv','records.lock','teachers','students',*shown}
+    assert all(str(out/o) in stdout for o in shown)
+    results,table = results_of(out),pd.read_csv(out/'records.csv')
+    assert arms(results)==[(a,s) for s in range(2) for a in ('control','kd','kd+at')]
+    assert [*table.accuracy]==[o['accuracy'] for o in results.values()] and len(table)==7
+    (run,teacher),ours = teacher_of_all(results),arms_of(results).values()
+    assert all(len(o['history']['accuracy'])==2 for o in ours)
+    assert [list(o['history'])[4:] for o in [*ours][:3]]==[[],['kd'],['kd','at']]
+    assert {o['images']['training'] for o in ours}=={240} and teacher['images']['training']==1198
+    assert {o['parameters'] for o in ours}=={count_params(wrn(10, 1))} and teacher['MACs']==count_macs(wrn(10, 2), 32)
+    assert all(o['ms per image']>0 and o['command'].startswith('kdfast distill --pct 0.2') for o in results.values())
     assert all(o in stdout for o in ('accuracy','parameters','MACs','ms per image','seconds a run'))
     assert '\x1b' not in stdout and '\r' not in stdout
-    assert 'kd+at, seed 1, epoch 2 of 2: train_loss' in stdout
+    assert 'kd+at from wrn-10-2, seed 1, epoch 2 of 2: train_loss' in stdout
     assert Image.open(out/'curves.png').size[0]>500
 
 @pytest.mark.slow
@@ -57,41 +75,53 @@ def test_a_terminal_shows_bars(tmp_path):
         while chunk := os.read(ours, 4096): chunks.append(chunk)
     shown = b''.join(chunks).decode()
     assert p.wait(timeout=60)==0
-    assert 'kd+at, seed 0' in shown and '█' in shown and '\r' in shown and 'epoch 1 of' not in shown
+    assert 'kd+at from wrn-10-2, seed 0' in shown and '█' in shown and '\r' in shown and 'epoch 1 of' not in shown
 
 def test_exported_student_predicts(done):
     learn = load_learner(done[1]/'student-kd.pkl')
-    acc = record_of(done[1])['runs'][1]['accuracy']
+    acc = by_arm(results_of(done[1]), 'accuracy')['kd'][0]
     dls = digits_dls()
     assert Learner(dls, learn.model, metrics=accuracy).validate()[1]==pytest.approx(acc, abs=1e-6)
     assert not any(isinstance(cb, (TeacherCallback,DistillCallback)) for cb in learn.cbs)
 
 def test_the_teacher_on_file_is_the_one_that_taught(done):
-    net,record = wrn(10, 2),record_of(done[1])
-    assert load_network(net, done[1]/'teacher.pth')['network']=='wrn-10-2'
-    assert Learner(digits_dls(), net, metrics=accuracy).validate()[1]==pytest.approx(record['teacher']['accuracy'], abs=1e-6)
+    net,results = wrn(10, 2),results_of(done[1])
+    assert load_network(net, weights_of_teacher(done[1]))['network']=='wrn-10-2'
+    assert Learner(digits_dls(), net, metrics=accuracy).validate()[1]==pytest.approx(teacher_of_all(results)[1]['accuracy'], abs=1e-6)
     dls = digits_dls(64, pct=.2)
     set_seed(1)
     dls.train.rng.seed(1)
     learn = distill_learner(dls, net, partial(wrn, 10, 1), metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3)
-    run = first(r for r in record['runs'] if (r['arm'],r['seed'])==('kd',1))
-    assert learn.recorder.history.to_dict('list')['kd']==pytest.approx(run['history']['kd'], rel=1e-4)
+    assert learn.recorder.history.to_dict('list')['kd']==pytest.approx(by_arm(results, 'history')['kd'][1]['kd'], rel=1e-4)
 
 def test_the_same_command_goes_on(done, tmp_path, capsys):
     out = shutil.copytree(done[1], tmp_path/'out')
-    before = record_of(out)
+    before = results_of(out)
     main(['distill', *small, '--out', str(out)])
-    assert 'train_loss' not in capsys.readouterr().out and record_of(out)['runs']==before['runs']
+    assert 'train_loss' not in capsys.readouterr().out and results_of(out)==before
     main(['distill', *small[:-4], '--teacher-epochs', '1', '--seeds', '3', '--out', str(out)])
-    runs = record_of(out)['runs']
-    assert runs[:6]==before['runs'] and [(r['arm'],r['seed']) for r in runs[6:]]==[(a,2) for a in ('control','kd','kd+at')]
+    after = results_of(out)
+    timed = lambda results: {r:{k:v for k,v in o.items() if k!='ms per image'} for r,o in results.items() if r in before}
+    assert timed(after)==timed(before) and arms(after)[6:]==[(a,2) for a in ('control','kd','kd+at')]
 
-def test_an_interrupted_demo_says_that_it_begins_anew(tmp_path, monkeypatch, capsys):
-    def interrupt(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr('kdfast.cli.run_arm', interrupt)
-    with pytest.raises(SystemExit) as e: main(['demo', '--out', str(tmp_path/'demo')])
-    assert e.value.code==130 and 'Interrupted. A demo is not gone on with: the same command begins anew' in capsys.readouterr().err
+def test_an_interrupted_demo_goes_on(tmp_path, monkeypatch, capsys):
+    "Stopped in the second epoch of its first student, it neither trains the teacher nor the first epoch again"
+    args,seen = ['demo','--epochs','2','--teacher-epochs','1','--seeds','1','--out',str(tmp_path/'demo')],[]
+    class Watch(Callback):
+        run_valid,stop = False,True
+        def after_batch(self):
+            seen.append((len(self.dls.train_ds), self.epoch))
+            if self.stop and seen[-1]==(500,1): raise KeyboardInterrupt
+    monkeypatch.setattr('kdfast.experiments.sweep._watched', lambda sweep: lambda run=None: [Watch()])
+    with pytest.raises(SystemExit) as e: main(args)
+    err = capsys.readouterr().err
+    assert e.value.code==130 and 'Interrupted' in err and 'goes on after the last whole epoch' in err
+    Watch.stop = False
+    seen.clear()
+    main(args)
+    assert {o for o in seen if o[0]==1198}==set() and seen[0]==(500,1)
+    assert len(arms(results_of(tmp_path/'demo')))==5
 
 @pytest.mark.slow
 def test_ctrl_c_saves_what_was_reached(tmp_path):
@@ -100,34 +130,31 @@ def test_ctrl_c_saves_what_was_reached(tmp_path):
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a parent in the background may have it ignored
     p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONUNBUFFERED':'1'}, preexec_fn=heed)
     for line in p.stdout:
-        if line.startswith('kd, seed 0, epoch 1'): break
+        if line.startswith('wrn-10-1 kd from wrn-10-2, seed 0, epoch 1'): break
     p.send_signal(signal.SIGINT)
     out,err = p.communicate(timeout=60)
     assert p.returncode==130 and 'Traceback' not in err
-    assert 'Interrupted in kd, seed 0, epoch' in err and 'Finished runs: 1.' in err and 'The same command goes on' in err
-    record = record_of(tmp_path/'out')
-    assert [r['arm'] for r in record['runs']]==['control']
-    assert load_network(wrn(10, 1), tmp_path/'out/interrupted.pth')['network']=='wrn-10-1'
-    assert not [*(tmp_path/'out').glob('.*')]
+    assert 'Sweep distill: 2 of 4 runs done' in err and 'The same command' in err and 'goes on after the last whole epoch' in err
+    before = results_of(tmp_path/'out')
+    assert arms(before)==[('control',0),('control',0)]  # the first is the teacher, which nobody on record needs yet
     res = subprocess.run(args, capture_output=True, text=True, timeout=120)
-    assert res.returncode==0 and 'control, seed 0' not in res.stdout
-    runs = record_of(tmp_path/'out')['runs']
-    assert [r['arm'] for r in runs]==['control','kd','kd+at'] and runs[0]==record['runs'][0]
+    assert res.returncode==0 and 'control, seed 0, epoch' not in res.stdout and 'kd from wrn-10-2, seed 0, epoch 1' not in res.stdout
+    results = results_of(tmp_path/'out')
+    assert arms(results)==[('control',0),('kd',0),('kd+at',0)] and not [*(tmp_path/'out/.checkpoints').iterdir()]
     main([*args[1:-1], str(tmp_path/'straight')])
-    assert [r['history'] for r in record_of(tmp_path/'straight')['runs']]==[r['history'] for r in runs]
+    assert by_arm(results_of(tmp_path/'straight'), 'history')==by_arm(results, 'history')
 
 def test_a_convolution_and_a_budget(tmp_path):
     "The student that is trained is of the kind, the budget and the weight decay asked for"
     args = '--pct .2 --teacher wrn-10-1 --student wrn-10-2 --method kd --epochs 1 --conv separablehashed --params 30000'.split()
     main(['distill', *args, '--wd', '.2', '--out', str(tmp_path/'plain')])
     main(['distill', *args, '--wd', '.2', '--wd-groups', '--out', str(tmp_path/'groups')])
-    plain,groups = (record_of(tmp_path/o) for o in ('plain','groups'))
-    assert 29_900<groups['costs']['student']['parameters']<=30_000 and 0<groups['setting']['ratio']<1
+    plain,groups = (first(arms_of(results_of(tmp_path/o)).values()) for o in ('plain','groups'))
+    assert 29_900<groups['parameters']<=30_000 and 0<groups['setting']['ratio']<1
     assert '--conv separablehashed --params 30000' in groups['command'] and '--wd 0.2 --wd-groups' in groups['command']
     net = load_learner(tmp_path/'groups/student-kd.pkl').model
-    assert count_params(net)==groups['costs']['student']['parameters'] and isinstance(net.group1[0].conv1, SeparableHashed)
-    assert plain['setting']==groups['setting'] and plain['runs'][0]['history']['train_loss']!=groups['runs'][0]['history']['train_loss']
-    fails('holds the results of other settings (wd_groups', *args, '--wd', '.2', '--out', tmp_path/'groups')
+    assert count_params(net)==groups['parameters'] and isinstance(net.group1[0].conv1, SeparableHashed)
+    assert plain['setting']==groups['setting'] and plain['history']['train_loss']!=groups['history']['train_loss']
 
 def exit_of(capsys, *args):
     "Code, output and error output of the command in this process"
@@ -156,7 +183,7 @@ bad = {
     'folder': (['--data','imagenette','--path','/nowhere'], "No such file or directory: '/nowhere'"),
     'teacher file': (['--teacher-file','/nowhere.pth'], "No such file or directory: '/nowhere.pth'"),
     'size': (['--data','imagenette','--size','0'], '--size is at least 1'),
-    'lr': (['--lr','nan'], '--lr must be positive'),
+    'lr': (['--lr','nan'], 'lr is a number, got nan'),
     'no width': (['--student','wrn-16'], "Unknown network 'wrn-16'"),
     'too much': (['--student','wrn-10-1-5'], "Unknown network 'wrn-10-1-5'"),
     'no resnet': (['--student','resnet10.5'], "Unknown network 'resnet10.5'"),
@@ -188,7 +215,7 @@ def test_bad_arguments(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as e: main(['distill', *args])
     assert str(e.value).startswith('kdfast: ') and message in str(e.value)
-    assert not [*tmp_path.rglob('*.pth')]
+    assert not [*tmp_path.iterdir()]
 
 def fails(message, *args):
     with pytest.raises(SystemExit) as e: main(['distill', *map(str, args)])
@@ -213,11 +240,11 @@ def test_teacher_files(tmp_path, monkeypatch):
     for file,message in {'other.pth':'holds wrn-10-2, which differs in', 'classes.pth':"trained on the classes ['a', 'b'", 'few.pth':'differs in fc', 'state.pth':'holds another network',
         'list.pth':'holds no weights but a list', 'odd.pth':'holds no weights but a dict', 'garbage.pth':'cannot be read as weights', 'learner.pkl':"classes ['a', 'b'] are not"}.items():
         fails(message, '--teacher-file', file)
-    assert not [*tmp_path.rglob('record.json')]
+    assert not (tmp_path/'distill').exists()
 
 def test_a_learner_or_weights_from_file_teach(done, tmp_path):
     learn = distill_learner(digits_dls(), None, partial(wrn, 10, 2), path=tmp_path)
-    load_network(learn.model, done[1]/'teacher.pth')
+    load_network(learn.model, weights_of_teacher(done[1]))
     learn.export('learner.pkl')
     learn.create_opt()
     learn.save(tmp_path/'saved', with_opt=False)
@@ -227,31 +254,47 @@ def test_a_learner_or_weights_from_file_teach(done, tmp_path):
     runs = {}
     for file in ('learner.pkl','state.pth','saved.pth'):
         main(['distill', *'--pct .2 --teacher wrn-10-2 --student wrn-10-1 --method kd --epochs 2 --out'.split(), str(tmp_path/file[:5]), '--teacher-file', str(tmp_path/file)])
-        record = record_of(tmp_path/file[:5])
-        runs[file] = [r['accuracy'] for r in record['runs']]
-        assert record['teacher']['accuracy']==record_of(done[1])['teacher']['accuracy']
-        assert record['teacher']['file']==str(tmp_path/file) and not (tmp_path/file[:5]/'teacher.pth').exists()
-    assert runs['learner.pkl']==runs['state.pth']==runs['saved.pth']==[r['accuracy'] for r in record_of(done[1])['runs'][:2]]
+        results = results_of(tmp_path/file[:5])
+        runs[file],(teacher,told) = [o['accuracy'] for o in arms_of(results).values()],teacher_of_all(results)
+        assert told['accuracy']==pytest.approx(teacher_of_all(results_of(done[1]))[1]['accuracy'], abs=1e-6)
+        assert told['weights']==teacher.weights==digest(learn.model) and str(tmp_path/file) in told['command'] and not (tmp_path/file[:5]/'teachers').exists()
+    assert runs['learner.pkl']==runs['state.pth']==runs['saved.pth']==[by_arm(results_of(done[1]), 'accuracy')[o][0] for o in ('control','kd')]
 
-def test_results_of_other_settings_stay(done, tmp_path, monkeypatch):
+def test_results_of_other_settings_stay(done, tmp_path, capsys):
+    "Other epochs, another teacher: other runs, beside those on record, and not in their table"
     out = shutil.copytree(done[1], tmp_path/'out')
-    before = (out/'record.json').read_bytes()
-    fails('holds the results of other settings (epochs 2, not 3)', *small[:-4], '--epochs', '3', '--out', out)
-    fails('was trained differently (epochs 1, not 2)', *small, '--teacher-epochs', '2', '--out', out)
+    before = results_of(out)
     save_network(wrn(10, 2), tmp_path/'new.pth')
-    fails('results of another teacher', *small, '--teacher-file', tmp_path/'new.pth', '--out', out)
-    main(['distill', *small, '--teacher-file', str(out/'teacher.pth'), '--out', str(tmp_path/'taught')])
-    monkeypatch.setattr(Learner, 'fit', lambda *args, **kwargs: pytest.fail('trained'))
-    fails(f"results of the teacher {out/'teacher.pth'}", *small, '--out', tmp_path/'taught')
-    monkeypatch.setattr('kdfast.cli.images_of', lambda dls: dict(training=240, validation=599, first='other'))
-    fails('holds the results of other settings (images', *small, '--out', out)
-    assert (out/'record.json').read_bytes()==before
+    others = {('--epochs','1','--teacher-epochs','1'):['1','1'], ('--teacher-file',str(tmp_path/'new.pth')):['2','1']}  # the control has no teacher
+    for args,seeds in others.items():
+        main(['distill', *small[:-4], *args, '--seeds', '1', '--out', str(out)])
+        told = capsys.readouterr().out.split('seconds a run')[1]
+        assert [line.split()[1] for line in told.splitlines() if line.startswith(('control ','kd '))]==seeds
+    after = results_of(out)
+    assert {r:o['history'] for r,o in after.items() if r in before}=={r:o['history'] for r,o in before.items()}
+    assert len(after)==7+3+3 and sum(bool(r.weights) for r in after)==1
 
-def test_a_foreign_record_stays(tmp_path):
-    for text in ('{', '[]', '{"runs": 3}', '{"settings": {}, "runs": [{"loss": 1}]}', '{"settings": null, "runs": []}'):
-        (tmp_path/'record.json').write_text(text)
-        fails('is no record of runs', '--out', tmp_path)
-        assert (tmp_path/'record.json').read_text()==text
+def test_a_file_that_has_changed_is_another_teacher(done, tmp_path):
+    out = shutil.copytree(done[1], tmp_path/'out')
+    file = shutil.copy(weights_of_teacher(out), tmp_path/'teacher.pth')
+    args = [*small[:-2], '--teacher-file', str(file), '--out', str(out)]
+    main(['distill', *args])
+    save_network(wrn(10, 2), file)
+    main(['distill', *args])
+    assert len({r.teacher for r in results_of(out) if r.teacher})==3 and len({o['teacher weights'] for r,o in results_of(out).items() if r.teacher})==2
+
+def test_other_images_are_refused(done, tmp_path, monkeypatch):
+    out = shutil.copytree(done[1], tmp_path/'out')
+    before = (out/'records.jsonl').read_bytes()
+    monkeypatch.setattr('kdfast.experiments.sweep.images_of', lambda dls: dict(training=240, validation=599, first='other'))
+    fails('holds results of other images of digits', *small[:-2], '--seeds', '3', '--out', out)
+    assert (out/'records.jsonl').read_bytes()==before
+
+def test_a_foreign_file_stays(tmp_path):
+    for text in ('{', '[]', '{"runs": 3}', '{"state": "done", "settings": {"magic": 1}, "result": {}}', '{"settings": null}'):
+        (tmp_path/'records.jsonl').write_text(text)
+        fails('holds no runs that could be taken', '--out', tmp_path)
+        assert (tmp_path/'records.jsonl').read_text()==text
 
 def test_pretrained_starts_from_the_weights_on_file(tmp_path, monkeypatch):
     "A file where torch.hub keeps what it has downloaded"
@@ -263,22 +306,22 @@ def test_pretrained_starts_from_the_weights_on_file(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     args = '--pct .1 --teacher resnet18 --student wrn-10-1 --method kd --epochs 1 --pretrained --lr 1e-7'.split()
     main(['distill', *args, '--out', str(tmp_path/'out')])
-    teacher = torch.load(tmp_path/'out/teacher.pth', weights_only=True)
+    file = weights_of_teacher(tmp_path/'out')
+    teacher = torch.load(file, weights_only=True)
     assert teacher['network']=='torchvision.resnet18'
     assert (teacher['weights']['0.0.weight'].float()-weights.conv1.weight).abs().max()<1e-3
-    assert record_of(tmp_path/'out')['costs']['teacher']['parameters']>11e6
-    main(['distill', *'--pct .1 --teacher torchvision.resnet18 --student wrn-10-1 --method kd --epochs 1'.split(), '--teacher-file', str(tmp_path/'out/teacher.pth'), '--out', str(tmp_path/'again')])
-    assert record_of(tmp_path/'again')['teacher']['weights']==record_of(tmp_path/'out')['teacher']['weights']
+    assert teacher_of_all(results_of(tmp_path/'out'))[1]['parameters']>11e6
+    main(['distill', *'--pct .1 --teacher torchvision.resnet18 --student wrn-10-1 --method kd --epochs 1'.split(), '--teacher-file', str(file), '--out', str(tmp_path/'again')])
+    assert len({teacher_of_all(results_of(tmp_path/o))[1]['weights'] for o in ('out','again')})==1
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     "One says what happens and writes; the result is that of both"
     first,second = launch(2, kdfast_command, 'distill', *small[:-2], '--out', tmp_path/'two')
-    assert 'kd+at, seed 0, epoch 2 of 2' in first and 'epoch' not in second and 'accuracy' not in second
-    record = record_of(tmp_path/'two')
-    assert len(record['runs'])==3 and record['settings']['processes']==2
-    for r in record['runs']: assert accuracy_of(load_learner(tmp_path/f"two/student-{r['arm']}.pkl").model, digits_dls())==r['accuracy']
-    fails('processes 2, not 1', *small[:-2], '--out', tmp_path/'two')
+    assert 'kd+at from wrn-10-2, seed 0, epoch 2 of 2' in first and 'epoch' not in second and 'accuracy' not in second
+    results = arms_of(results_of(tmp_path/'two'))
+    assert len(results)==3 and {o['processes'] for o in results.values()}=={2}
+    for r,o in results.items(): assert accuracy_of(load_learner(tmp_path/f"two/student-{r.method}.pkl").model, digits_dls())==o['accuracy']
 
 def tiny_cifar(path):
     for part,c,i in itertools.product(('train','test'), ('cat','dog'), range(40)):
@@ -294,37 +337,37 @@ def test_an_archive_for_two_processes(tmp_path, monkeypatch):
         for part in ('train','test'): f.add(tmp_path/part, part)
     args = f"--data cifar10 --path {tmp_path/'data.tgz'} --teacher wrn-10-2 --student wrn-10-1 --method kd --epochs 2 --out {tmp_path/'out'}".split()
     launch(2, kdfast_command, 'distill', *args, FASTAI_HOME=str(tmp_path/'home'))
-    record = record_of(tmp_path/'out')
-    assert all(np.isfinite(r['history']['train_loss']).all() for r in record['runs'])
+    assert all(np.isfinite(o['history']['train_loss']).all() for o in results_of(tmp_path/'out').values())
 
 def test_nothing_trained_is_no_result(tmp_path):
     fails('images make no batch of 512', '--data', 'cifar10', '--path', tiny_cifar(tmp_path), '--from-files', '--bs', '512', '--epochs', '1', '--teacher', 'wrn-10-1', '--out', tmp_path/'out')
-    assert not [*(tmp_path/'out').glob('student*')] and not (tmp_path/'out/record.json').exists()
+    assert not [*(tmp_path/'out').glob('student-*')] and not results_of(tmp_path/'out')
 
 def test_arms_with_unequal_seeds(done, tmp_path, capsys):
-    "A new arm is compared with the control of its own seeds, and the command on record makes everything again"
+    "A new arm is compared with the control of its own seeds, and the commands that made all of it are told"
     out = shutil.copytree(done[1], tmp_path/'out')
     args = [*small[:-4], '--teacher-epochs', '1', '--seeds', '1', '--out', str(out)]
     args[args.index('--method')+1] = 'at'
     main(['distill', *args])
-    record,printed = record_of(out),capsys.readouterr().out
-    assert '--method kd,kd+at,at' in record['command'] and '--seeds 2' in record['command'] and 'Undecided by one seed: at' in printed
-    assert result_table(record).loc['at','against control (points)'].startswith(f"{100*(record['runs'][-1]['accuracy']-record['runs'][0]['accuracy']):+.1f} (one seed)")
-    assert [*result_table(record)['seeds']]==[1,2,2,2,1]
+    results,printed = results_of(out),capsys.readouterr().out
+    accs = by_arm(results, 'accuracy')
+    assert '--method kd,kd+at --epochs 2 --teacher-epochs 1 --seeds 2' in printed and '--method at' in printed and 'Undecided by one seed: at' in printed
+    assert result_table(results).loc['at','against control (points)'].startswith(f"{100*(accs['at'][0]-accs['control'][0]):+.1f} (one seed)")
+    assert [*result_table(results)['seeds']]==[1,2,2,2,1]
 
 @pytest.mark.slow
 def test_accelerate_launch(tmp_path):
     args = ['launch','--cpu','--num_processes','1','--num_machines','1','--mixed_precision','no','--dynamo_backend','no', kdfast_command, 'distill', *small[:-2]]
     res = subprocess.run([str(Path(sys.executable).parent/'accelerate'), *args, '--out', str(tmp_path/'out')], capture_output=True, text=True, timeout=200)
     assert res.returncode==0, res.stderr
-    assert len(record_of(tmp_path/'out')['runs'])==3
+    assert len(arms(results_of(tmp_path/'out')))==3
 
 @pytest.mark.slow
 def test_blocks_on_digits(tmp_path, capsys):
     "Every schedule by name, with a control and beside a term, and what a run of each leaves"
     names = ['blocks','blocks-nostem','blocks-parallel','simultaneous','blocks-pretrained','blocks-random','kd+blocks']
     main(f"distill --pct .2 --teacher wrn-10-2 --student wrn-10-1 --method {','.join(names)} --epochs 6 --teacher-epochs 1 --out {tmp_path}/out".split())
-    runs = {r['arm']:r for r in record_of(tmp_path/'out')['runs']}
+    runs = {label_of(r):o for r,o in arms_of(results_of(tmp_path/'out')).items()}
     assert [*runs]==['control',*names]
     epochs = {k: [(s, r['history']['stage'].count(s)) for s in dict.fromkeys(r['history'].get('stage', ()))] for k,r in runs.items()}
     staged = [('group1',1),('group2',2),('group3',2),('classifier',1)]
@@ -334,9 +377,9 @@ def test_blocks_on_digits(tmp_path, capsys):
     assert all(len(r['history']['accuracy'])==6 and r['history']['accuracy'][-1]==r['accuracy'] for r in runs.values())
     assert 'kd' in runs['kd+blocks']['history'] and 'kd' not in runs['blocks']['history']
     assert [*runs['blocks-parallel']['fed']]==['group1','group2','group3']
-    assert 'NaN' not in (tmp_path/'out/record.json').read_text()
+    assert 'NaN' not in (tmp_path/'out/records.jsonl').read_text()
     out = capsys.readouterr().out
-    assert 'blocks, seed 0, group2: 2 epochs on hints' in out and 'blocks, seed 0, classifier: 1 epoch on labels' in out
+    assert 'blocks from wrn-10-2, seed 0, group2: 2 epochs on hints' in out and 'blocks from wrn-10-2, seed 0, classifier: 1 epoch on labels' in out
     assert load_learner(tmp_path/'out/student-blocks.pkl').model(torch.zeros(2,3,32,32)).shape==(2,10)
 
 @pytest.mark.slow
@@ -344,7 +387,7 @@ def test_every_method_by_its_name(tmp_path):
     "Alone and in sums, with arguments, and in two stages"
     names = [*(o for o in methods() if o!='sigmoidkd'), 'kd+at+sp', 'crd+dml:peers=2', 'factortransfer:k=.25+kd+two-stages', 'ab+kd+two-stages']
     main(f"distill --pct .1 --teacher wrn-10-2 --student wrn-10-1 --method {','.join(names)} --epochs 2 --teacher-epochs 1 --out {tmp_path}/out".split())
-    runs = {r['arm']:r for r in record_of(tmp_path/'out')['runs']}
+    runs = {label_of(r):o for r,o in arms_of(results_of(tmp_path/'out')).items()}
     assert [*runs]==['control',*names]
     columns = lambda arm: [o.split(':')[0] for o in arm.split('+') if o!='two-stages']
     assert all(max(r['history'][c])>0 for k,r in runs.items() if k!='control' for c in columns(k))
@@ -356,4 +399,4 @@ def test_every_method_by_its_name(tmp_path):
     ('--method blocks-parallel --student wrn-10-4', 'at least as wide'), ('--method block', 'blocks-parallel')])
 def test_blocks_that_cannot_be_are_refused_before_training(options, message, tmp_path):
     with pytest.raises(SystemExit, match=message): main(f'distill --pct .2 --teacher wrn-10-2 --out {tmp_path}/out {options}'.split())
-    assert not (tmp_path/'out/teacher.pth').exists()
+    assert not (tmp_path/'out').exists()

@@ -135,6 +135,6 @@ def test_a_data_set_a_loss_and_a_student_are_one_cell_each(tmp_path):
     command = 'import sys; from kdfast.cli import main; main(sys.argv[1:])'
     assert '\n  halves ' in run(sys.executable, '-c', command, 'doctor').stdout
     res = run(sys.executable, '-c', command, *'distill --data halves --teacher wrn-10-1 --student tiny --conv separable --method kd --epochs 1 --bs 20 --out out'.split())
-    assert res.returncode==0 and 'tiny' in (tmp_path/'out/record.json').read_text(), res.stderr
+    assert res.returncode==0 and 'tiny' in (tmp_path/'out/records.jsonl').read_text(), res.stderr
     res = run(sys.executable, '-c', "from kdfast.experiments.all import *; print(estimate([Run(data='halves', student='tiny', epochs=1)]).minutes[0])")
     assert res.returncode==0 and float(res.stdout)>=0, res.stderr

@@ -1,12 +1,13 @@
 "Runs, records and sweeps: killed, broken, shared"
-import importlib.util, json, multiprocessing, os, shutil, signal, sqlite3, subprocess, sys, time, pytest
+import importlib.util, json, multiprocessing, os, shutil, signal, sqlite3, subprocess, sys, time, pytest, torchvision
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.experiments.records import Records
-from kdfast.experiments.run import EpochCheckpoint, Run, do_run
+from kdfast.experiments.checkpoint import EpochCheckpoint
+from kdfast.experiments.run import Run, do_run
 from kdfast.experiments.sweep import Sweep
 
 root,bin = Path(__file__).parent.parent,Path(sys.executable).parent
@@ -53,7 +54,7 @@ def test_two_workers_share_one_sweep(tmp_path, capfd):
     sweep = Sweep('shared', runs, tmp_path/'two')
     table = sweep.run(workers=2)
     told = [line.split(':')[0] for line in capfd.readouterr().out.splitlines() if '% in ' in line]
-    assert sorted(told)==sorted(map(str, sweep.runs)) and (table.state=='done').all() and len(table)==7
+    assert sorted(told)==sorted(f'Teacher {o.student}' if o==big else str(o) for o in sweep.runs) and (table.state=='done').all() and len(table)==7
     alone = Sweep('alone', [kd], tmp_path/'one')
     alone.run()
     assert all(sweep.records.get(o)['images']==alone.records.get(o)['images'] for o in alone.runs)
@@ -115,17 +116,28 @@ class Stop(Callback):
 resnet = Run(student='wrn-10-2', epochs=1, pct=.3)
 kinds = {'fitnet':replace(kd, method='kd+fitnet', epochs=3), 'steps':replace(kd.control, steps=(.3,.6), lr=.05, epochs=3), 'bf16':replace(kd, bf16=True, epochs=3),
     'late':replace(kd, method='at:since=.5', epochs=3), 'blocks':replace(kd, method='blocks', epochs=6), 'parallel':replace(kd, method='blocks-parallel', epochs=4),
-    'labels first':replace(kd, method='blocks-pretrained', epochs=6), 'pruned':Run(student='wrn-10-2', start=resnet, method='kd', teacher=resnet, chain='prune:.5,factorize:.7', epochs=2, pct=.2)}
+    'labels first':replace(kd, method='blocks-pretrained', epochs=6), 'pruned':Run(student='wrn-10-2', start=resnet, method='kd', teacher=resnet, chain='prune:.5,factorize:.7', epochs=2, pct=.2),
+    'pretrained':Run(student='resnet18', pretrained=True, epochs=2, pct=.1)}
+
+def imagenet_weights(net, folder, monkeypatch):
+    "Where torch.hub keeps what it has downloaded"
+    file = folder/'hub/checkpoints'/torchvision.models.ResNet18_Weights.DEFAULT.url.split('/')[-1]
+    file.parent.mkdir(parents=True)
+    torch.save(net.state_dict(), file)
+    monkeypatch.setenv('TORCH_HOME', str(folder))
 
 def done(run, nets, file=None, cbs=None):
     learn,result = do_run(run, checkpoint=file, cbs=cbs, **{k:v for k,v in nets.items() if getattr(run, k)})
     return [p.detach().clone() for p in learn.student.parameters()],{k:result[k] for k in ('accuracy','history','parameters')}
 
-@pytest.mark.parametrize('kind', [*(o for o in kinds if o!='pruned'), pytest.param('pruned', marks=pytest.mark.slow)])
+longer = 'pruned','pretrained'
+
+@pytest.mark.parametrize('kind', [*(o for o in kinds if o not in longer), *(pytest.param(o, marks=pytest.mark.slow) for o in longer)])
 @pytest.mark.parametrize('at', [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_training_goes_on_as_if_nothing_had_happened(kind, at, tmp_path):
+def test_training_goes_on_as_if_nothing_had_happened(kind, at, tmp_path, monkeypatch):
     if kind=='pruned': pytest.importorskip('torch_pruning')
     set_seed(3)
+    if kind=='pretrained': imagenet_weights(torchvision.models.resnet18(), tmp_path, monkeypatch)
     run,nets = kinds[kind],dict(teacher=wrn(10, 2), start=wrn(10, 2))
     weights,result = done(run, nets, tmp_path/'whole.pth')
     with pytest.raises(KeyboardInterrupt): done(run, nets, tmp_path/'cut.pth', Stop(at))

@@ -3,7 +3,7 @@ import re, shlex, sqlite3, pytest
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.experiments.records import Records
-from kdfast.experiments.results import load_network
+from kdfast.experiments.arm import load_network
 from kdfast.experiments.run import Run, do_run, network_at
 from kdfast.experiments.sweep import with_controls
 from kdfast.cli import main

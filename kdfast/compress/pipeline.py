@@ -12,8 +12,8 @@ import json
 from time import perf_counter
 from fastai.vision.all import *
 from .export import InFile
-from .quantize import Fixed, is_aware, retire
-from ..core import digest, image_shape, on_interrupt, unreadable, whole_file
+from .quantize import is_aware
+from ..core import image_shape
 from ..layers.adapters import bare_model
 from ..learner import accuracy_of, plain_curves
 from ..models.measure import compare
@@ -67,73 +67,36 @@ def _taken(learn, step, fit):
     return Stage(step.name, deepcopy(bare_model(learn.model)), after, before, perf_counter()-start, history)
 
 # %% ../../nbs/compress/pipeline.ipynb #9c8203c5
-def _as_steps(steps, folder):
-    "Names for all; raises `ValueError` where one that is to be kept has none"
-    no_step = [o for o in steps if not (isinstance(o, Step) or callable(o))]
-    if no_step: raise TypeError(f"A step is a Step or a function of a learner, got {no_step[0]!r}: pass Step('name', ...)")
-    named = [o if isinstance(o, Step) else Step(getattr(o, '__name__', '<partial>'), o) for o in steps]
-    odd = [o.name for o in named if o.name.startswith('<')]
-    if folder and odd: raise ValueError(f"A step that is kept needs a name, got {odd[0]}: pass Step('name', ...)")
-    return named
-
-def _kept(folder, steps, key):
-    "The stages that are on file, up to the first that is missing or damaged"
-    stages = []
-    for i,step in enumerate(steps):
-        if not (folder/f'{i}.pkl').exists(): break
-        try: stage,theirs = torch.load(folder/f'{i}.pkl', weights_only=False)
-        except unreadable as e:
-            warnings.warn(f"{folder/f'{i}.pkl'} cannot be read ({type(e).__name__}), so the pipeline resumes from the step before")
-            break
-        if (stage.name,theirs)!=(step.name,key): raise ValueError(
-            f"{folder} holds the stages of another pipeline: choose another folder, or remove it")
-        stages.append(stage)
-    return stages
-
-def _go_on(learn, stages):
-    "Put the last network of `stages` in the learner"
-    last = [o.network for o in stages if not isinstance(o.network, InFile)][-1:]
-    if last and isinstance(last[0], Fixed): retire(learn, deepcopy(last[0]))
-    elif last: learn.model,learn.opt = deepcopy(last[0]).to(learn.dls.device),None
-
-# %% ../../nbs/compress/pipeline.ipynb #e8470b57
 def pipeline(
     learn:Learner, # With a trained network and `metrics=accuracy`; its teacher teaches after each step
     steps:list, # `Step`s, or functions of a learner, each followed by training
     fit, # Called with the learner after each step that trains
-    seed:int=0, # Decides the random numbers of all steps but the first, whose are as they come
-    folder:Path=None # Keep every stage here; the same pipeline goes on with those that it finds
+    seed:int=0 # Decides the random numbers of all steps but the first, whose are as they come
 ) -> list: # `Stage`s: the network as it was, then one for each step
-    "Change a network step by step; raises `ValueError` where `folder` holds the stages of other steps, of another network or seed"
+    "Change a network step by step; raises `TypeError` for what is no step"
     if 'accuracy' not in learn.metrics.attrgot('name'): raise ValueError("Stages are compared by their accuracy: make the learner with metrics=accuracy")
-    steps,key = _as_steps(steps, folder),(seed,digest(bare_model(learn.model)))
-    start = Stage('as it was', deepcopy(bare_model(learn.model)), _accuracy(learn), None, 0., None)
-    stages = _kept(Path(folder), steps, key) if folder else []
-    _go_on(learn, stages)
-    kept = "and lost: pass a folder to keep them"
-    if folder: kept = f"and kept: the same command, or pipeline with folder={str(folder)!r}, resumes"
-    with on_interrupt(lambda: f"Steps done: {len(stages)} of {len(steps)}, {kept}."):
-        for i,step in enumerate(steps):
-            if i<len(stages): continue
-            learn.opt = None
-            if i:
-                set_seed(1000*seed+i)
-                learn.dls.train.rng.seed(1000*seed+i)
-            stages.append(_taken(learn, step, fit))
-            if folder:
-                with whole_file(Path(folder)/f'{i}.pkl') as f: torch.save((stages[-1],key), f)
-    return [start,*stages]
+    odd = [o for o in steps if not (isinstance(o, Step) or callable(o))]
+    if odd: raise TypeError(f"A step is a Step or a function of a learner, got {odd[0]!r}: pass Step('name', ...)")
+    steps = [o if isinstance(o, Step) else Step(getattr(o, '__name__', '<partial>'), o) for o in steps]
+    stages = [Stage('as it was', deepcopy(bare_model(learn.model)), _accuracy(learn), None, 0., None)]
+    for i,step in enumerate(steps):
+        learn.opt = None
+        if i:
+            set_seed(1000*seed+i)
+            learn.dls.train.rng.seed(1000*seed+i)
+        stages.append(_taken(learn, step, fit))
+    return stages
 
 # %% ../../nbs/compress/pipeline.ipynb #0e57bbce
 def compressing(
     steps:list, # `Step`s
     fit, # Called with the learner after each that trains
-    **kwargs # `seed` and `folder` of `pipeline`
+    seed:int=0 # As for `pipeline`
 ): # Called with a learner, returns what `run_arm` records: accuracies, the curves of all steps, costs, and the report
     "How to fit a learner step by step"
     def stepwise(learn):
         shape = image_shape(learn.dls)
-        stages = pipeline(learn, steps, fit, **kwargs)
+        stages = pipeline(learn, steps, fit, seed)
         table = report(stages, shape)
         last = max(i for i,o in enumerate(stages) if not isinstance(o.network, InFile))
         curves = [o.history for o in stages if o.history is not None]

@@ -139,6 +139,7 @@ def export(self:Records) -> Path: # The file of JSON lines
         with whole_file(self.file.with_suffix('.csv')) as f: pd.DataFrame([_flat(*row) for row in rows]).to_csv(f, index=False)
     return self.exported
 
+# %% ../../nbs/experiments/records.ipynb #0def9020
 def _of_line(line):
     o = json.loads(line)
     return run_of(o['settings']), o['result'], o['state']

@@ -69,6 +69,7 @@ def _row(seeds, accuracy, against, costs, seconds):
     scores = {'seeds':seeds, 'accuracy':accuracy, 'against control (points)':against}
     return {**scores, **costs, 'seconds a run':f'{seconds:.0f}' if seconds else ''}
 
+# %% ../../nbs/experiments/results.ipynb #6e29465a
 def teachers_of(
     results:dict # `Run` to result, of one student
 ) -> dict: # The same of its teachers alone, or of the network that was compressed

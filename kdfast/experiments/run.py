@@ -77,27 +77,29 @@ class Run:
         if (self.pretrained or self.weights) and (self.teacher or self.start or self.conv or self.params or self.steps): raise ValueError(
             "A network with weights from elsewhere keeps its layers and is not taught: leave teacher, start, conv, params and steps out")
 
-    def _check_numbers(self):
-        "Whole numbers and real ones in their ranges, and of one kind, since they are part of the key"
-        whole,real = ('epochs','bs','params','size','seed','per_class','repeat'),('lr','wd','pct','drop')
-        for k,kind in {**dict.fromkeys(whole, int), **dict.fromkeys(real, float)}.items():
-            v = getattr(self, k)
-            if v is None: continue
-            if isinstance(v, (str,bool)) or v!=kind(v): raise ValueError(f"{k} is a {'whole ' if kind is int else ''}number, got {v!r}")
-            object.__setattr__(self, k, kind(v))
-        object.__setattr__(self, 'steps', tuple(map(float, self.steps)))
-        numbers = {k:getattr(self, k) for k in ('epochs','bs','lr','pct','size','per_class','repeat')}
-        odd = [k for k,v in numbers.items() if v is not None and not 0<v<math.inf or (k=='pct' and v>1)]
-        if odd: raise ValueError(f"{odd[0]} must be {'in (0,1]' if odd[0]=='pct' else 'positive'}, got {getattr(self, odd[0])}")
-        if not all(0<o<1 for o in self.steps): raise ValueError(
-            f"steps are parts of the fit, in (0,1), such as (.3,.6,.8) for 60, 120 and 160 of 200 epochs, got {self.steps}")
-        if not self.steps and self.drop!=.2: raise ValueError(f"drop={self.drop} is for steps, and there are none: give both or none")
-
     def __str__(self): return f'{_titled(self)}, seed {self.seed}'
 
 def _titled(run):
     made = [o for o in (run.student, run.conv, run.params and f'{run.params:,} parameters', run.chain, run.method) if o]
     return f"{' '.join(made)}{f' from {run.teacher.student}' if run.teacher else ''}"
+
+# %% ../../nbs/experiments/run.ipynb #61bc685d
+@patch
+def _check_numbers(self:Run):
+    "Whole numbers and real ones in their ranges, and of one kind, since they are part of the key"
+    whole,real = ('epochs','bs','params','size','seed','per_class','repeat'),('lr','wd','pct','drop')
+    for k,kind in {**dict.fromkeys(whole, int), **dict.fromkeys(real, float)}.items():
+        v = getattr(self, k)
+        if v is None: continue
+        if isinstance(v, (str,bool)) or v!=kind(v): raise ValueError(f"{k} is a {'whole ' if kind is int else ''}number, got {v!r}")
+        object.__setattr__(self, k, kind(v))
+    object.__setattr__(self, 'steps', tuple(map(float, self.steps)))
+    numbers = {k:getattr(self, k) for k in ('epochs','bs','lr','pct','size','per_class','repeat')}
+    odd = [k for k,v in numbers.items() if v is not None and not 0<v<math.inf or (k=='pct' and v>1)]
+    if odd: raise ValueError(f"{odd[0]} must be {'in (0,1]' if odd[0]=='pct' else 'positive'}, got {getattr(self, odd[0])}")
+    if not all(0<o<1 for o in self.steps): raise ValueError(
+        f"steps are parts of the fit, in (0,1), such as (.3,.6,.8) for 60, 120 and 160 of 200 epochs, got {self.steps}")
+    if not self.steps and self.drop!=.2: raise ValueError(f"drop={self.drop} is for steps, and there are none: give both or none")
 
 # %% ../../nbs/experiments/run.ipynb #f8b130ff
 @patch(as_prop=True)
@@ -115,6 +117,7 @@ def control(self:Run) -> Run:
     "The same without a teacher"
     return replace(self, method='control', teacher=None)
 
+# %% ../../nbs/experiments/run.ipynb #4b1a9e3e
 @patch(as_prop=True)
 def needs(self:Run) -> list: # `Run`s
     "Those whose networks it needs"
@@ -207,6 +210,7 @@ def dls_of(
     if run.bs%n: raise ValueError(f"A batch of {run.bs} cannot be shared by {n} processes: launch a number that divides it")
     return _dls(run.data, path and str(path), run.size, run.bs//n, run.pct, run.per_class, run.repeat, run.from_files)
 
+# %% ../../nbs/experiments/run.ipynb #63f71c56
 def network_at(
     run:Run, # Its student
     dls:DataLoaders # Tell the size of the images and the number of classes
@@ -246,7 +250,7 @@ def _result(learn, run, told, dls, seconds):
     last = {k:v[-1] for k,v in history.items() if k not in ('accuracy','top5','stage','epoch')}
     costs = ({k:told[k] for k in ('parameters','MACs')} if run.chain else
         dict(parameters=count_params(learn.student), MACs=count_macs(learn.student, shape)))
-    costs.update(dict(setting=setting) if (setting := _made(run, dls)[1] if run.params else {}) else {})
+    if run.params: costs['setting'] = _made(run, dls)[1]
     best = max([told['accuracy'], *(o for o in history.get('accuracy', ()) if o is not None)])
     more = {k:v for k,v in told.items() if k not in ('arm','seed','seconds','accuracy','history',*costs)}
     of_five,rate = first(history.get('top5', [])[-1:]),len(dls.train_ds)*len(history.get('accuracy', ()))/seconds
@@ -266,6 +270,7 @@ def do_run(
     quiet:bool=True # No lines for each epoch
 ) -> tuple: # The learner and its result, plain values
     "Make the learner of a run and fit it"
+    if run.weights: raise ValueError(f"{run} has its weights from elsewhere, so there is nothing to train: pass its network as teacher or start")
     dls,kept = dls_of(run, path),EpochCheckpoint(checkpoint, run.key) if checkpoint else None
     if not len(dls.train): raise ValueError(f"{run.pct:g} of the images make no batch of {run.bs}: take more of them, or a smaller batch")
     began = time.perf_counter()

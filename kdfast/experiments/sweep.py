@@ -10,7 +10,6 @@ __all__ = ['with_controls', 'Sweep']
 # %% ../../nbs/experiments/sweep.ipynb #5356b059
 import json, multiprocessing, sys, time, traceback
 from contextlib import ExitStack
-from dataclasses import replace
 from operator import attrgetter
 from fastai.vision.all import *
 from fastprogress.fastprogress import master_bar, progress_bar
@@ -89,6 +88,7 @@ def network(self:Sweep,
     if run.weights and digest(net)!=run.weights: raise ValueError(f"{file} holds other weights than those on record: choose another folder")
     return net.eval()
 
+# %% ../../nbs/experiments/sweep.ipynb #fdb416c3
 @patch
 def _teacher(self:Sweep, run):
     "As `distill_learner` takes it: of an exported learner the file, which tells its normalization"
@@ -133,6 +133,7 @@ def _do(self:Sweep, run, quiet, cbs):
     if files: learn.export_student(self.file_of(run))
     learn.epoch_checkpoint.remove()
 
+# %% ../../nbs/experiments/sweep.ipynb #b78ba13b
 @patch
 def _measured(self:Sweep, run):
     "What is to be known of a network from elsewhere"
@@ -308,12 +309,16 @@ def _on_cluster(self:Sweep, client, retry):
     threads = client.nthreads()
     if any(n>1 for n in threads.values()): raise ValueError(
         "Runs in threads of one process would disturb each other's random numbers: start the cluster with threads_per_worker=1")
+    if any(Path(o).suffix=='.pkl' for o in self.files.values()): raise ValueError(
+        "Machines are sent weights, not exported learners: save its network with save_network, and pass that file")
+    for run in self.runs:
+        if run.weights and not self._settled(run, retry): self._attempt(run)  # there is nothing to train
     pool,out = as_completed(),set()
     def hand_out():
         for run in self.runs:
             if run in out or self._settled(run, retry) or not all(map(self.ready, run.needs)): continue
-            self._same_images(run, dls_of(run, self.path))
             out.add(run)
+            self._same_images(run, dls_of(run, self.path))
             pool.add(self._submit(client, run))
     hand_out()
     for future in pool:
@@ -360,6 +365,7 @@ def _beside(self:Sweep, workers, retry):
     if codes: raise RuntimeError(
         f"{len(codes)} of {workers} processes ended with exit code {codes[0]} (negative: a signal): the same call resumes their runs")
 
+# %% ../../nbs/experiments/sweep.ipynb #da72bb01
 @patch
 def results(self:Sweep) -> dict: # `Run` to result, in the order of the runs
     "What is on record of this sweep"
