@@ -314,3 +314,16 @@ def test_a_terminal_shows_a_bar_in_a_bar(tmp_path):
     except OSError: pass  # the other end is closed
     shown = shown.decode()
     assert p.wait(timeout=60)==0 and '3/3' in shown and '[14/14' in shown and shown.count('% in ')==3
+
+def test_a_damaged_teacher_teaches_nobody(tmp_path):
+    "One bit of its file is enough; without the file it is trained again"
+    sweep = Sweep('flip', [kd], tmp_path)
+    sweep.run()
+    file,other = sweep.file_of(big),replace(kd, seed=1)
+    saved = torch.load(file, weights_only=True)
+    saved['weights']['fc.weight'][0,0] += 1e-3
+    torch.save(saved, file)
+    with pytest.raises(RuntimeError, match='1 of 5 runs of flip are not done'): Sweep('flip', [kd,other], tmp_path).run()
+    assert 'it is damaged or of another run: remove it' in first(Sweep('flip', [kd,other], tmp_path).errors().values())
+    file.unlink()
+    assert len(Sweep('flip', [kd,other], tmp_path).run(retry=True))==5

@@ -234,7 +234,7 @@ def _commit():
     except OSError: return None
     return git.stdout.strip() or None
 
-def origin_of(): return dict(machine_facts(), commit=_commit(), finished=datetime.now(timezone.utc).isoformat(timespec='seconds'))
+def origin_of(): return dict(machine_facts(), commit=_commit(), finished=datetime.now(timezone.utc).isoformat(timespec='milliseconds'))
 
 # %% ../../nbs/experiments/run.ipynb #3b7276f3
 def top5(

@@ -85,7 +85,9 @@ def network(self:Sweep,
     dls,file = dls_of(run, self.path),self.file_of(run)
     if file.suffix=='.pkl': net = teacher_of(file, dls)[0]
     else: load_network(net := network_at(run, dls), file, dls.vocab)
-    if run.weights and digest(net)!=run.weights: raise ValueError(f"{file} holds other weights than those on record: choose another folder")
+    known = run.weights or (self.records.get(run) or {}).get('weights')
+    if known and digest(net)!=known: raise ValueError(
+        f"{file} holds other weights than those on record, so it is damaged or of another run: remove it, and it is trained again")
     return net.eval()
 
 # %% ../../nbs/experiments/sweep.ipynb #fdb416c3
@@ -156,7 +158,7 @@ def _keep(self:Sweep, run, network, result):
     elif not run.chain:
         vocab,file = [str(o) for o in dls_of(run, self.path).vocab],self.file_of(run)
         save_network(network, file, network=run.student, vocab=vocab, key=run.key)
-        result['weights'] = digest(self.network(run))
+        result['weights'] = digest(network)
     self.records.add(run, result, again=True)
 
 # %% ../../nbs/experiments/sweep.ipynb #372f495d
