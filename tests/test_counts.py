@@ -1,5 +1,6 @@
 "The numbers of the papers, to the last parameter"
-import pytest
+import pytest, timm, torchvision
+from fastai.vision.all import *
 from kdfast.all import *
 
 kinds = [Full,Dilated2x2,Separable]
@@ -23,3 +24,32 @@ def test_resnets():
     assert count_params(resnet(34, 1000))==21_797_672 and count_params(resnet(18, 1000))==11_689_512
     assert count_params(resnet(34, 1000, conv=Separable), buffers=True)==3_163_752
     assert count_params(resnet(18, 1000, width=.5))==3_055_880
+
+class OfTokens(nn.Module):
+    "A layer of tokens, given an image"
+    def __init__(self, layer, again=False):
+        super().__init__()
+        self.layer,self.again = layer,again
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        out = self.layer(*[tokens]*(3 if self.again else 1))
+        return out[0] if isinstance(out, tuple) else out
+
+n,d = 64,32
+attended = 4*n*d*d + 2*n*n*d
+layers = {'attention':(OfTokens(nn.MultiheadAttention(d, 4, batch_first=True), True), attended),
+    'encoder':(OfTokens(nn.TransformerEncoderLayer(d, 4, d, batch_first=True)), attended + 2*n*d*d),
+    'lstm':(OfTokens(nn.LSTM(d, 16, batch_first=True)), n*4*16*(d+16)), 'gru':(OfTokens(nn.GRU(d, 16, batch_first=True)), n*3*16*(d+16)),
+    'two ways, two layers':(OfTokens(nn.LSTM(d, 16, num_layers=2, bidirectional=True, batch_first=True)), 2*n*4*16*(d+16 + 32+16))}
+
+@pytest.mark.parametrize('device', ['cpu','meta'])
+@pytest.mark.parametrize('name', layers)
+def test_fused_layers_are_counted(name, device):
+    net,right = layers[name]
+    before = [torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.flags, torch.backends.cuda.flash_sdp_enabled(), torch.backends.cudnn.enabled]
+    assert count_macs(deepcopy(net).to(device), (d,8,8))==right
+    assert before==[torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.flags, torch.backends.cuda.flash_sdp_enabled(), torch.backends.cudnn.enabled]
+
+def test_transformers():
+    assert count_macs(torchvision.models.vit_b_16(), 224)==17_563_828_224
+    assert count_macs(timm.create_model('vit_tiny_patch16_224'), 224)==1_253_683_200

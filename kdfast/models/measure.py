@@ -9,6 +9,7 @@ __all__ = ['count_params', 'zeros_for', 'count_macs', 'compare', 'fit_budget', '
 
 # %% ../../nbs/models/measure.ipynb #405de917
 import io
+from contextlib import contextmanager, nullcontext
 from collections import Counter, namedtuple
 from time import perf_counter
 from functools import cache
@@ -16,6 +17,7 @@ from statistics import median
 from pandas import DataFrame
 import torch
 from torch import nn
+from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 from ..core import bisect, input_shape, probing
 from .convs import check_one
@@ -41,6 +43,16 @@ def zeros_for(
     return torch.zeros(bs, *input_shape(size), device=p.device, dtype=p.dtype)
 
 # %% ../../nbs/models/measure.ipynb #d6b4be80
+@contextmanager
+def _spelt_out(model):
+    "A block in which attention and recurrent layers run as the matrix products that they are"
+    recurrent,fast = any(isinstance(m, nn.RNNBase) for m in model.modules()),torch.backends.mha.get_fastpath_enabled()
+    fused = [o.flags(enabled=False) for o in (torch.backends.mkldnn,torch.backends.cudnn)] if recurrent else [nullcontext()]*2
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), fused[0], fused[1]: yield
+    finally: torch.backends.mha.set_fastpath_enabled(fast)
+
 def count_macs(
     model:nn.Module, # Run once on one image of zeros, in eval mode
     size:int|tuple, # Side of a square RGB image, `(h,w)`, or `(c,h,w)`
@@ -51,7 +63,7 @@ def count_macs(
     counter,told = FlopCounterMode(display=False),Counter()
     hooks = [m.register_forward_hook(lambda m,x,y: told.update(m.extra_macs())) for m in model.modules() if hasattr(m, 'extra_macs')]
     try:
-        with probing(model), counter: model(zeros_for(model, size))
+        with probing(model), _spelt_out(model), counter: model(zeros_for(model, size))
     finally:
         for h in hooks: h.remove()
     counts = {'convolutions and products': counter.get_total_flops()//2, **told}
