@@ -173,9 +173,13 @@ def _tried(m, name, conv):
     except ValueError as e: raise ValueError(f"{name} cannot be factorized: {e}") from e
 
 # %% ../../nbs/compress/factorize.ipynb #400d9ab3
+def _saves(form, ranks):
+    "Is it worth taking apart? With fewer weights a product always loses something, however few are saved"
+    return form.count(*ranks)<=.95*form.weight.numel()
+
 def _to_budget(forms, rest, params):
     "Ranks of all layers at the highest energy that `params` numbers allow"
-    cost = lambda e: rest+sum(min(f.count(*f.ranks(e)), f.weight.numel()) for f in forms.values())
+    cost = lambda e: rest+sum(f.count(*r) if _saves(f, r := f.ranks(e)) else f.weight.numel() for f in forms.values())
     steps = sorted({e for f in forms.values() for o in f.kept for e in o.tolist()})
     low,high = cost(steps[0]),cost(steps[-1])
     if not low<=params<=high: raise ValueError(
@@ -200,7 +204,7 @@ def _row(name, m, form, ranks, reason):
 
 def factorize(
     model:nn.Module, # Trained, left as it is
-    ratio:float=None, # Part of the weights of each layer that is left at most
+    ratio:float=None, # Part of the weights of each layer that is left at most; a layer that would save less than 5 % stays whole
     energy:float=None, # In place of `ratio`: part of the squared singular values of each layer
     params:int=None, # In place of `ratio`: budget of parameters of the whole network, met by one energy for all layers
     conv=SpatialSVD, # Form of convolutions larger than 1x1: `SpatialSVD`, `Tucker2`, `CPDecomposition` or a custom `Factorization`
@@ -215,7 +219,7 @@ def factorize(
     if not forms: raise ValueError("Nothing to factorize: "
         + (', '.join(f'{n} ({r})' for n,r in [*reasons.items()][:4]) or 'the network has no linear layer or convolution'))
     ranks = _ranks(forms, count_params(model)-sum(f.weight.numel() for f in forms.values()), ratio, energy, params)
-    reasons.update({n: 'nothing to save' for n,r in ranks.items() if forms[n].count(*r)>=forms[n].weight.numel()})
+    reasons.update({n: 'too little to save' for n,r in ranks.items() if not _saves(forms[n], r)})
     new = {id(m): forms[n](*ranks[n]) for n,m in layers.items() if not reasons[n]}
     return deepcopy(model, new),pd.DataFrame([_row(n, m, forms.get(n), ranks.get(n), reasons[n]) for n,m in layers.items()])
 
