@@ -9,7 +9,7 @@ __all__ = ['digits_stats', 'BatchShift', 'BatchFlip', 'BatchResizedCrop', 'tenso
            'imagenette_dls', 'imagenet_dls']
 
 # %% ../nbs/data.ipynb #8f4c7da6
-import functools, tarfile, tempfile, zlib
+import functools, hashlib, tarfile, tempfile, zlib
 from collections import namedtuple
 from lzma import LZMAError
 from random import Random
@@ -96,11 +96,20 @@ class BatchResizedCrop(Transform):
         return torch.cat([self._random(o) for o in x.chunk(self.groups)])
 
 # %% ../nbs/data.ipynb #d98b4d92
+def _rgb(image):
+    "With 8 bits a channel: converting one of 16 would clip it to white"
+    if image.mode=='F': raise ValueError("its pixels are floating point numbers, which may mean anything")
+    if image.mode[0]=='I':
+        pixels = np.asarray(image)
+        if not (0<=pixels.min() and pixels.max()<2**16): raise ValueError("its pixels are numbers of more than 16 bits")
+        image = Image.fromarray((pixels/257).round().astype(np.uint8))
+    return image if image.mode=='RGB' else PILImage(image.convert('RGB'))
+
 def open_image(
     o # A file, or anything else that `PILImage.create` takes
 ):
     "`o` as an RGB image; raises `ValueError` naming the file if it cannot be read"
-    try: return PILImage.create(o)
+    try: return _rgb(PILImage.create(o, mode=None))
     except Exception as e: raise ValueError(f"{o} is no readable image ({e}): remove it or replace it") from e
 
 # %% ../nbs/data.ipynb #90362c9b
@@ -230,15 +239,29 @@ def digits_dls(
     return tensor_dls(*parts, bs=bs, tfms=BatchShift(pad) if pad else None, stats=digits_stats, repeat=repeat, device=device)
 
 # %% ../nbs/data.ipynb #c8af7e68
+def _content(file):
+    h = hashlib.blake2b(digest_size=6)
+    with open(file, 'rb') as f:
+        while part := f.read(1<<20): h.update(part)
+    return h.hexdigest()
+
+def _to_the_end(tar):
+    "Read what follows the last file: check sums are compared at the end, and an archive that was cut has none"
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(512)!=bytes(512): raise tarfile.ReadError("it was cut off")
+    while tar.fileobj.read(1<<20): pass
+
 def _unpack(archive):
-    dest = fastai_path('data')/f"{archive.name.split('.')[0]}-{archive.stat().st_size}"
+    dest = fastai_path('data')/f"{archive.name.split('.')[0]}-{_content(archive)}"
     if dest.exists(): return dest
     dest.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dest.parent) as tmp:
         try:
-            with tarfile.open(archive) as f: f.extractall(Path(tmp)/'data', filter='data')
+            with tarfile.open(archive) as f:
+                f.extractall(Path(tmp)/'data', filter='data')
+                _to_the_end(f)
         except (tarfile.TarError, OSError, EOFError, LZMAError, zlib.error) as e:
-            raise ValueError(f"{archive} cannot be unpacked ({e}): pass a folder, a .tgz or a .tar.xz") from e
+            raise ValueError(f"{archive} cannot be unpacked ({e}): get it again, or pass a folder, a .tgz or a .tar.xz") from e
         try: (Path(tmp)/'data').rename(dest)
         except OSError:
             if not dest.exists(): raise  # else another process was first
@@ -254,10 +277,11 @@ def _dataset(path, url, parts):
     for o in (root,*sorted(p for p in root.iterdir() if p.is_dir())):
         if all((o/p).is_dir() for p in parts): return o
     held = sorted(p.name for p in root.iterdir())[:8]
+    if root!=path: shutil.rmtree(root)  # unpacked for nothing
     raise ValueError(f"{path} must hold the folders {' and '.join(parts)}, each with a folder per class; it holds {held}")
 
 def _images(folder):
-    files = {p.name: get_image_files(p).sorted() for p in sorted(folder.iterdir()) if p.is_dir()}
+    files = {p.name: get_image_files(p).sorted() for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] not in '.@'}  # hidden
     empty = [c for c,fs in files.items() if not fs] or ([] if files else ['any class'])
     if empty: raise ValueError(f"{folder} has no images of {', '.join(empty)}: each class needs a folder with at least one")
     return files

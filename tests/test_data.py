@@ -1,8 +1,9 @@
 "Data from files, archives and a server; in memory the same, and faster"
-import functools, http.server, shutil, subprocess, sys, threading, pytest
+import functools, http.server, itertools, shutil, subprocess, sys, tarfile, threading, pytest
 from time import perf_counter
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.data import open_image
 
 def fill(root, parts, n=12, size=32, classes='369'):
     "A data set of digits as files"
@@ -21,6 +22,14 @@ def cifar(tmp_path): return fill(tmp_path/'cifar10', ('train','test'))
 @pytest.fixture
 def imagenette(tmp_path): return fill(tmp_path/'imagenette2-160', ('train','val'), size=48)
 
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "Where archives are unpacked"
+    folder = tmp_path/'home/data'
+    folder.mkdir(parents=True)
+    monkeypatch.setattr('kdfast.data.fastai_path', lambda kind: folder)
+    return folder
+
 def test_download_from_a_server(cifar, tmp_path):
     "`path=None` is fastai's untar_data, here from an archive server on this machine"
     shutil.make_archive(str(tmp_path/'www/cifar10'), 'gztar', cifar.parent, 'cifar10')
@@ -37,18 +46,75 @@ def test_download_from_a_server(cifar, tmp_path):
     assert (tmp_path/'home/data/cifar10/train/3').is_dir()
 
 @pytest.mark.parametrize('kind,ext', [('gztar','tgz'), ('xztar','tar.xz')])
-def test_archives(kind, ext, imagenette, tmp_path, monkeypatch):
-    monkeypatch.setenv('FASTAI_HOME', str(tmp_path/'home'))
+def test_archives(kind, ext, imagenette, tmp_path, home):
     made = Path(shutil.make_archive(str(tmp_path/'a'), kind, imagenette.parent, imagenette.name))
     made = made.rename(tmp_path/f'set.{ext}')
     dls = imagenette_dls(made, size=32, bs=4, num_workers=0)
     assert (len(dls.train_ds),len(dls.valid_ds))==(36,36) and dls.one_batch()[0].shape==(4,3,32,32)
 
-def test_a_broken_archive_leaves_nothing(tmp_path):
+def test_a_broken_archive_leaves_nothing(tmp_path, home):
     for name,content in (('a.tgz', b'\x1f\x8bnothing'), ('b.zip', b'no'), ('c.txt', b'no')):
         (tmp_path/name).write_bytes(content)
         with pytest.raises(ValueError, match='cannot be unpacked'): cifar10_dls(tmp_path/name)
-        assert not list(fastai_path('data').glob(f'{name[0]}-*'))
+        assert not [*home.iterdir()]
+
+def packed(folder, file, mode='w:gz'):
+    with tarfile.open(file, mode) as f: f.add(folder, folder.name)
+    return file
+
+def shown(path): return imagenette_dls(path, size=32, bs=36, in_memory=True).valid_ds.tls[0].tfms.fs[0].images
+
+def test_other_content_under_the_same_name_and_size(imagenette, tmp_path, home):
+    file = packed(imagenette, tmp_path/'set.tar', 'w')
+    size,before = file.stat().st_size,shown(file)
+    for o in imagenette.rglob('*.png'):
+        n = o.stat().st_size
+        Image.new('RGB', (48,48), (200,10,10)).save(o)
+        o.write_bytes(o.read_bytes().ljust(n, b'\0'))
+    packed(imagenette, file, 'w')
+    assert file.stat().st_size==size and not torch.equal(shown(file), before)
+
+@pytest.mark.parametrize('mode,name', [('w:gz','set.tgz'), ('w:xz','set.tar.xz'), ('w:bz2','set.tar.bz2')])
+def test_a_flipped_bit_is_no_other_image(mode, name, imagenette, tmp_path, home):
+    file = packed(imagenette, tmp_path/name, mode)
+    right,content,refused = shown(file),file.read_bytes(),0
+    for i in range(12):
+        at = len(content)*(2*i+1)//24
+        file.write_bytes(content[:at]+bytes([content[at]^(1<<i%8)])+content[at+1:])
+        try: assert torch.equal(shown(file), right)
+        except ValueError as e: refused += 'cannot be unpacked' in str(e)
+    assert refused>=8 and len([*home.iterdir()])<=13-refused
+
+def test_an_archive_that_was_cut_is_no_smaller_data_set(imagenette, tmp_path, home):
+    "Wherever it was cut, between two files as well"
+    file = packed(imagenette, tmp_path/'set.tar', 'w')
+    with tarfile.open(file) as f: ends = [o.offset for o in f.getmembers()][-3:]
+    content = file.read_bytes()
+    for at in (*ends, ends[0]+100, ends[-1]+1000):
+        file.write_bytes(content[:at])
+        with pytest.raises(ValueError, match='cannot be unpacked'): shown(file)
+    assert not [*home.iterdir()]
+
+def test_an_archive_of_something_else_leaves_nothing(cifar, tmp_path, home):
+    with pytest.raises(ValueError, match='must hold the folders train and val'): shown(packed(cifar, tmp_path/'set.tgz'))
+    assert not [*home.iterdir()]
+
+def test_hidden_folders_are_no_classes(imagenette):
+    classes = [*imagenette_dls(imagenette, size=32, bs=4, num_workers=0).vocab]
+    for o,part in itertools.product(('.ipynb_checkpoints','@eaDir'), ('train','val')): shutil.copytree(imagenette/part/classes[0], imagenette/part/o)
+    assert [*imagenette_dls(imagenette, size=32, bs=4, num_workers=0).vocab]==classes
+
+def test_grey_images_of_16_bits(imagenette):
+    "As those of 8 bits, in memory and from files; what cannot be told is refused"
+    ramp = np.linspace(0, 2**16-1, 48*48).reshape(48, 48)
+    sixteen,eight,*_ = sorted((imagenette/'val').rglob('*.png'))
+    Image.fromarray(ramp.astype(np.uint16)).save(sixteen)
+    Image.fromarray((ramp/257).round().astype(np.uint8)).save(eight)
+    x,y = (np.asarray(open_image(o)) for o in (sixteen,eight))
+    assert x.shape==(48,48,3) and np.abs(x.astype(int)-y).max()<=1 and 100<x.mean()<155
+    Image.fromarray(ramp.astype(np.float32)).save(sixteen.with_suffix('.tiff'))
+    with pytest.raises(ValueError, match='floating point'): open_image(sixteen.with_suffix('.tiff'))
+    with pytest.raises(ValueError, match='more than 16 bits'): open_image(np.full((4,4), 2**20, dtype=np.int32))
 
 def test_folders_that_are_no_data_set(cifar, tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'): imagenette_dls(tmp_path/'nowhere')
