@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/cli.html.md"""
 __all__ = ['demo_arms', 'demo', 'distill', 'compress', 'table', 'tell_doctor', 'tell_methods', 'main']
 
 # %% ../nbs/cli.ipynb #248317bb
-import inspect, os, shlex, shutil, sys, warnings
+import inspect, os, shlex, shutil, signal, sys, threading, warnings
 from argparse import ArgumentParser
 from dataclasses import replace
 from importlib.metadata import version
@@ -70,7 +70,8 @@ def _on_record(sweep):
 def _timed(sweep, results):
     "The same with milliseconds an image"
     if all('ms per image' in o for o in results.values()): return results
-    kinds,dls = groupby(results, _alike),dls_of(sweep.runs[-1], sweep.path)
+    kind = lambda run: replace(run, seed=0) if run.remade else _alike(run)
+    kinds,dls = groupby(results, kind),dls_of(sweep.runs[-1], sweep.path)
     networks = {k.key:sweep.network(runs[0]).to(dls.device) for k,runs in kinds.items()}
     took = compare(networks, image_shape(dls))['ms per image']
     for k,runs in kinds.items():
@@ -78,11 +79,14 @@ def _timed(sweep, results):
     return _on_record(sweep)
 
 # %% ../nbs/cli.ipynb #860bf1e7
-def _stem(run): return f"student-{re.sub(r'[^.+a-z0-9-]+', '-', label_of(run))}"
+def _stem(run):
+    "Of the file names of a student; what is too long for one ends in the run's key"
+    name = re.sub(r'[^.+a-z0-9-]+', '-', label_of(run))
+    return f"student-{name if len(name)<120 else f'{name[:100]}-{run.key}'}"
 
 def _exported(sweep, run):
     "Files of a run in the sweep's folder"
-    if not run.chain: return [sweep.learner(run).export_student(f'{_stem(run)}.pkl')]
+    if not run.remade: return [sweep.learner(run).export_student(f'{_stem(run)}.pkl')]
     kept = sweep.file_of(run)
     names = {o:sweep.folder/o.name.replace(kept.stem, _stem(run)) for o in sorted(kept.parent.glob(f'{kept.stem}*'))}
     return [shutil.copy(o, to) for o,to in names.items()]
@@ -193,7 +197,7 @@ def distill(
     control = Run(**how)
     source,files = _source(teacher, teacher_file, path, **shared, epochs=teacher_epochs or epochs, pretrained=pretrained)
     arms = [control, *(Run(**how, method=o, teacher=source) for o in method.split(',') if o!='control')]
-    _report(_carry_out(distill, given, [replace(o, seed=seed) for seed in range(seeds) for o in arms], files))
+    _report(_carry_out(distill, given, [replace(o, seed=seed) for seed in range(seeds) for o in arms], files, exports=True))
 
 # %% ../nbs/cli.ipynb #6a403408
 def _to_file(chain): return chain if chain.endswith('onnx') else f'{chain},onnx'
@@ -319,10 +323,18 @@ def _parser(commands):
         subs.add_parser(name, parents=[p], add_help=False, allow_abbrev=False, **about)
     return parser
 
+# %% ../nbs/cli.ipynb #7d7774ed
 def _choose_device():
     if os.environ.get('ACCELERATE_USE_CPU', '').lower() in ('1','true','yes'): default_device(False)
     elif num_distrib()>1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
 
+def _as_interrupts():
+    "A scheduler's end and a closed terminal are answered as Ctrl-C is"
+    if threading.current_thread() is not threading.main_thread(): return
+    for o in ('SIGTERM','SIGHUP'):
+        if signal.getsignal(s := getattr(signal, o, signal.SIGINT)) is signal.SIG_DFL: signal.signal(s, signal.default_int_handler)
+
+# %% ../nbs/cli.ipynb #de35aa0c
 def main(
     argv:list=None # Arguments, by default those of the process
 ):
@@ -331,6 +343,7 @@ def main(
     command = _commands[args.pop('command')]
     for o in ('pdb','xtra'): args.pop(o, None)
     _choose_device()
+    _as_interrupts()
     try:
         with on_interrupt(lambda: "The same command goes on with what it has kept, or begins anew."): command(**args)
     except (ValueError,OSError,ImportError) as e: sys.exit(f'kdfast: {e}')

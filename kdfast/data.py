@@ -267,6 +267,7 @@ def _unpack(archive):
             if not dest.exists(): raise  # else another process was first
     return dest
 
+# %% ../nbs/data.ipynb #1d223ff0
 def _dataset(path, url, parts):
     "The folder that holds the folders `parts`: `path`, what is in it or in the archive, or what `url` gives"
     try: path = untar_data(url) if path is None else path

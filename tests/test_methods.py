@@ -581,7 +581,9 @@ def test_numbers_as_targets(quiet):
         with pytest.raises(ValueError, match='not multi-label'): distill_learner(dls, net(), net(), cbs=SigmoidKD(), loss_func=loss)
 
 def test_a_sweep_refuses_what_it_cannot_build_again():
-    with pytest.raises(ValueError, match='makes another network of the student'): Run(method='simkd', teacher=Run(student='wrn-16-2'))
+    run = Run(method='simkd', teacher=Run(student='wrn-16-2'))
+    assert run.remade and not run.teacher.remade
+    with pytest.raises(ValueError, match='can neither teach nor be started from'): Run(method='kd', teacher=run)
 
 # Which image it is
 

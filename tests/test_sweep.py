@@ -327,3 +327,29 @@ def test_a_damaged_teacher_teaches_nobody(tmp_path):
     assert 'it is damaged or of another run: remove it' in first(Sweep('flip', [kd,other], tmp_path).errors().values())
     file.unlink()
     assert len(Sweep('flip', [kd,other], tmp_path).run(retry=True))==5
+
+def alive(group): return subprocess.run(['pgrep','-g',str(group)], capture_output=True, text=True).stdout.split()
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['SIGTERM','SIGHUP','SIGKILL'])
+def test_workers_end_with_their_command(how, tmp_path):
+    "What a scheduler sends, and a closed terminal, are answered as Ctrl-C; whatever ends it, nothing goes on behind it"
+    command = [str(bin/'kdfast'), *'table sanity --schedule smoke --workers 2 --out'.split(), str(tmp_path)]
+    heed = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
+    for _ in range(600):
+        if [*(tmp_path/'.checkpoints').glob('*.pth')]: break
+        time.sleep(.1)
+    assert len(alive(p.pid))>=3
+    p.send_signal(getattr(signal, how))
+    err = p.communicate(timeout=60)[1]
+    for _ in range(100):
+        if not alive(p.pid): break
+        time.sleep(.1)
+    assert not alive(p.pid)
+    if how!='SIGKILL': assert p.returncode==130 and 'Interrupted' in err and 'goes on after the last whole epoch' in err and 'Traceback' not in err
+
+@pytest.mark.parametrize('name', ['a.csv','a.jsonl','a.lock'])
+def test_records_do_not_lie_where_their_export_is_written(name, tmp_path):
+    with pytest.raises(ValueError, match='such as records.db'): Records(tmp_path/name)
+    assert not [*tmp_path.iterdir()]

@@ -57,6 +57,7 @@ class Records:
         file:Path # Made if it is not there; what `file` with the suffix '.jsonl' holds beside it is taken first
     ):
         self.file = Path(file)
+        if self.file.suffix in ('.csv','.jsonl','.lock'): raise ValueError(f"{file} is where an export is written: choose a name such as records.db")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self._db() as db: _check_file(self.file, db) or _made(db)
         if self.exported.exists(): self.take(self.exported)

@@ -60,16 +60,14 @@ class Run:
         self._check_numbers()
         if self.pretrained: object.__setattr__(self, 'student', f"torchvision.{self.student.removeprefix('torchvision.')}")
         if not self.weights: network_of(self.student)
-        terms,_ = terms_of(self.method),(schedule_of(self.method),self.conv and conv_of(self.conv))
-        if any(hasattr(t, 'build') for t in terms): raise ValueError(
-            f"{self.method} makes another network of the student, which no name stands for: use distill_learner")
+        terms_of(self.method),schedule_of(self.method),self.conv and conv_of(self.conv)
         remedy = 'has no teacher: leave it out' if self.teacher else 'needs a teacher: pass a Run'
         if (self.method=='control')!=(self.teacher is None): raise ValueError(f"The method {self.method} {remedy}")
         for o in filter(None, (self.teacher,self.start)):
             if o.data!=self.data: raise ValueError(
                 f"The teacher has learned the classes of {o.data}, not those of {self.data}: pass a Run on {self.data}")
-            if o.chain: raise ValueError(
-                f"The network of {o} is not kept, so it can neither teach nor be started from: choose a run without chain")
+            if o.remade: raise ValueError(
+                f"The network of {o} is not the one that is named, so it can neither teach nor be started from: choose another run")
         if self.start and any(getattr(self, k)!=getattr(self.start, k) for k in ('student','conv','params','size')): raise ValueError(
             f"A run that starts from {self.start.student} trains that network: give it the same student, conv, params and size")
         if self.steps and (self.chain or schedule_of(self.method) is not None): raise ValueError(
@@ -118,6 +116,11 @@ def control(self:Run) -> Run:
     return replace(self, method='control', teacher=None)
 
 # %% ../../nbs/experiments/run.ipynb #4b1a9e3e
+@patch(as_prop=True)
+def remade(self:Run) -> bool: # By a chain of compression, or by a term such as SimKD
+    "Whether its network becomes another than the one that is named"
+    return bool(self.chain) or any(hasattr(t, 'build') for t in terms_of(self.method))
+
 @patch(as_prop=True)
 def needs(self:Run) -> list: # `Run`s
     "Those whose networks it needs"

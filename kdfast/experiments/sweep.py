@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/experiments/sweep.html.md"""
 __all__ = ['with_controls', 'Sweep']
 
 # %% ../../nbs/experiments/sweep.ipynb #5356b059
-import json, multiprocessing, sys, time, traceback
+import json, multiprocessing, os, sys, threading, time, traceback
 from contextlib import ExitStack
 from operator import attrgetter
 from fastai.vision.all import *
@@ -42,7 +42,7 @@ class Sweep:
         folder:Path, # For records and networks; goes on with what it holds
         path:Path=None, # Folder or archive of the data
         files:dict=None, # `Run` with `weights` to its file: weights, or an exported learner, whose name ends in .pkl
-        exports:bool=False, # Keep the networks that chains of compression make, and what their steps write
+        exports:bool=False, # Keep networks that are remade as exported learners, and what steps of compression write
         controls:bool=True, # Do the control of each run that is taught as well
         command:str=None # That does all of it, for the records
     ):
@@ -73,7 +73,7 @@ def file_of(self:Sweep,
     "Where the network of a run is kept"
     if run in self.files: return Path(self.files[run])
     kind = 'teachers' if any(run in o.needs for o in self.runs) else 'students'
-    name = f"{run.data}-{run.student}-{run.key}{'.pkl' if run.chain else '.pth'}"
+    name = f"{run.data}-{run.student}-{run.key}{'.pkl' if run.remade else '.pth'}"
     files = [self.folder/o/name for o in (kind,'teachers','students')]
     return next((o for o in files if o.exists()), files[0])
 
@@ -128,7 +128,7 @@ def _same_images(self:Sweep, run, dls):
 def _do(self:Sweep, run, quiet, cbs):
     if run.weights: return self._keep(run, None, self._measured(run))
     nets = {**({'teacher':self._teacher(run.teacher)} if run.teacher else {}), **({'start':self.network(run.start)} if run.start else {})}
-    files,checkpoint = self.file_of(run).with_suffix('') if run.chain and self.exports else None,self.folder/'.checkpoints'/f'{run.key}.pth'
+    files,checkpoint = self.file_of(run).with_suffix('') if run.remade and self.exports else None,self.folder/'.checkpoints'/f'{run.key}.pth'
     if files: files.parent.mkdir(exist_ok=True)
     learn,result = do_run(run, self.path, checkpoint=checkpoint, files=files, cbs=cbs, quiet=quiet, **nets)
     self._keep(run, learn.student, dict(result, **self._taught_by(run)))
@@ -155,7 +155,7 @@ def _keep(self:Sweep, run, network, result):
     if rank_distrib(): return
     if self.command: result['command'] = self.command
     if run.weights: result['weights'] = run.weights
-    elif not run.chain:
+    elif not run.remade:
         vocab,file = [str(o) for o in dls_of(run, self.path).vocab],self.file_of(run)
         save_network(network, file, network=run.student, vocab=vocab, key=run.key)
         result['weights'] = digest(network)
@@ -240,8 +240,16 @@ def _together(self:Sweep, retry, quiet):
             distrib_barrier()
             stack.close()
 
+def _end_with_parent():
+    "However that ends"
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
 def _one_of(sweep, i, n, retry, device):
     "One of several processes beside each other"
+    _end_with_parent()
     torch.set_num_threads(max(1, torch.get_num_threads()//n))
     default_device(device=='cuda')
     if device=='cuda': torch.cuda.set_device(i%torch.cuda.device_count())
@@ -283,7 +291,7 @@ def _remote(settings, path, weights):
         nets[k] = network_at(getattr(run, k), dls)
         nets[k].load_state_dict(w)
     learn,result = do_run(run, path, **nets)
-    return {k:v.cpu() for k,v in learn.student.state_dict().items()} if not run.chain else None,result
+    return {k:v.cpu() for k,v in learn.student.state_dict().items()} if not run.remade else None,result
 
 @patch
 def _submit(self:Sweep, client, run):
@@ -298,7 +306,7 @@ def _receive(self:Sweep, future):
     run = future.run
     try:
         weights,result = future.result()
-        network = None if run.chain else network_at(run, dls_of(run, self.path))
+        network = None if run.remade else network_at(run, dls_of(run, self.path))
         if network is not None: network.load_state_dict(weights)
         self._keep(run, network, dict(result, **self._taught_by(run)))
     except Exception as e: self._failed(run, e)
