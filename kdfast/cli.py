@@ -157,6 +157,9 @@ def _source(teacher, file, path, **kwargs):
     run = _from_file(file, run, path)
     return run,{run:file}
 
+# %% ../nbs/cli.ipynb #953a5734
+def _arms(method): return [o for o in re.split(r',(?![^(]*\))', method) if o!='control']  # but not within (2,4)
+
 def _check(data, from_files, **numbers):
     if from_files and 'path' not in inspect.signature(data_of(data)).parameters: raise ValueError(
         f"The {data} are no files: leave --from-files out")
@@ -196,7 +199,7 @@ def distill(
     how = dict(shared, student=student, conv=conv, params=params, pct=pct, epochs=epochs, wd=wd, wd_groups=wd_groups)
     control = Run(**how)
     source,files = _source(teacher, teacher_file, path, **shared, epochs=teacher_epochs or epochs, pretrained=pretrained)
-    arms = [control, *(Run(**how, method=o, teacher=source) for o in method.split(',') if o!='control')]
+    arms = [control, *(Run(**how, method=o, teacher=source) for o in _arms(method))]
     _report(_carry_out(distill, given, [replace(o, seed=seed) for seed in range(seeds) for o in arms], files, exports=True))
 
 # %% ../nbs/cli.ipynb #6a403408

@@ -21,6 +21,7 @@ from ..learner import accuracy_of, plain_curves
 # %% ../../nbs/experiments/arm.ipynb #c0a544bd
 def _line(name, learn, log):
     if isinstance(log, str): return print(f"{name}, {log}", flush=True)
+    if len(log)<3: return  # an epoch that is on file
     named = zip(learn.recorder.metric_names[1:], log[1:])
     values = [f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n,v in named if v is not None]
     print(f"{name}, epoch {log[0]+1} of {learn.n_epoch}: {', '.join(values)}", flush=True)

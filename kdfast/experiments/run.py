@@ -94,6 +94,7 @@ def _check_numbers(self:Run):
     object.__setattr__(self, 'steps', tuple(map(float, self.steps)))
     numbers = {k:getattr(self, k) for k in ('epochs','bs','lr','pct','size','per_class','repeat')}
     odd = [k for k,v in numbers.items() if v is not None and not 0<v<math.inf or (k=='pct' and v>1)]
+    if self.wd is not None and not 0<=self.wd<math.inf: raise ValueError(f"wd must be 0 or positive, got {self.wd}")
     if odd: raise ValueError(f"{odd[0]} must be {'in (0,1]' if odd[0]=='pct' else 'positive'}, got {getattr(self, odd[0])}")
     if not all(0<o<1 for o in self.steps): raise ValueError(
         f"steps are parts of the fit, in (0,1), such as (.3,.6,.8) for 60, 120 and 160 of 200 epochs, got {self.steps}")

@@ -76,10 +76,17 @@ def _number(name, text, read=ast.literal_eval):
 
 _phases = 'since','until','ramp'
 
+def _check_kind(name, key, value):
+    "Raises `ValueError` for what is no finite number where one stands by default"
+    usual = 0. if key in _phases else inspect.signature(methods()[name]).parameters[key].default
+    number = lambda o: isinstance(o, (int,float)) and not isinstance(o, bool)
+    if number(usual) and not (number(value) and math.isfinite(value)): raise ValueError(f"{name} takes a finite number as {key}, got {value}")
+
 def _term(name, *args):
     takes = [o for o in inspect.signature(methods()[name]).parameters if o!='pairs']
     given = {k:_number(k, v) for k,_,v in (o.partition('=') for o in args)}
     only(f'method {name}', given, dict.fromkeys([*takes,*_phases]))
+    for k,v in given.items(): _check_kind(name, k, v)
     phase = {k:given.pop(k) for k in _phases if k in given and k not in takes}
     try: term = methods()[name](**given)
     except TypeError as e: raise ValueError(f"{':'.join([name, *args])} has an argument of the wrong type: {e}") from e
@@ -137,7 +144,7 @@ def network_of(
 ): # As `distill_learner` takes a student: called with `n_out`, or an architecture
     "The network that `name` stands for, with random weights"
     name,ours = name.removeprefix('torchvision.'),not name.startswith('torchvision.')
-    wide,plain = (ours and re.fullmatch(o, name) for o in (r'wrn-(\d+)-(\d+\.?\d*)', r'resnet-?(\d+)'))
+    wide,plain = (ours and re.fullmatch(o, name) for o in (r'wrn-(\d+)-((?=.*[1-9])\d+\.?\d*)', r'resnet-?(\d+)'))
     if wide: return partial(nets.wrn, int(wide[1]), float(wide[2]))
     if plain and int(plain[1]) in nets.resnet_depths: return partial(nets.resnet, int(plain[1]), stem='small' if size<=32 else 'imagenet')
     if ours and (func := _by_name().get(name)): return partial(func, size) if 'size' in inspect.signature(func).parameters else func
