@@ -85,7 +85,8 @@ def _stem(run):
     return f"student-{name if len(name)<120 else f'{name[:100]}-{run.key}'}"
 
 def _exported(sweep, run):
-    "Files of a run in the sweep's folder"
+    "Files of a run in the sweep's folder; none where only its record is there"
+    if not sweep.file_of(run).exists(): return []
     if not run.remade: return [sweep.learner(run).export_student(f'{_stem(run)}.pkl')]
     kept = sweep.file_of(run)
     names = {o:sweep.folder/o.name.replace(kept.stem, _stem(run)) for o in sorted(kept.parent.glob(f'{kept.stem}*'))}
@@ -138,6 +139,7 @@ def demo(
     sweep = _carry_out(demo, given, [replace(o, seed=seed) for seed in range(seeds) for o in (control,*taught)])
     if rank_distrib(): return
     at = first(o for o in taught if o.method=='at')
+    if not all(sweep.file_of(o).exists() for o in (teacher,at,control)): return _report(sweep)  # their records alone were given
     figure = show_attention(sweep.learner(at), control=sweep.learner(control), stage=1)
     _report(sweep, _save(figure, sweep.folder/'attention.png'))
 
@@ -348,6 +350,6 @@ def main(
     _choose_device()
     _as_interrupts()
     try:
-        with on_interrupt(lambda: "The same command goes on with what it has kept, or begins anew."): command(**args)
+        with on_interrupt(lambda: "The same command resumes with what it has kept."): command(**args)
     except (ValueError,OSError,ImportError) as e: sys.exit(f'kdfast: {e}')
     except KeyboardInterrupt: sys.exit(130)

@@ -1,5 +1,5 @@
 "The demo runs, and the records that the commands have left are what the issue of their runs asked for"
-import math, shlex, subprocess, sys, pytest
+import math, shlex, shutil, subprocess, sys, pytest
 from pathlib import Path
 from statistics import mean, stdev
 from kdfast.experiments.records import read_results
@@ -131,3 +131,12 @@ def test_commands_on_record_are_commands(folder):
         assert name=='kdfast' and all(parsed.get(k, v)==v for k,v in run.settings.items() if k not in ('method','teacher','start','chain','seed'))
 
 def test_there_is_a_record(): assert len(records)>=2
+
+@pytest.mark.slow
+def test_a_record_without_networks_is_shown(tmp_path, capsys):
+    "The command of what is in the repository, in a folder that holds no more than that"
+    from kdfast.cli import main
+    shutil.copy(root/'results/demo/records.jsonl', tmp_path)
+    main(['demo','--out',str(tmp_path)])
+    out = capsys.readouterr().out
+    assert '16 of 16 runs done' in out and 'kd+at' in out and not [*tmp_path.glob('student-*')]

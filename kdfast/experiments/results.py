@@ -99,7 +99,7 @@ def described(
     for run,o in teachers_of(results).items():
         trained = '' if run.weights else f" after {run.epochs} epoch{'s'*(run.epochs>1)} on {o['images']['training']:,} images"
         told.append(f"Teacher {run.student}: {o['accuracy']:.1%}{trained}")
-    seen = {o['images']['training'] for o in arms_of(results).values()}
+    seen = {o['images']['training']//(r.repeat or 1) for r,o in arms_of(results).items()}
     return '\n'.join([*told, f"Students on {' or '.join(f'{o:,}' for o in sorted(seen))} images"])
 
 # %% ../../nbs/experiments/results.ipynb #8610a056
