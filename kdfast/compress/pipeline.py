@@ -73,10 +73,8 @@ def pipeline(
     fit, # Called with the learner after each step that trains
     seed:int=0 # Decides the random numbers of all steps but the first, whose are as they come
 ) -> list: # `Stage`s: the network as it was, then one for each step
-    "Change a network step by step; raises `TypeError` for what is no step"
+    "Change a network step by step"
     if 'accuracy' not in learn.metrics.attrgot('name'): raise ValueError("Stages are compared by their accuracy: make the learner with metrics=accuracy")
-    odd = [o for o in steps if not (isinstance(o, Step) or callable(o))]
-    if odd: raise TypeError(f"A step is a Step or a function of a learner, got {odd[0]!r}: pass Step('name', ...)")
     steps = [o if isinstance(o, Step) else Step(getattr(o, '__name__', '<partial>'), o) for o in steps]
     stages = [Stage('as it was', deepcopy(bare_model(learn.model)), _accuracy(learn), None, 0., None)]
     for i,step in enumerate(steps):

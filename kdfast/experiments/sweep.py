@@ -319,8 +319,6 @@ def _on_cluster(self:Sweep, client, retry):
     threads = client.nthreads()
     if any(n>1 for n in threads.values()): raise ValueError(
         "Runs in threads of one process would disturb each other's random numbers: start the cluster with threads_per_worker=1")
-    if any(Path(o).suffix=='.pkl' for o in self.files.values()): raise ValueError(
-        "Machines are sent weights, not exported learners: save its network with save_network, and pass that file")
     for run in self.runs:
         if run.weights and not self._settled(run, retry): self._attempt(run)  # there is nothing to train
     pool,out = as_completed(),set()
