@@ -9,7 +9,7 @@ __all__ = []
 
 # %% ../../nbs/look/show.ipynb #7f388705
 from fastai.vision.all import *
-from ..core import device_of, keep_rng, logits_of, probe_batch, probing, seen_by
+from ..core import device_of, keep_rng, logits_of, probing, seen_by
 from ..devices import autocast_dtype
 from ..layers.adapters import bare_model
 from ..layers.pairs import stage_taps

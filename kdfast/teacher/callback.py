@@ -292,6 +292,14 @@ class Probe:
         clones:set # The student's layers whose outputs it overwrites
     ): store_attr()
 
+def check_outputs(pred, other=None, name='teacher'):
+    for k,o in (('student',pred), *([] if other is None else [(name,other)])):
+        if not isinstance(o, Tensor): raise ValueError(f"The {k} must put out a tensor, got a {type(o).__name__}: "
+            "wrap it in a module that returns its logits, alone or before other things")
+    if other is not None and pred.shape!=other.shape: raise ValueError(f"Student and {name} must have the same outputs, "
+        f"got {tuple(pred.shape[1:])} and {tuple(other.shape[1:])}: give both the same n_out")
+
+# %% ../../nbs/teacher/callback.ipynb #setplan1
 def _sizes(features, out): return {n:tuple(o.shape[1:]) for n,o in [*features.items(), ('output',out)] if o is not None}
 
 class Plan:
@@ -309,13 +317,6 @@ class Plan:
         same = len(parts)==len(self.parts) and all(a is b for a,b in zip(parts, self.parts))
         return same and all(n in adapters for o in self.names.values() for n in o.values())
 
-def check_outputs(pred, other=None, name='teacher'):
-    for k,o in (('student',pred), *([] if other is None else [(name,other)])):
-        if not isinstance(o, Tensor): raise ValueError(f"The {k} must put out a tensor, got a {type(o).__name__}: "
-            "wrap it in a module that returns its logits, alone or before other things")
-    if other is not None and pred.shape!=other.shape: raise ValueError(f"Student and {name} must have the same outputs, "
-        f"got {tuple(pred.shape[1:])} and {tuple(other.shape[1:])}: give both the same n_out")
-
 # %% ../../nbs/teacher/callback.ipynb #6625024d
 @patch
 def setup(self:TeacherCallback):
@@ -331,6 +332,7 @@ def setup(self:TeacherCallback):
 @patch
 def _parts(self:TeacherCallback): return [bare_model(self.learn.model), self.network, self.dls, *self.terms]
 
+# %% ../../nbs/teacher/callback.ipynb #setbind1
 @patch
 def _bind(self:TeacherCallback, terms):
     "Let each term choose its layers, and put its adapters into the model"
@@ -347,6 +349,7 @@ def _bind(self:TeacherCallback, terms):
     names = self._adapt(student, made)
     return Plan(self._parts(), probe, names)
 
+# %% ../../nbs/teacher/callback.ipynb #setprob2
 @patch
 def _built(self:TeacherCallback, student, terms):
     "The student, with what terms put around it"
