@@ -198,9 +198,7 @@ class DistillCallback(Callback):
     def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
 
     @property
-    def adapters(self):
-        model = adapters_of(self.learn.model)  # distributed training may have replaced what `prepare` returned
-        return {k:model[name] for k,name in self.source.plan.names[self.label].items()}
+    def adapters(self): return {k:adapters_of(self.learn.model)[n] for k,n in self.source.plan.names[self.label].items()}
 
     def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's, to those that the term reads"
     def prepare(self, probe): return {}
@@ -304,13 +302,8 @@ def _sizes(features, out): return {n:tuple(o.shape[1:]) for n,o in [*features.it
 
 class Plan:
     "What terms are bound to: the sizes of the layers that they read, and their adapters"
-    def __init__(self,
-        parts:list, # Student, teacher, data and terms, for which alone it holds
-        probe:Probe, # What both networks put out
-        names:dict # Label of a term to its adapters, as it calls them, and to their names in the model
-    ):
-        store_attr('parts,names')
-        self.xb,self.clones = probe.xb,probe.clones
+    def __init__(self, parts, names, probe):
+        self.parts,self.names,self.xb,self.clones = parts,names,probe.xb,probe.clones
         self.student,self.teacher = _sizes(probe.student, probe.pred),_sizes(probe.teacher, probe.target)
 
     def holds(self, parts, adapters):
@@ -323,31 +316,29 @@ def setup(self:TeacherCallback):
     "Check the learner and bind its terms to student and teacher; the plan of that holds until one of these, or the data, is another"
     if any(isinstance(cb, TeacherCallback) and cb is not self for cb in self.learn.cbs): raise ValueError(
         "A learner has one TeacherCallback: remove the other with learn.remove_cb(TeacherCallback) first")
-    if self.network is None and self.terms and not any(t.taught for t in self.terms): self.network = NoTeacher()  # which no export keeps
+    terms = self.terms
+    if self.network is None and terms and not any(t.taught for t in terms): self.network = NoTeacher()  # which no export keeps
     if self.network is None: return
-    if not (self.plan and self.plan.holds(self._parts(), adapters_of(self.learn.model))): self.plan = self._bind(self.terms)
+    parts = bare_model(self.learn.model),self.network,self.dls,*terms
+    if not (self.plan and self.plan.holds(parts, adapters_of(self.learn.model))): self.plan = self._bind(*parts)
     if self.opt is not None: self._own_adapters()
     return self.plan
 
-@patch
-def _parts(self:TeacherCallback): return [bare_model(self.learn.model), self.network, self.dls, *self.terms]
-
 # %% ../../nbs/teacher/callback.ipynb #setbind1
 @patch
-def _bind(self:TeacherCallback, terms):
+def _bind(self:TeacherCallback, student, network, dls, *terms):
     "Let each term choose its layers, and put its adapters into the model"
-    student,asking = bare_model(self.learn.model),[type(t).__name__ for t in terms if t.taught]
-    if asking and isinstance(self.network, NoTeacher): raise ValueError(f"{' and '.join(asking)} need a teacher: "
+    asking = [type(t).__name__ for t in terms if t.taught]
+    if asking and isinstance(network, NoTeacher): raise ValueError(f"{' and '.join(asking)} need a teacher: "
         "learn.remove_cb(TeacherCallback), then learn.add_cb(TeacherCallback(teacher))")
-    if {*map(id, student.parameters())} & {*map(id, self.network.parameters())}: raise ValueError(
+    if {*map(id, student.parameters())} & {*map(id, network.parameters())}: raise ValueError(
         "Teacher and student share parameters, so the student would change its own teacher: pass deepcopy(student) as teacher")
-    if self.precision is not None and not callable(self.precision): autocast_dtype(self.precision, device_of(self.dls))
+    if self.precision is not None and not callable(self.precision): autocast_dtype(self.precision, device_of(dls))
     student = self._built(student, terms)
     probe = self._probe(student, terms)
     self._label(terms)
     with torch.random.fork_rng(): made = [(t, t.prepare(probe)) for t in terms]
-    names = self._adapt(student, made)
-    return Plan(self._parts(), probe, names)
+    return Plan((student,network,dls,*terms), self._adapt(student, made), probe)
 
 # %% ../../nbs/teacher/callback.ipynb #setprob2
 @patch
