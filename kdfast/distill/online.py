@@ -109,8 +109,7 @@ class DML(LogitKD):
         owned = [id(p) for m in (student,self.source.network,*self.made) for p in {*m.parameters()}]
         if len({*owned})<len(owned): raise ValueError("DML's networks share parameters: pass separate modules, peers=[...]")
         for o in self.made:
-            with probing(o.to(probe.pred.device)):
-                check_outputs(probe.pred, logits_of(o(*to_device(probe.xb, probe.pred.device))), 'peer')
+            with probing(o.to(probe.pred.device)): check_outputs(probe.pred, logits_of(o(*to_device(probe.xb, probe.pred.device))), 'peer')
 
     def term(self):
         self.said = [logits_of(o(*self.learn.xb)) for o in self.peers]
