@@ -1,5 +1,5 @@
 "What fastai does with a learner, it does with one that distils: each test asserts what the feature promises"
-import pytest
+import pytest, torch._dynamo.testing
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
@@ -238,6 +238,20 @@ def test_a_plan_is_made_once(dls, teacher, quiet):
     quiet(learn, 1, 1e-3)
     assert learn.teacher.plan is not plan and len(learn.fitnet.adapters)==len(adapters)==3
     assert {id(m) for m in learn.fitnet.adapters.values()}=={id(m) for m in learn.model.adapters.values()}
+
+@pytest.mark.slow
+def test_a_compiled_student_is_tapped(dls, teacher, quiet):
+    "Hooks that stand through an epoch are part of the graph, which is compiled for training, for validation and for a last batch"
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    learn,same = (distill_learner(dls, teacher, deepcopy(s), cbs=[KD(),AT()], precision='float32') for s in [wrn(10, 1)]*2)
+    learn.model.compile(backend=counter)
+    for o in (learn,same):
+        set_seed(0)
+        dls.train.rng.seed(0)
+        quiet(o, 2, 1e-3)
+    assert 1<=counter.frame_count<=5 and n_hooks(learn.student)==0
+    assert learn.recorder.history.values==pytest.approx(same.recorder.history.values, rel=1e-3)
 
 def test_save_and_load(dls, teacher, quiet, tmp_path):
     make = lambda t,cbs=None: distill_learner(dls, t, wrn(10, 1), cbs=cbs, path=tmp_path)
