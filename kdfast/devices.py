@@ -113,9 +113,9 @@ class LoaderHint(Callback):
             "Pass in_memory=True, use tensor_dls, or increase num_workers")
 
 # %% ../nbs/devices.ipynb #35116ca1
-def _closing(learn, cb):
-    "A batch after which autocast is closed, however it ends"
-    try: type(learn)._do_one_batch(learn)
+def _closing(learn, cb, *batch):
+    "A batch after which autocast is closed, however it ends: no event survives Ctrl-C"
+    try: type(learn).one_batch(learn, *batch)
     finally: cb._close()
 
 class BF16(MixedPrecision):
@@ -128,17 +128,18 @@ class BF16(MixedPrecision):
         device = next(self.learn.model.parameters()).device.type
         self.autocast,self.scales = torch.autocast(device, dtype=torch.bfloat16),L()
         self.learn.scaler = torch.amp.GradScaler(device, enabled=False)  # bfloat16 has float32's range
-        self.learn._do_one_batch = partial(_closing, self.learn, self)
+        self.learn.one_batch = partial(_closing, self.learn, self)
 
     def before_batch(self):
         super().before_batch()
         self.opened = True
 
     def after_loss(self): self._close()
+    def after_cancel_batch(self): self._close()
 
     def after_fit(self):
         super().after_fit()
-        self.learn.__dict__.pop('_do_one_batch', None)
+        self.learn.__dict__.pop('one_batch', None)
 
     def _close(self):
         if getattr(self, 'opened', False): self.autocast.__exit__(None, None, None)

@@ -1,5 +1,5 @@
 "What fastai does with a learner, it does with one that distils: each test asserts what the feature promises"
-import pytest
+import pytest, torch._dynamo.testing
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
@@ -147,12 +147,29 @@ def test_bf16_is_computed_and_closed(dls, teacher, quiet):
     types = set()
     handle = learn.student.group3.register_forward_hook(lambda m,i,o: types.add(o.dtype))
     quiet(learn, 1, 1e-3)
-    assert types=={torch.bfloat16} and '_do_one_batch' not in vars(learn)
+    assert types=={torch.bfloat16} and not {'_do_one_batch','one_batch'} & {*vars(learn)}
     handle.remove()
     assert learn.to_fp32() is learn and not [c for c in learn.cbs if isinstance(c, MixedPrecision)]
     learn.student.group3.register_forward_hook(lambda m,i,o: types.add(('fp32', o.dtype)))
     quiet(learn, 1, 1e-3)
     assert ('fp32',torch.float32) in types and ('fp32',torch.bfloat16) not in types
+
+@pytest.mark.parametrize('event', ['before_batch','after_pred','after_loss','before_step'])
+@pytest.mark.parametrize('exc', [KeyboardInterrupt,CancelBatchException])
+def test_bf16_is_closed_wherever_a_batch_ends(event, exc, dls, quiet):
+    "Also where other callbacks still prepare it, and in validation"
+    learn,after = Learner(dls, wrn(10, 1)).to_bf16(),[]
+    class Stop(Callback):
+        order = BF16.order+1
+        def __init__(self): setattr(self, event, self._stop)
+        def _stop(self): raise exc('stop')
+        def after_batch(self): after.append(torch.is_autocast_enabled('cpu'))
+    for run in (lambda: quiet(learn, 1, cbs=Stop()), lambda: learn.validate(cbs=Stop())):
+        try:
+            with learn.no_bar(): run()
+        except KeyboardInterrupt: pass
+        assert not torch.is_autocast_enabled('cpu') and not any(after)
+    quiet(learn, 1, 1e-3)
 
 @pytest.mark.parametrize('mix', [MixUp,CutMix])
 def test_teacher_sees_the_mixed_batch(mix, dls, teacher, quiet):
@@ -206,6 +223,35 @@ def test_early_stopping_alone_still_distils(dls, teacher, quiet):
     learn = distill_learner(dls, teacher, wrn(10, 1), cbs=EarlyStoppingCallback(patience=9))
     quiet(learn, 1, 1e-3)
     assert learn.recorder.metric_names[3]=='kd' and learn.recorder.values[0][2]>0
+
+def test_a_plan_is_made_once(dls, teacher, quiet):
+    "Fits, tables and validation share it, until something that it was made for is another, adapters included"
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(),FitNet()])
+    plan,adapters,seen = learn.teacher.plan,[*learn.fitnet.adapters.values()],[]
+    handle = learn.student.register_forward_hook(lambda m,i,o: seen.append(len(o)))
+    learn.show_distill()
+    quiet(learn, 2, 1e-3)
+    with learn.no_bar(): learn.validate()
+    assert learn.teacher.plan is plan and seen and 2 not in seen
+    handle.remove()
+    learn.model = learn.student
+    quiet(learn, 1, 1e-3)
+    assert learn.teacher.plan is not plan and len(learn.fitnet.adapters)==len(adapters)==3
+    assert {id(m) for m in learn.fitnet.adapters.values()}=={id(m) for m in learn.model.adapters.values()}
+
+@pytest.mark.slow
+def test_a_compiled_student_is_tapped(dls, teacher, quiet):
+    "Hooks that stand through an epoch are part of the graph, which is compiled for training, for validation and for a last batch"
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    learn,same = (distill_learner(dls, teacher, deepcopy(s), cbs=[KD(),AT()], precision='float32') for s in [wrn(10, 1)]*2)
+    learn.model.compile(backend=counter)
+    for o in (learn,same):
+        set_seed(0)
+        dls.train.rng.seed(0)
+        quiet(o, 2, 1e-3)
+    assert 1<=counter.frame_count<=5 and n_hooks(learn.student)==0
+    assert learn.recorder.history.values==pytest.approx(same.recorder.history.values, rel=1e-3)
 
 def test_save_and_load(dls, teacher, quiet, tmp_path):
     make = lambda t,cbs=None: distill_learner(dls, t, wrn(10, 1), cbs=cbs, path=tmp_path)

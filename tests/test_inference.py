@@ -204,7 +204,7 @@ def test_a_schedule_switches_the_teacher_on(dls, teacher, quiet):
 
 def test_int8_needs_a_cpu_and_one_input(dls, teacher):
     learn = distill_learner(dls, teacher, wrn(10, 1), precision=int8_teacher)
-    learn.teacher.example = tuple(o.to('meta') for o in learn.teacher.example)
+    learn.teacher.plan.xb = tuple(o.to('meta') for o in learn.teacher.plan.xb)
     with pytest.raises(ValueError, match='computes on a CPU'): learn.teacher.freeze([], device='meta')
 
 def test_int8_reads_the_layer_that_is_named(dls, quiet):

@@ -11,7 +11,7 @@ __all__ = ['AB', 'OFD', 'FSP', 'KDSVD', 'FactorTransfer']
 from fastai.vision.all import *
 from ..core import seen_by
 from .core import FeatureKD
-from ..layers.adapters import adapters_of, to_width
+from ..layers.adapters import to_width
 from ..layers.pairs import before_relu, last_stages, pair_layers
 from ..layers.taps import get_layer
 from ..losses.features import ab_loss, fsp_loss, ft_loss, kdsvd_loss, ofd_loss, ofd_margin, to_one_size
@@ -158,19 +158,17 @@ class FactorTransfer(FeatureKD):
         for a,(s,t) in pairs.items():
             if s.ndim!=4 or t.ndim!=4: raise ValueError(f"FactorTransfer needs maps (bs,c,h,w), "
                 f"got {a!r}, {tuple(s.shape)}, and {self.layers[a]!r}, {tuple(t.shape)}: pass other pairs=")
-        return {self._key(a): _Factors(s.shape[1], t.shape[1], max(1, round(self.k*t.shape[1]))) for a,(s,t) in pairs.items()}
+        return {a: _Factors(s.shape[1], t.shape[1], max(1, round(self.k*t.shape[1]))) for a,(s,t) in pairs.items()}
 
     def before_step(self):
         if self.stage!=2: return
-        for m in map(self._factors, self.layers):
+        for m in self.adapters.values():
             for p in (*m.paraphraser.parameters(), *m.back.parameters()): p.grad = None  # so that no weight decay acts on them
-
-    def _factors(self, a): return adapters_of(self.learn.model)[self._key(a)]
 
     def term(self):
         self.lost,res = 0.,0.
         for a,b in self.layers.items():
-            m,(s,t) = self._factors(a),to_one_size(self.source.student_taps[a], self.target(b))
+            m,(s,t) = self.adapters[a],to_one_size(self.source.student_taps[a], self.target(b))
             factors = m.paraphraser(t)
             self.lost = self.lost + F.mse_loss(m.back(factors), t)
             res = res + ft_loss(m.translator(s), factors.detach())

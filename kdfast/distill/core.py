@@ -13,7 +13,7 @@ import inspect
 from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from ..core import logits_of
-from ..layers.adapters import adapters_of, hint_adapter
+from ..layers.adapters import hint_adapter
 from ..layers.pairs import pair_layers
 from ..losses.core import at_loss, attention_map, check_temperature, hint_loss, kd_loss
 from ..losses.logits import standardize
@@ -181,11 +181,10 @@ class FeatureKD(DistillCallback):
         pairs = {a: (probe.student[a], probe.teacher[b]) for a,b in self.layers.items()}
         made = {a: self.adapter(s, t) for a,(s,t) in pairs.items()}
         for a,(s,t) in pairs.items(): self._try(a, s, t, noop if made[a] is None else made[a].to(s.device).eval())
-        return {self._key(a):m.train() for a,m in made.items() if m is not None}
+        return {a:m.train() for a,m in made.items() if m is not None}
 
     def adapter(self, s, t): "A module from the student's features to the teacher's, or None"
     def scale(self, s, t): return 1.
-    def _key(self, a): return f'{self.label}_{a}'.replace('.', '_')
 
     def _try(self, a, s, t, adapter=noop):
         try:
@@ -199,9 +198,8 @@ class FeatureKD(DistillCallback):
 
     def compared(self):
         "What the student shows at each pair, through its adapter, and what the teacher does"
-        taps,adapters = self.source.student_taps,adapters_of(self.learn.model)
-        adapted = lambda a: adapters[self._key(a)](taps[a]) if self._key(a) in adapters else taps[a]
-        return [(adapted(a), self.target(b)) for a,b in self.layers.items()]
+        taps,adapters = self.source.student_taps,self.adapters
+        return [(adapters.get(a, noop)(taps[a]), self.target(b)) for a,b in self.layers.items()]
 
     def term(self): return sum(self.scale(s, t)*self.func(s, t) for s,t in self.compared())/len(self.layers)
 

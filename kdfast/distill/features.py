@@ -15,7 +15,6 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from ..core import seen_by
 from .core import FeatureKD, KD, phased
-from ..layers.adapters import adapters_of
 from ..layers.pairs import classifier_map, embedding_layer
 from ..layers.taps import get_layer, layer_sizes
 from ..losses.core import hint_loss
@@ -105,11 +104,10 @@ class ReviewKD(FeatureKD):
         s,t = zip(*((self.level(a, probe.student[a]), self.level(a, probe.teacher[b])) for a,b in self.layers.items()))
         review = _Review(*([o.shape[1] for o in maps] for maps in (s,t))).to(s[0].device)
         for a,x,y in zip(self.layers, review.eval()(s), t): self._try(a, x, y)
-        return {self._key('review'):review.train()}
+        return {'review':review.train()}
 
     def term(self):
-        review = adapters_of(self.learn.model)[self._key('review')]
-        maps = review([self.level(a, self.source.student_taps[a]) for a in self.layers])
+        maps = self.adapters['review']([self.level(a, self.source.student_taps[a]) for a in self.layers])
         return sum(pyramid_loss(s, self.level(a, self.target(b))) for s,(a,b) in zip(maps, self.layers.items()))
 
 # %% ../../nbs/distill/features.ipynb #d5eb614b

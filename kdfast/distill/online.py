@@ -11,7 +11,7 @@ __all__ = ['TfKD', 'CSKD', 'DML']
 from fastai.vision.all import *
 from ..core import logits_of, probing
 from .core import KD, LogitKD
-from ..layers.adapters import adapters_of, bare_model
+from ..layers.adapters import bare_model
 from ..losses.core import check_temperature, kd_loss
 from ..losses.logits import check_probability, cskd_loss, tfkd_loss
 from ..models.convs import init_he
@@ -89,7 +89,7 @@ class DML(LogitKD):
         self.made = None if isinstance(peers, int) else [peers] if isinstance(peers, nn.Module) else [*L(peers)]
 
     @property
-    def peers(self): return [m for k,m in adapters_of(self.learn.model).items() if re.fullmatch(rf'{self.label}_peer\d+', k)]
+    def peers(self): return [*self.adapters.values()]
 
     def prepare(self, probe):
         super().prepare(probe)
@@ -102,14 +102,14 @@ class DML(LogitKD):
         if not self.made:
             torch.manual_seed(torch.initial_seed()+1)  # or a student that has just been made with the same seed would be its own twin
             self.made = [twin(student) for _ in range(self.n)]
-        self._check_peers(student, probe.pred)
-        return {f'{self.label}_peer{i}':o for i,o in enumerate(self.made)}
+        self._check_peers(student, probe)
+        return {f'peer{i}':o for i,o in enumerate(self.made)}
 
-    def _check_peers(self, student, pred):
+    def _check_peers(self, student, probe):
         owned = [id(p) for m in (student,self.source.network,*self.made) for p in {*m.parameters()}]
         if len({*owned})<len(owned): raise ValueError("DML's networks share parameters: pass separate modules, peers=[...]")
         for o in self.made:
-            with probing(o.to(pred.device)): check_outputs(pred, logits_of(o(*to_device(self.source.example, pred.device))), 'peer')
+            with probing(o.to(probe.pred.device)): check_outputs(probe.pred, logits_of(o(*to_device(probe.xb, probe.pred.device))), 'peer')
 
     def term(self):
         self.said = [logits_of(o(*self.learn.xb)) for o in self.peers]

@@ -11,7 +11,7 @@ __all__ = ['RKD', 'PKT', 'CC', 'CRD', 'SP', 'NST', 'ICKD']
 from fastai.vision.all import *
 from ..core import seen_by
 from .core import FeatureKD, mixed_by
-from ..layers.adapters import adapters_of, to_width
+from ..layers.adapters import to_width
 from ..layers.pairs import embedding_layer, last_stages
 from ..losses.core import full_precision
 from ..losses.relations import cc_loss, crd_loss, embedding, ickd_loss, nst_loss, pkt_loss, rkd_loss, sp_loss
@@ -146,11 +146,11 @@ class CRD(EmbeddingKD):
         self.known = self.known or id(self.source.loader.dataset)
         (a,b), = self.layers.items()
         ns,nt = (embedding(o).shape[1] for o in (probe.student[a],probe.teacher[b]))
-        return {self._key('contrast'): ContrastMemory(ns, nt, len(self.source.loader.dataset), self.dim)}
+        return {'contrast': ContrastMemory(ns, nt, len(self.source.loader.dataset), self.dim)}
 
     def before_train(self):
         super().before_train()
-        m,now = adapters_of(self.learn.model)[self._key('contrast')],id(self.source.loader.dataset)
+        m,now = self.adapters['contrast'],id(self.source.loader.dataset)
         if self.known!=now: m.forget()
         self.known,m.ready = now,False  # weights may have been loaded
 
@@ -164,7 +164,7 @@ class CRD(EmbeddingKD):
         mix,y = mixed_by(self.learn),first(self.learn.yb)
         if mix: raise ValueError(f"CRD tells one image from others, and {type(mix).__name__} mixes them: leave one of the two out")
         (a,b), = self.layers.items()
-        s,t,m = embedding(self.source.student_taps[a]),self.target(b),adapters_of(self.learn.model)[self._key('contrast')]
+        s,t,m = embedding(self.source.student_taps[a]),self.target(b),self.adapters['contrast']
         y = self._classes(y, self.pred.shape[-1])
         return full_precision(m.contrast)(s, t, torch.tensor(self.source.ids).to(s.device, non_blocking=True), y, self.negatives, self.tau)
 

@@ -9,9 +9,9 @@ __all__ = []
 
 # %% ../../nbs/look/show.ipynb #7f388705
 from fastai.vision.all import *
-from ..core import device_of, keep_rng, logits_of, probe_batch, probing, seen_by
+from ..core import device_of, keep_rng, logits_of, probing, seen_by
 from ..devices import autocast_dtype
-from ..layers.adapters import adapters_of, bare_model
+from ..layers.adapters import bare_model
 from ..layers.pairs import stage_taps
 from ..layers.taps import Taps
 from .compare import teacher_callback_of
@@ -26,15 +26,13 @@ def _sizes(net, layers, xb):
         out = logits_of(net(*to_device(xb, next((o.device for o in net.parameters()), xb[0].device))))
         return {**{n:tuple(o.shape[1:]) for n,o in taps.outs.items()}, 'output':tuple(out.shape[1:])}
 
-def _read(learn, xb, others=lambda net, xb: ()):
-    "The sizes of both networks at the layers that terms read, and at `others`"
-    source = teacher_callback_of(learn)
-    source.setup()
-    student,terms = bare_model(learn.model),source.terms
-    ours = _sizes(student, {*(a for t in terms for a in t.layers), *others(student, xb)}, xb)
+def _read(source, xb):
+    "The sizes of both networks at the layers that terms read, and at the ends of stages"
+    student,terms = bare_model(source.learn.model),source.terms
+    ours = _sizes(student, {*(a for t in terms for a in t.layers), *_ends(student, xb)}, xb)
     if isinstance(source.network, NoTeacher): return ours,{}
     seen = seen_by(source.tfm, to_device(xb, next((o.device for o in source.network.parameters()), xb[0].device)))
-    return ours,_sizes(source.network, {*(b for t in terms for b in t.layers.values()), *others(source.network, seen)}, seen)
+    return ours,_sizes(source.network, {*(b for t in terms for b in t.layers.values()), *_ends(source.network, seen)}, seen)
 
 # %% ../../nbs/look/show.ipynb #ef7718e0
 def _pairs_of(term): return term.layers or {'output': 'output' if term.taught else ''}
@@ -43,19 +41,12 @@ def _weight_of(term):
     weights = [term.weight(p) for p in (0.,.5,1.)] if callable(term.weight) else [term.weight]
     return ' → '.join(f'{float(o):,.4g}' for o in weights)
 
-def _adapters_by_term(learn, terms):
-    "Label to what its term trains beside the student, by the rest of its name"
-    by_label,labels = {t.label:{} for t in terms},sorted((t.label for t in terms), key=len)
-    for k,m in adapters_of(learn.model).items():
-        owner = last(o for o in labels if k.startswith(f'{o}_'))
-        by_label[owner][k.removeprefix(f'{owner}_')] = f"{type(m).__name__}, {count_params(m):,} parameters"
-    return by_label
-
 # %% ../../nbs/look/show.ipynb #3994671a
-def _told(term, ours, theirs, adapters):
+def _told(term, plan):
     "Rows of the table: one a pair, one for each adapter that belongs to none"
-    left,size = dict(adapters),lambda sizes,n: '×'.join(map(str, sizes.get(n, ())))
-    pairs = [(term.label, _weight_of(term), a, size(ours, a), b, size(theirs, b), left.pop(a.replace('.', '_'), ''))
+    left = {k:f"{type(m).__name__}, {count_params(m):,} parameters" for k,m in term.adapters.items()}
+    size = lambda sizes,n: '×'.join(map(str, sizes.get(n, ())))
+    pairs = [(term.label, _weight_of(term), a, size(plan.student, a), b, size(plan.teacher, b), left.pop(a, ''))
         for a,b in _pairs_of(term).items()]
     return pairs + [(term.label, '', k, '', '', '', v) for k,v in left.items()]
 
@@ -76,10 +67,9 @@ def _asked(source):
 @patch
 def show_distill(self:Learner) -> PrettyString: # Sizes are `channels×height×width`; a schedule's weights are at start, middle and end
     "Teacher, student, and for each term its weight, the layers it reads and its adapters; raises `ValueError` without a teacher"
-    ours,theirs = _read(self, probe_batch(self.dls)[0])
     source = teacher_callback_of(self)
-    by_term = _adapters_by_term(self, source.terms)
-    rows = [o for t in source.terms for o in _told(t, ours, theirs, by_term[t.label])]
+    plan = source.setup()
+    rows = [o for t in source.terms for o in _told(t, plan)]
     table = pd.DataFrame(rows, columns=['term','weight','student','size','teacher','size','adapter'])
     return PrettyString(f"Teacher: {_asked(source)}\nStudent: {_named(bare_model(self.model))}\n\n{table.to_string(index=False)}")
 
@@ -105,8 +95,9 @@ def show_pairs(self:Learner,
     x=None # Inputs, such as `dls.one_batch()[0]`, a tensor or a tuple of them; by default zeros of the size of a batch
 ) -> plt.Figure:
     "Draw which layers of student and teacher the terms compare, and their sizes; raises `ValueError` without a teacher"
-    ours,theirs = _read(self, probe_batch(self.dls)[0] if x is None else tuplify(x), _ends)
-    terms = teacher_callback_of(self).terms
+    source = teacher_callback_of(self)
+    plan,terms = source.setup(),source.terms
+    ours,theirs = _read(source, plan.xb if x is None else tuplify(x))
     pairs = [(i, t, a, b) for i,t in enumerate(terms) for a,b in _pairs_of(t).items()]
     fig,ax = plt.subplots(figsize=(6,.6+.62*max(len(ours), len(theirs))), layout='constrained')
     left,right = _column(ax, 0, ours, {a for _,_,a,_ in pairs}),_column(ax, 1, theirs, {b for _,_,_,b in pairs})

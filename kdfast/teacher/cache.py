@@ -128,7 +128,7 @@ class TeacherCache(Callback):
     def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
 
     @property
-    def _n_inp(self): return len(self.source.example)
+    def _n_inp(self): return len(self.source.plan.xb)
 
     def before_fit(self): self.files,self.same,self.sums = None,None,_CheckSums()
 

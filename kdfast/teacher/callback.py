@@ -30,8 +30,8 @@ def check_source(cb, teacher='teacher'):
 class TeacherCallback(Callback):
     "Runs a teacher once on every training batch, for all the `DistillCallback`s of a learner"
     order,run_valid = Recorder.order+1,False
-    _stateattrs = ('network','tfm','known','clones','example','stack','frozen','frozen_key','taps','student_taps','out','finite')
-    network,tfm,known,clones,example,stack,frozen,frozen_key,taps,student_taps,out,finite = (None,)*12
+    _stateattrs = ('network','tfm','plan','stack','frozen','frozen_key','taps','student_taps','out','finite')
+    network,tfm,plan,stack,frozen,frozen_key,taps,student_taps,out,finite = (None,)*10
     def __init__(self,
         teacher:nn.Module, # A trained network, left as it is: a copy is asked, anew in each epoch if its weights have changed
         tfm=None, # Applied to the student's inputs before the teacher sees them, for instance to normalize them otherwise
@@ -59,7 +59,7 @@ class TeacherCallback(Callback):
     def after_train(self):
         if self.finite is not None: _check_finite(self.finite, f"in epoch {self.epoch}")
 
-    def after_epoch(self): self._release()
+    def after_epoch(self): self.learn.__dict__.pop('_do_epoch_train', None)
 
     def __deepcopy__(self, memo):
         memo[id(self)] = new = type(self).__new__(type(self))
@@ -73,11 +73,10 @@ def _check_finite(ok, when):
 
 # %% ../../nbs/teacher/callback.ipynb #25851458
 @patch
-def _release(self:TeacherCallback): self.learn.__dict__.pop('_do_epoch_train', None)
-
-@patch
 def _epoch(self:TeacherCallback):
-    self._release()
+    # no event survives Ctrl-C, only a `finally`; one around the student's forward ends before terms have read its taps,
+    # and hooks that are set inside it break the graph of `torch.compile`
+    del self.learn._do_epoch_train
     self.finite,loss_func = None,self.learn.loss_func
     try:
         with ExitStack() as self.stack: self.learn._do_epoch_train()
@@ -104,8 +103,8 @@ def freeze(self:TeacherCallback,
     device=None # Where it runs; by default where the student is
 ) -> Frozen: # To be called with what `tfm` makes of a batch
     "A copy of the teacher to ask"
-    if self.example is None: self.example = probe_batch(self.dls)[0]
-    xb = seen_by(self.tfm, to_device(self.example, device or next(bare_model(self.learn.model).parameters()).device))
+    xb = self.plan.xb if self.plan else probe_batch(self.dls)[0]
+    xb = seen_by(self.tfm, to_device(xb, device or next(bare_model(self.learn.model).parameters()).device))
     if callable(self.precision): return self.precision(self, layers, outputs, xb)
     return Frozen(self.network, xb, layers, outputs, self.precision, self.compile)
 
@@ -173,13 +172,11 @@ def _watch(self:TeacherCallback):
     if not self.terms: raise ValueError("A TeacherCallback alone teaches nothing: add a term, such as KD(), to the learner's callbacks")
     shared = any(t.learn is not self.learn for t in self.terms)
     if shared: raise ValueError("A term belongs to one learner: make new ones, such as KD(), for each")
-    self.setup()
-    self._own_adapters()
-    student = bare_model(self.learn.model)
+    plan,student = self.setup(),bare_model(self.learn.model)
     if not self.cache and self.watched: self.refreeze()
     if self.frozen and any(isinstance(cb, ModelResetter) for cb in self.learn.cbs): getattr(self.frozen.net, 'reset', noop)()
     self.finite = torch.ones((), dtype=torch.bool, device=next(student.parameters()).device)
-    self.student_taps = self.stack.enter_context(Taps(student, {n for t in self.watched for n in t.layers}, self.clones))
+    self.student_taps = self.stack.enter_context(Taps(student, {n for t in self.watched for n in t.layers}, plan.clones))
     self.stack.callback(self._forget)
 
 # %% ../../nbs/teacher/callback.ipynb #513ee1f6
@@ -200,6 +197,9 @@ class DistillCallback(Callback):
     @property
     def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
 
+    @property
+    def adapters(self): return {k:adapters_of(self.learn.model)[n] for k,n in self.source.plan.names[self.label].items()}
+
     def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's, to those that the term reads"
     def prepare(self, probe): return {}
     def compact(self, features): return at_least_float(features)
@@ -213,9 +213,7 @@ class DistillCallback(Callback):
         self.total,self.count = 0.,0
         if self.source: self.source.setup()
 
-    def before_train(self):
-        check_source(self, 'teacher' if self.taught else 'NoTeacher()')
-        self.total,self.count = 0.,0
+    def before_train(self): check_source(self, 'teacher' if self.taught else 'NoTeacher()')
 
     def before_batch(self):
         weight = self.weight(self.pct_train) if callable(self.weight) else self.weight
@@ -242,7 +240,7 @@ def acts(self:DistillCallback,
     weight:float # What it would weigh
 ) -> bool: # Whether it has to be computed
     "Does the term change a step?"
-    return weight!=0 or num_distrib()>1 and any(k.startswith(f'{self.label}_') for k in adapters_of(self.learn.model))
+    return weight!=0 or num_distrib()>1 and len(self.adapters)>0
 
 @patch
 def target(self:DistillCallback,
@@ -287,10 +285,10 @@ class Probe:
         target:Tensor, # The teacher's, None without one
         student:dict, # Layer to the student's features, as its hooks gave them
         teacher:dict, # Layer to the teacher's
-        yb:tuple # Labels of a batch
+        xb:tuple, # The zeros, where the loader puts them
+        yb:tuple, # Labels of a batch
+        clones:set # The student's layers whose outputs it overwrites
     ): store_attr()
-
-def _same(a, b): return a is not None and len(a)==len(b) and all(x is y for x,y in zip(a, b))
 
 def check_outputs(pred, other=None, name='teacher'):
     for k,o in (('student',pred), *([] if other is None else [(name,other)])):
@@ -299,29 +297,50 @@ def check_outputs(pred, other=None, name='teacher'):
     if other is not None and pred.shape!=other.shape: raise ValueError(f"Student and {name} must have the same outputs, "
         f"got {tuple(pred.shape[1:])} and {tuple(other.shape[1:])}: give both the same n_out")
 
+# %% ../../nbs/teacher/callback.ipynb #setplan1
+def _sizes(features, out): return {n:tuple(o.shape[1:]) for n,o in [*features.items(), ('output',out)] if o is not None}
+
+class Plan:
+    "What terms are bound to: the sizes of the layers that they read, and their adapters"
+    def __init__(self, parts, names, probe):
+        self.parts,self.names,self.xb,self.clones = parts,names,probe.xb,probe.clones
+        self.student,self.teacher = _sizes(probe.student, probe.pred),_sizes(probe.teacher, probe.target)
+
+    def holds(self, parts, adapters):
+        same = len(parts)==len(self.parts) and all(a is b for a,b in zip(parts, self.parts))
+        return same and all(n in adapters for o in self.names.values() for n in o.values())
+
 # %% ../../nbs/teacher/callback.ipynb #6625024d
 @patch
 def setup(self:TeacherCallback):
-    "Check the learner, let each term choose its layers, and put adapters into the model; does nothing where nothing has changed"
+    "Check the learner and bind its terms to student and teacher; the plan of that holds until one of these, or the data, is another"
     if any(isinstance(cb, TeacherCallback) and cb is not self for cb in self.learn.cbs): raise ValueError(
         "A learner has one TeacherCallback: remove the other with learn.remove_cb(TeacherCallback) first")
-    student,terms = bare_model(self.learn.model),self.terms
+    terms = self.terms
     if self.network is None and terms and not any(t.taught for t in terms): self.network = NoTeacher()  # which no export keeps
-    known = [student, self.network, self.dls, *terms]
-    if self.network is None or _same(self.known, known): return
+    if self.network is None: return
+    parts = bare_model(self.learn.model),self.network,self.dls,*terms
+    if not (self.plan and self.plan.holds(parts, adapters_of(self.learn.model))): self.plan = self._bind(*parts)
+    if self.opt is not None: self._own_adapters()
+    return self.plan
+
+# %% ../../nbs/teacher/callback.ipynb #setbind1
+@patch
+def _bind(self:TeacherCallback, student, network, dls, *terms):
+    "Let each term choose its layers, and put its adapters into the model"
     asking = [type(t).__name__ for t in terms if t.taught]
-    if asking and isinstance(self.network, NoTeacher): raise ValueError(f"{' and '.join(asking)} need a teacher: "
+    if asking and isinstance(network, NoTeacher): raise ValueError(f"{' and '.join(asking)} need a teacher: "
         "learn.remove_cb(TeacherCallback), then learn.add_cb(TeacherCallback(teacher))")
-    if {*map(id, student.parameters())} & {*map(id, self.network.parameters())}: raise ValueError(
+    if {*map(id, student.parameters())} & {*map(id, network.parameters())}: raise ValueError(
         "Teacher and student share parameters, so the student would change its own teacher: pass deepcopy(student) as teacher")
-    if self.precision is not None and not callable(self.precision): autocast_dtype(self.precision, device_of(self.dls))
+    if self.precision is not None and not callable(self.precision): autocast_dtype(self.precision, device_of(dls))
     student = self._built(student, terms)
-    probe,clones = self._probe(student, terms)
+    probe = self._probe(student, terms)
     self._label(terms)
     with torch.random.fork_rng(): made = [(t, t.prepare(probe)) for t in terms]
-    self._adapt(student, {k:a for _,o in made for k,a in o.items()}, {k for t,o in made if t.reuses for k in o})
-    self.known,self.clones = [student, *known[1:]],clones
+    return Plan((student,network,dls,*terms), self._adapt(student, made), probe)
 
+# %% ../../nbs/teacher/callback.ipynb #setprob2
 @patch
 def _built(self:TeacherCallback, student, terms):
     "The student, with what terms put around it"
@@ -340,8 +359,7 @@ def _built(self:TeacherCallback, student, terms):
 
 @patch
 def _probe(self:TeacherCallback, student, terms):
-    self.example,yb = probe_batch(self.dls)
-    xb = self.example
+    xb,yb = probe_batch(self.dls)
     xs,xt = (to_device(xb, next(m.parameters(), xb[0]).device) for m in (student,self.network))
     with keep_rng(), probing(student, self.network):
         for t in terms:
@@ -353,8 +371,7 @@ def _probe(self:TeacherCallback, student, terms):
             target = None if isinstance(self.network, NoTeacher) else logits_of(self.see(*xt))
             check_outputs(pred, target)
             if target is not None: _check_finite(torch.isfinite(target).all(), "for a batch of zeros")
-            probe = Probe(pred, target, *({n:o[n] for n in o.layers} for o in (s,t)), yb)
-            return probe,s.overwritten()
+            return Probe(pred, target, *({n:o[n] for n in o.layers} for o in (s,t)), xb, yb, s.overwritten())
 
 # %% ../../nbs/teacher/callback.ipynb #d11216eb
 class AdaptedSplitter:
@@ -369,13 +386,17 @@ class AdaptedSplitter:
         return groups + extra
 
 @patch
-def _adapt(self:TeacherCallback, student, adapters, reused):
-    if not adapters: return
+def _adapt(self:TeacherCallback, student, made):
+    "Put what terms train into the model, under names that begin with their labels; one that stands there and fits is kept"
     learn,old,device = self.learn,adapters_of(self.learn.model),next(student.parameters()).device
     shapes = lambda m: {k:v.shape for k,v in m.state_dict().items()}
-    keeps = lambda k: k in reused and k in old and shapes(old[k])==shapes(adapters[k])
-    learn.model = Adapted(student, {k: old[k] if keeps(k) else a.to(device) for k,a in adapters.items()})
-    if not isinstance(learn.splitter, AdaptedSplitter): learn.splitter = AdaptedSplitter(learn.splitter)
+    keeps = lambda t,n,m: t.reuses and n in old and shapes(old[n])==shapes(m)
+    names = {t.label:{k:f'{t.label}_{k}'.replace('.', '_') for k in o} for t,o in made}
+    adapters = [(t, names[t.label][k], m) for t,o in made for k,m in o.items()]
+    if adapters:
+        learn.model = Adapted(student, {n: old[n] if keeps(t, n, m) else m.to(device) for t,n,m in adapters})
+        if not isinstance(learn.splitter, AdaptedSplitter): learn.splitter = AdaptedSplitter(learn.splitter)
+    return names
 
 @patch
 def _own_adapters(self:TeacherCallback):

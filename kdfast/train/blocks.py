@@ -80,21 +80,22 @@ class Staged(PartOf):
     "A student up to the last of `blocks`, which alone learn; puts out `[student's map, teacher's map]` for each, one after the other"
     def __init__(self,
         model:nn.Module, # The student
-        adapters:dict, # `_key(tap)` to module; not part of the state dict, since they end with the stage
+        adapters:dict, # Tap to module; not part of the state dict, since they end with the stage
         blocks:list, # `Block`s, in order
         maps:Maps, # The student's
         hints, # The teacher's, called with a batch
         feed:bool=False # Feed every block with the teacher's map, through its adapter, in place of what the block before puts out
     ):
-        super().__init__(model, adapters, [n for b in blocks for n in b.layers])
-        self.blocks,self.maps,self.hints,self.fixed = blocks,maps,hints,feed
+        names = {n:f"of_{n.replace('_', '__').replace('.', '_')}" for n in adapters}
+        super().__init__(model, {names[n]:m for n,m in adapters.items()}, [n for b in blocks for n in b.layers])
+        self.by_tap,self.blocks,self.maps,self.hints,self.fixed = adapters,blocks,maps,hints,feed
         self.register_state_dict_post_hook(self._no_adapters)
 
     @staticmethod
     def _no_adapters(self, state, prefix, meta):
         for k in [k for k in state if k.startswith(prefix+'adapters.')]: del state[k]
 
-    def _adapt(self, tap, x, here): return self.adapters[_key(tap)](x) if here and _key(tap) in self.adapters else x
+    def _adapt(self, tap, x, here): return self.by_tap.get(tap, noop)(x) if here else x
 
     def taught(self, *xb):
         "The teacher's maps, by tap"
@@ -109,8 +110,6 @@ class Staged(PartOf):
     def forward(self, *xb):
         xb = laid_out(xb)
         return self.beside(self.taught(*xb), *xb, feed=self.fixed)
-
-def _key(tap): return f"of_{tap.replace('_', '__').replace('.', '_')}"
 
 # %% ../../nbs/train/blocks.ipynb #70d8896b
 class _HintsLoss:
@@ -128,8 +127,8 @@ def _hint_of(i, tap):
 
 # %% ../../nbs/train/blocks.ipynb #1f2d4c77
 def _adapters(blocks):
-    with torch.random.fork_rng(): made = {_key(b.tap): hint_adapter(b.shape, b.hint_shape) for b in blocks}
-    return {k:m for k,m in made.items() if m is not None}
+    with torch.random.fork_rng(): made = {b.tap: hint_adapter(b.shape, b.hint_shape) for b in blocks}
+    return {n:m for n,m in made.items() if m is not None}
 
 def _inputs(dls, b): return to_device(split_batch(dls, tuplify(b))[0], device_of(dls))
 
@@ -142,7 +141,7 @@ def _projections(dls, blocks, maps, hints, n=4):
         for batch in itertools.islice(dls.train, n):
             ours,theirs = (o(*_inputs(dls, batch)) for o in (maps,hints))
             for b in odd: seen[b.tap].append((theirs[b.hint], bool((ours[b.tap]>=0).all())))
-    return {_key(b.tap): Projection(torch.cat([t for t,_ in seen[b.tap]]), b.shape[1], rectified=all(r for _,r in seen[b.tap]))
+    return {b.tap: Projection(torch.cat([t for t,_ in seen[b.tap]]), b.shape[1], rectified=all(r for _,r in seen[b.tap]))
         for b in odd}
 
 class _Hints:
