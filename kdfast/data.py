@@ -248,7 +248,7 @@ def _content(file):
 def _to_the_end(tar):
     "Read what follows the last file: check sums are compared at the end, and an archive that was cut has none"
     tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(512)!=bytes(512): raise tarfile.ReadError("it was cut off")
+    if tar.fileobj.read(512)!=bytes(512): raise EOFError("it was cut off")
     while tar.fileobj.read(1<<20): pass
 
 def _unpack(archive):
