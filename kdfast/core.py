@@ -8,10 +8,11 @@ Docs: https://kdfast.github.io/kdfast/core.html.md"""
 __all__ = ['eval_mode', 'probing', 'keep_rng']
 
 # %% ../nbs/core.ipynb #803488f0
-import hashlib, os, pickle, shutil, sys
-from contextlib import contextmanager
+import glob, hashlib, os, pickle, shutil, sys, time
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from importlib import import_module
+from secrets import token_hex
 from fastai.vision.all import *
 
 # %% ../nbs/core.ipynb #0ecc08b6
@@ -116,7 +117,7 @@ def random_like(
     return tuple(numbers(o).to(o) if o.is_floating_point() or o.dtype==torch.uint8 else o for o in xb)
 
 # %% ../nbs/core.ipynb #318adf93
-def part_of(dest): return dest.with_name(f'.{dest.name}.part')
+def _parts_of(dest): return dest.parent.glob(f'.{glob.escape(dest.name)}.*.part')
 
 @contextmanager
 def whole_file(
@@ -124,12 +125,19 @@ def whole_file(
 ): # Gives the name of a file beside it, to write to
     "A block that writes `dest` whole or not at all"
     dest.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(dest)
+    for o in _parts_of(dest):
+        with suppress(FileNotFoundError):
+            if time.time()-o.stat().st_mtime>3600: o.unlink()  # its writer was killed
+    part = dest.with_name(f'.{dest.name}.{token_hex(4)}.part')
+    os.close(os.open(part, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o666))  # nobody's link is followed, nobody else writes to it
     try:
         yield part
         with part.open('rb+') as f: os.fsync(f.fileno())  # on disk before it has the name
         os.replace(part, dest)
     finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/core.ipynb #d1082d58
+def part_of(dest): return dest.with_name(f'.{dest.name}.part')
 
 @contextmanager
 def whole_folder(

@@ -406,3 +406,13 @@ def test_every_method_by_its_name(tmp_path):
 def test_blocks_that_cannot_be_are_refused_before_training(options, message, tmp_path):
     with pytest.raises(SystemExit, match=message): main(f'distill --pct .2 --teacher wrn-10-2 --out {tmp_path}/out {options}'.split())
     assert not (tmp_path/'out').exists()
+
+@pytest.mark.slow
+def test_three_commands_at_once_share_a_folder(tmp_path):
+    "One trains the teacher and one the control, all end well, and nothing is lost"
+    args = [kdfast_command, *'distill --pct .2 --teacher wrn-10-2 --epochs 2 --teacher-epochs 1 --out'.split(), str(tmp_path/'out')]
+    started = [subprocess.Popen([*args, '--method', o], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for o in ('kd','at','dkd')]
+    told = [o.communicate(timeout=300)[0] for o in started]
+    assert [o.returncode for o in started]==[0]*3, told
+    assert {label_of(r) for r in arms_of(results_of(tmp_path/'out'))}=={'control','kd','at','dkd'} and len(results_of(tmp_path/'out'))==5
+    assert sum('wrn-10-1 control, seed 0: ' in o for o in told)==sum('Teacher wrn-10-2: ' in o.split('Accuracy')[0].split('\n\n')[0] for o in told)==1

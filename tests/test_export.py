@@ -1,5 +1,5 @@
 "Files that run without kdfast"
-import json, pickle, subprocess, sys, onnx, onnxruntime, pytest, torchvision
+import json, os, pickle, subprocess, sys, time, onnx, onnxruntime, pytest, torchvision
 from fastai.vision.all import *
 from kdfast.all import *
 
@@ -100,3 +100,23 @@ def test_fastais_unet(tmp_path):
     with probing(net): want = Tensor(net(x))
     for export in (export_onnx,export_program): assert torch.allclose(export(net, tmp_path/'unet.bin', 32)(x), want, atol=1e-4)
     assert 'ToTensorBase' in str(net)
+
+def test_a_link_at_the_place_of_a_half_written_file_is_not_followed(tmp_path):
+    "Whoever may write to the folder cannot have another file overwritten"
+    from kdfast.core import whole_file
+    (tmp_path/'precious').write_text('kept')
+    (tmp_path/'.a.txt.part').symlink_to(tmp_path/'precious')
+    with whole_file(tmp_path/'a.txt') as f:
+        assert f.exists() and not f.is_symlink()
+        f.write_text('new')
+        with whole_file(tmp_path/'a.txt') as g: g.write_text('second')
+    assert (tmp_path/'a.txt').read_text()=='new' and (tmp_path/'precious').read_text()=='kept'
+    assert {o.name for o in tmp_path.iterdir()}=={'a.txt','precious','.a.txt.part'}
+
+def test_what_a_killed_writer_has_left_goes(tmp_path):
+    from kdfast.core import whole_file
+    for name,age in (('.a.txt.0123.part',7200), ('.a.txt.4567.part',10), ('.b.txt.89ab.part',7200)):
+        (tmp_path/name).write_text('half')
+        os.utime(tmp_path/name, (time.time()-age,)*2)
+    with whole_file(tmp_path/'a.txt') as f: f.write_text('new')
+    assert {o.name for o in tmp_path.iterdir()}=={'a.txt','.a.txt.4567.part','.b.txt.89ab.part'}

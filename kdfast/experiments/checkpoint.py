@@ -130,5 +130,5 @@ def _write(self:EpochCheckpoint):
 
 @patch
 def remove(self:EpochCheckpoint):
-    "Remove the file"
-    for o in (self.file, self.file.with_name(f'.{self.file.name}.part')): o.unlink(missing_ok=True)
+    "Remove the file, and what a write that was killed has left of it"
+    for o in (self.file, *self.file.parent.glob(f'.{self.file.name}.*.part')): o.unlink(missing_ok=True)
