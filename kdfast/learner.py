@@ -10,7 +10,7 @@ __all__ = ['Renormalize', 'distill_learner', 'accuracy_of']
 # %% ../nbs/learner.ipynb #e3c45e9c
 import importlib, inspect
 from fastai.vision.all import *
-from .core import keep_rng, probing, whole_file
+from .core import keep_rng, probing, seen_by, whole_file
 from .devices import any_device, LoaderHint
 from .distill.core import KD
 from .layers.adapters import bare_model
@@ -82,22 +82,41 @@ def student_of(
     return student(n_out=n_out) if 'n_out' in takes else create_vision_model(student, n_out, pretrained=False)
 
 # %% ../nbs/learner.ipynb #cc2940c2
+def _thawed(learn, kwargs):
+    "The network of a learner, all of it to be trained, whose groups go to `kwargs`"
+    kwargs.setdefault('splitter', learn.splitter)
+    return bare_model(learn.model).requires_grad_()
+
+def _tell_frozen(student):
+    n = [p.requires_grad for p in student.parameters()].count(False)
+    if n: warnings.warn(f"{n} parameters of the student are frozen and learn nothing, unfreeze() does not reach them: pass its Learner as student")
+
+# %% ../nbs/learner.ipynb #36ebd4b7
+def _then(own, tfm, *xb): return tfm(*tuplify(own(*xb)))
+
+def _after(own, tfm): return partial(_then, own, tfm) if own and tfm else own or tfm
+
+# %% ../nbs/learner.ipynb #37fd7862
 def _is_term(cb): return issubclass(cb, DistillCallback) if isinstance(cb, type) else isinstance(cb, DistillCallback)
 
 @delegates(Learner.__init__)
 def distill_learner(
     dls:DataLoaders, # Any fastai `DataLoaders`
     teacher, # A module, a `Learner`, or the path of an exported learner; None for the control arm, and for terms that ask none
-    student, # A module; a callable that takes `n_out`; or an architecture as `vision_learner` takes it, with random weights
+    student, # A module; a callable that takes `n_out`; an architecture as `vision_learner` takes it; or a `Learner`, for its network and groups
     cbs=None, # `Callback`s; those that distil, such as `[KD(), AT()]`, are `KD()` unless there is one
     precision='auto', # As for `TeacherCallback`: what the teacher computes in, bfloat16 where the device does so natively
     compile:bool=False, # Compile the teacher with `torch.compile`
-    tfm=None, # Applied to the student's inputs before the teacher sees them; by default a `Learner`'s normalization, a module's none
+    tfm=None, # Applied to the student's inputs before the teacher sees them, after what a teacher's own normalization asks for
+    pretrained:bool=False, # Start an architecture from its pretrained weights, normalized and in groups as `vision_learner` has them
     **kwargs
 ) -> Learner: # An ordinary `Learner`, whose `student` is the bare network
     "A `Learner` that teaches `student` what `teacher` knows; raises `ValueError` where they do not fit"
     if num_distrib()>1: any_device()
+    if pretrained: student = vision_learner(dls, student)
+    if isinstance(student, Learner): student = _thawed(student, kwargs)
     student,cbs = student_of(student, dls),L(cbs)
+    _tell_frozen(student)
     terms = [o for o in cbs if _is_term(o)]
     asks = any(o.taught for o in terms)
     names = ' and '.join(getattr(o, '__name__', type(o).__name__) for o in terms if o.taught==asks)
@@ -106,7 +125,7 @@ def distill_learner(
         f"None of these terms uses a teacher ({names}): pass None as teacher, or add KD()")
     if teacher is not None or terms:
         network,own = (NoTeacher(),None) if teacher is None else teacher_of(teacher, dls)
-        cbs = TeacherCallback(network, own if tfm is None else tfm, precision, compile) + cbs + ([] if terms else [KD()])
+        cbs = TeacherCallback(network, _after(own, tfm), precision, compile) + cbs + ([] if terms else [KD()])
     return Learner(dls, student, cbs=LoaderHint() + cbs, **kwargs)
 
 # %% ../nbs/learner.ipynb #de5f482c
@@ -133,7 +152,7 @@ def accuracy_of(
     right,n = 0,0
     with probing(model):
         for *xb,y in dls.valid:
-            xb = tfm(*xb) if tfm else xb
+            xb = seen_by(tfm, tuple(xb))
             pred = model(*to_device(xb, next(model.parameters(), torch.empty(0)).device)).argmax(1)
             right,n = right+(pred==y.to(pred.device)).sum().item(),n+len(y)
     return right/n

@@ -1,5 +1,5 @@
 "What fastai does with a learner, it does with one that distils: each test asserts what the feature promises"
-import pytest, torch._dynamo.testing
+import pytest, torch._dynamo.testing, torchvision
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
@@ -320,8 +320,10 @@ def test_teacher_learner_from_file(dls, quiet, tmp_path):
     net = learn.teacher.network.eval()
     assert torch.allclose(learn.teacher.see(x), net(theirs), atol=1e-4)
     assert distill_learner(dls, teacher, wrn(10, 1)).teacher.tfm is None
-    own = lambda x: x/2
-    for o in (teacher, tmp_path/'export.pkl'): assert distill_learner(dls, o, wrn(10, 1), tfm=own).teacher.tfm is own
+    half = lambda x: x/2
+    for o in (teacher, tmp_path/'export.pkl'):  # what the user adds comes after what the teacher's normalization asks for
+        assert distill_learner(dls, o, wrn(10, 1), tfm=half).teacher.tfm is half
+        assert torch.allclose(distill_learner(other, o, wrn(10, 1), tfm=half).teacher.see(x), net(theirs/2), atol=1e-4)
 
 def test_segmentation_logits(quiet):
     "A map of logits for each image; the teacher and the student are fully convolutional"
@@ -359,3 +361,51 @@ def test_a_text_classifier(quiet):
     cbs = [KD(), FeatureKD(lambda s,t: (s.std()-t.std())**2, {'emb':'emb'})]
     learn = quiet(distill_learner(dls, Reader(16), Reader(8), loss_func=CrossEntropyLossFlat(), cbs=cbs), 1, 1e-3)
     assert list(learn.recorder.metric_names[3:-1])==['kd','feature'] and all(v>0 for v in learn.recorder.values[0][2:])
+
+@pytest.fixture
+def downloaded(tmp_path, monkeypatch):
+    "ResNet-18's ImageNet weights where torch.hub keeps what it has downloaded; these are random ones"
+    set_seed(3)
+    weights = resnet18().state_dict()
+    file = tmp_path/'hub/checkpoints'/torchvision.models.ResNet18_Weights.DEFAULT.url.split('/')[-1]
+    file.parent.mkdir(parents=True)
+    torch.save(weights, file)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    return weights
+
+def moved(before, after): return [n for n,p in after.named_parameters() if not torch.equal(p, before[n])]
+
+def test_a_pretrained_student_learns_with_all_its_layers(downloaded, dls, teacher, quiet):
+    "From its weights, in the groups of `vision_learner`, and frozen only while `fine_tune` freezes it"
+    learn = distill_learner(dls, teacher, resnet18, pretrained=True, cbs=[KD(),AT()])
+    assert torch.equal(learn.student[0][0].weight, downloaded['conv1.weight']) and all(p.requires_grad for p in learn.student.parameters())
+    before = {n:p.clone() for n,p in learn.student.named_parameters()}
+    quiet(learn, 1, 1e-3)
+    assert len(learn.opt.param_lists)==3 and len(moved(before, learn.student))==len(before)
+    learn = distill_learner(dls, teacher, resnet18, pretrained=True)
+    frozen = []
+    class Watch(Callback):
+        def before_step(self): frozen.append(not next(self.learn.student.parameters()).requires_grad)
+    quiet(learn, 1, how='fine_tune', cbs=Watch())
+    half = len(frozen)//2
+    assert all(frozen[:half]) and not any(frozen[half:])
+
+@pytest.mark.parametrize('adapted', [False,True])
+def test_a_learner_as_student(adapted, dls, teacher, quiet):
+    student = vision_learner(dls, resnet18, pretrained=False)
+    student.freeze()
+    learn = distill_learner(dls, teacher, student, cbs=[FitNet()] if adapted else None)
+    before = {n:p.clone() for n,p in student.model.named_parameters()}
+    quiet(learn, 1, 1e-3)
+    assert learn.student is student.model and len(learn.opt.param_lists)==3 and len(moved(before, learn.student))==len(before)
+    own = distill_learner(dls, teacher, student, splitter=trainable_params)
+    own.create_opt()
+    assert len(own.opt.param_lists)==1
+
+def test_frozen_parameters_are_told(dls, teacher):
+    student = vision_learner(dls, resnet18, pretrained=False)
+    student.freeze()
+    with pytest.warns(UserWarning, match='20 parameters of the student are frozen and learn nothing'): distill_learner(dls, teacher, student.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        distill_learner(dls, teacher, wrn(10, 1))
