@@ -71,7 +71,7 @@ cases = {
     'functional BCE':        (lambda d: taught(loaders(torch.ones(16,3)), wrn(10,2,n_out=3), wrn(10,1,n_out=3), KD(), loss_func=F.binary_cross_entropy_with_logits), "floating point"),
     'student gives a tuple': (lambda d: distill_learner(d, wrn(10,2), Pair()), "The student must put out a tensor"),
     'layer gives a tuple':   (lambda d: taught(d, wrn(10,2), nn.Sequential(OrderedDict(pair=Pair(), pick=First(), net=wrn(10,1))), FeatureKD(F.mse_loss, {'pair':'group1'})), "outputs a tuple"),
-    'student is a learner':  (lambda d: distill_learner(d, wrn(10,2), Learner(d, wrn(10,1))), "such as learn.model"),
+    'student is a number':   (lambda d: distill_learner(d, wrn(10,2), 18), "such as learn.model"),
     'number of classes':     (lambda d: distill_learner(loaders(torch.zeros(16).long()), None, partial(wrn,10,1), loss_func=CrossEntropyLossFlat()), "set dls.c"),
 }
 
