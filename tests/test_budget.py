@@ -1,7 +1,7 @@
 "Networks to a budget: never above, and never less than could be"
 import functools, math, numpy as np, pytest
 from fastai.vision.all import *
-from kdfast.experiments import spec
+from kdfast.experiments import spec as words
 from kdfast.all import *
 from kinds import kinds
 
@@ -87,15 +87,15 @@ def test_settings_in_any_order(): assert fit_budget(lambda s: nn.Linear(s, 1), p
 
 def test_the_students_of_the_command():
     for spec,params in (('separable', 100_000), ('grouped:groups=4', 100_000), ('hashed', 100_000), ('shuffle:groups=4', 300_000), ('full', 300_000)):
-        make,setting = spec.student_at(spec.network_of('wrn-16-2'), spec.conv_of(spec), params)
+        make,setting = words.student_at(words.network_of('wrn-16-2'), words.conv_of(spec), params)
         n = count_params(make(n_out=10))
         assert .95*params<n<=params and len(setting)==1
-    make,_ = spec.student_at(spec.network_of('resnet18'), spec.conv_of('separable'))
+    make,_ = words.student_at(words.network_of('resnet18'), words.conv_of('separable'))
     assert count_params(make(n_out=10))==count_params(resnet(18, 10, conv=Separable, stem='small'))
-    make,_ = spec.student_at(spec.network_of('torchvision.resnet34'), spec.conv_of('separable'), n_out=10)
+    make,_ = words.student_at(words.network_of('torchvision.resnet34'), words.conv_of('separable'), n_out=10)
     assert any(isinstance(m, Separable) for m in make(n_out=10).modules())
 
 @pytest.mark.parametrize('student,spec,params,message', [('wrn-16-2', 'sparable', None, "Unknown convolution 'sparable': choose from full, "), ('wrn-16-2', 'grouped:group=4', None, 'grouped has no group: it takes bias, groups, group_size'),
     ('torchvision.resnet18', 'separable', 10_000, 'cannot fit the width'), ('wrn-16-2', 'lowrank', 100_000, 'out of reach'), ('residual_cnn', 'separable', 10_000, 'cannot fit the width')])
 def test_what_the_command_refuses(student, spec, params, message):
-    with pytest.raises(ValueError, match=message): spec.student_at(spec.network_of(student), spec.conv_of(spec), params)
+    with pytest.raises(ValueError, match=message): words.student_at(words.network_of(student), words.conv_of(spec), params)
