@@ -210,10 +210,11 @@ def _to_file(chain): return chain if chain.endswith('onnx') else f'{chain},onnx'
 def _tell_chains(sweep):
     "The report of every chain, in one table"
     rows = [dict(chain=label_of(r), **row) for r,o in _on_record(sweep).items() if not r.seed for row in o.get('report', ())]
+    if not rows: return []
     shown,file = pd.DataFrame(rows),sweep.folder/'report.csv'
     with whole_file(file) as f: shown.to_csv(f, index=False)
     say(f"\n{shown.set_index(['chain','step']).to_string(na_rep='')}\n\nms per image of one and of 64 at a time; seconds of each step")
-    return file
+    return [file]
 
 # %% ../nbs/cli.ipynb #9f311c7c
 def compress(
@@ -247,7 +248,7 @@ def compress(
     how = dict(shared, student=source.student, start=source, pct=pct, epochs=epochs, method=method, teacher=None if method=='control' else source)
     runs = [Run(**how, chain=_to_file(o), seed=seed) for seed in range(seeds) for o in chains]
     sweep = _carry_out(compress, given, runs, files, exports=True, controls=False)
-    _report(sweep, _tell_chains(sweep))
+    _report(sweep, *_tell_chains(sweep))
 
 # %% ../nbs/cli.ipynb #90cb69b3
 def _labels(text): return text and text.split(',')

@@ -353,3 +353,16 @@ def test_workers_end_with_their_command(how, tmp_path):
 def test_records_do_not_lie_where_their_export_is_written(name, tmp_path):
     with pytest.raises(ValueError, match='such as records.db'): Records(tmp_path/name)
     assert not [*tmp_path.iterdir()]
+
+def test_a_remade_network_is_there_before_its_record(tmp_path, monkeypatch):
+    "A command that is killed in between makes it again"
+    sweep = Sweep('killed', [replace(kd, method='simkd', epochs=1)], tmp_path, exports=True)
+    def kill(self, run, *args):
+        if run.remade:
+            assert self.file_of(run).exists()
+            raise KeyboardInterrupt
+        return keep(self, run, *args)
+    keep = Sweep._keep
+    monkeypatch.setattr(Sweep, '_keep', kill)
+    with pytest.raises(KeyboardInterrupt): sweep.run()
+    assert sweep.records.get(sweep.runs[-1]) is None

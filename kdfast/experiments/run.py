@@ -269,7 +269,7 @@ def do_run(
     teacher=None, # Trained, for a run that has a teacher, as `distill_learner` takes it
     start:nn.Module=None, # Trained, for a run that starts from a network
     checkpoint:Path=None, # File to go on from, and to keep the state in after every epoch; removed by whoever has put the result on record
-    files:Path=None, # What the steps of a chain write is called so, each with its suffix; dropped if None
+    files:Path=None, # Where the steps of a chain write their files, each with its own suffix; None drops them
     cbs=None, # More `Callback`s, such as one that shows progress
     quiet:bool=True # No lines for each epoch
 ) -> tuple: # The learner and its result, plain values

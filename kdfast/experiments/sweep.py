@@ -131,8 +131,8 @@ def _do(self:Sweep, run, quiet, cbs):
     files,checkpoint = self.file_of(run).with_suffix('') if run.remade and self.exports else None,self.folder/'.checkpoints'/f'{run.key}.pth'
     if files: files.parent.mkdir(exist_ok=True)
     learn,result = do_run(run, self.path, checkpoint=checkpoint, files=files, cbs=cbs, quiet=quiet, **nets)
-    self._keep(run, learn.student, dict(result, **self._taught_by(run)))
     if files: learn.export_student(self.file_of(run))
+    self._keep(run, learn.student, dict(result, **self._taught_by(run)))
     learn.epoch_checkpoint.remove()
 
 # %% ../../nbs/experiments/sweep.ipynb #b78ba13b
