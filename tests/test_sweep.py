@@ -366,3 +366,13 @@ def test_a_remade_network_is_there_before_its_record(tmp_path, monkeypatch):
     monkeypatch.setattr(Sweep, '_keep', kill)
     with pytest.raises(KeyboardInterrupt): sweep.run()
     assert sweep.records.get(sweep.runs[-1]) is None
+
+def test_what_is_left_is_told_from_runs_like_it(tmp_path):
+    "Fifty images ten times over are 500, and a student is not as slow as its teacher"
+    few = Run(student='wrn-10-1', bs=25, per_class=5, repeat=10, method='kd', teacher=Run(student='wrn-16-2', epochs=8))
+    sweep = Sweep('told', [replace(few, seed=s) for s in range(2)], tmp_path)
+    teacher,control,*rest = sweep.runs
+    sweep.records.add(teacher, dict(accuracy=.9, seconds=8*1198*.01))
+    assert sweep._left()==f"; 4 of 5 left, about {4*12*500*.01/60:.0f} min"
+    sweep.records.add(control, dict(accuracy=.9, seconds=12*500*.001))
+    assert sweep._left()==f"; 3 of 5 left, about {3*12*500*.001:.0f} s"

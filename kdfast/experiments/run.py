@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from fastai.vision.all import *
 from ..compress.pipeline import compressing
 from ..core import image_shape
+from ..data import data_sets
 from ..distill.core import KD
 from .arm import machine_facts, run_arm
 from .checkpoint import EpochCheckpoint
@@ -224,6 +225,13 @@ def network_at(
 
 def _made(run, dls):
     return student_at(network_of(run.student, min(image_shape(dls)[1:])), run.conv and conv_of(run.conv), run.params, dls.c)
+
+# %% ../../nbs/experiments/run.ipynb #14c4985d
+def images_in(run):
+    "Training images of one of its epochs, as the facts of its data set have them"
+    facts = data_sets()[run.data].facts
+    part = facts.classes*run.per_class if run.per_class else run.pct*facts.images[0]
+    return part*(run.repeat or 1)
 
 # %% ../../nbs/experiments/run.ipynb #1772adde
 def images_of(dls):

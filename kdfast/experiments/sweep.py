@@ -18,7 +18,7 @@ from ..core import digest, image_shape, on_interrupt
 from ..devices import from_first, in_turn, say
 from .records import Records
 from .arm import load_network, save_network
-from .run import dls_of, do_run, images_of, learner_of, network_at, origin_of, Run, run_of
+from .run import dls_of, do_run, images_in, images_of, learner_of, network_at, origin_of, Run, run_of
 from ..learner import accuracy_of, teacher_of
 from ..models.measure import count_macs, count_params
 
@@ -189,7 +189,7 @@ def errors(self:Sweep) -> dict: # Run to traceback
     return {o:e for o in self.runs if (e := self.records.error(o) or self.broken.get(o))}
 
 # %% ../../nbs/experiments/sweep.ipynb #70c29d10
-def _work_of(run): return run.epochs*run.pct
+def _work_of(run): return run.epochs*images_in(run)
 
 @patch
 def _left(self:Sweep):
@@ -198,8 +198,8 @@ def _left(self:Sweep):
     done = {o:r['seconds'] for o,r in results.items() if r}
     left = [o for o in self.runs if o not in done]
     if not left: return ''
-    rate = sum(done.values())/sum(map(_work_of, done))
-    seconds = rate*sum(map(_work_of, left))
+    rate = lambda runs: sum(done[o] for o in runs)/sum(map(_work_of, runs))
+    seconds = sum(rate([o for o in done if o.student==run.student] or [*done])*_work_of(run) for run in left)
     return f"; {len(left)} of {len(self.runs)} left, about {f'{seconds/60:.0f} min' if seconds>99 else f'{seconds:.0f} s'}"
 
 # %% ../../nbs/experiments/sweep.ipynb #316e6af4

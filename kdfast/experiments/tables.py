@@ -14,7 +14,7 @@ from operator import itemgetter
 from statistics import mean, stdev
 from fastai.vision.all import *
 from ..data import data_sets
-from .run import Run
+from .run import images_in, Run
 from .spec import conv_of, network_of, one_of, student_at
 from ..look.plots import plot_history, plot_tradeoff
 from ..models.measure import count_macs
@@ -302,7 +302,7 @@ def estimate(
     "What `runs` will take on this machine, without their data"
     costs = _costs(runs, limit)
     def minutes(run):
-        train,valid = _facts(run).images
+        valid = _facts(run).images[1]
         own,theirs = costs[_cost_key(run, True)],costs[_cost_key(run.teacher, False)] if run.teacher else 0
-        return run.epochs*(run.pct*train*(own+theirs)+valid*own/3)/60
+        return run.epochs*(images_in(run)*(own+theirs)+valid*own/3)/60
     return pd.DataFrame([dict(run=str(o), data=o.data, epochs=o.epochs, minutes=round(minutes(o), 1)) for o in runs])
