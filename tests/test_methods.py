@@ -8,6 +8,7 @@ from kdfast.distill.features import Reuse
 from kdfast.distill.relations import ContrastMemory
 from kdfast.layers.adapters import adapters_of
 from kdfast.layers.pairs import before_relu
+from kdfast.layers.taps import calls_of
 from kdfast.losses.core import at_loss, hint_loss, kd_loss
 from kdfast.losses.features import ab_loss, fsp_loss, ft_loss, kdsvd_loss, ofd_loss, pyramid_loss, vid_loss
 from kdfast.losses.logits import cskd_loss, dist_loss, dkd_loss, logits_loss, mlkd_loss, nkd_loss, sigmoid_kd_loss, standardize, tfkd_loss
@@ -909,3 +910,185 @@ def test_one_relu_for_all_stages():
             self.act = act
         def forward(self, x): return self.act(self.conv(x)+x)
     with pytest.raises(ValueError, match='a ReLU of its own'): before_relu(nn.Sequential(OrderedDict(a=Sum(), b=Sum())), x, 'a')
+
+# Layers that a network calls several times, or without a graph
+
+class Siamese(nn.Module):
+    "Two images, one encoder, called for each of them"
+    def __init__(self, n):
+        super().__init__()
+        self.enc,self.fc = wrn(10, n),nn.Linear(20, 10)
+    def forward(self, a, b): return self.fc(torch.cat([self.enc(a), self.enc(b)], 1))
+
+class SiameseAtOnce(Siamese):
+    "The same, called once for both"
+    def forward(self, a, b): return self.fc(torch.cat(self.enc(torch.cat([a, b])).chunk(2), 1))
+
+class Shared(nn.Module):
+    "Blocks that share their weights; with one call, none are shared"
+    def __init__(self, n, times):
+        super().__init__()
+        self.stem,self.block,self.down,self.fc = nn.Conv2d(3, n, 3, 2, 1),nn.Conv2d(n, n, 3, 1, 1),nn.Conv2d(n, n, 3, 2, 1),nn.Linear(n, 10)
+        self.times = times
+    def forward(self, x):
+        x = self.stem(x)
+        for _ in range(self.times): x = self.block(x).relu()
+        return self.fc(self.down(x).mean((2,3)))
+
+def image_pairs(n=16):
+    data = [(torch.randn(3,32,32), torch.randn(3,32,32), i%10) for i in range(n)]
+    return DataLoaders(*(DataLoader(data, bs=8, n_inp=2) for _ in range(2)))
+
+again = {'siamese at':(image_pairs, Siamese, Siamese, AT), 'siamese fitnet':(image_pairs, Siamese, Siamese, FitNet),
+    'siamese teacher':(image_pairs, Siamese, SiameseAtOnce, AT), 'siamese student':(image_pairs, SiameseAtOnce, Siamese, AT),
+    'before the relu':(image_pairs, Siamese, Siamese, AB), 'named':(image_pairs, Siamese, Siamese, partial(RKD, {'enc.pool':'enc.pool'})),
+    **{f'shared {s} {t}':(None, partial(Shared, times=t), partial(Shared, times=s), partial(term, {'block':'block'}))
+        for s,t,term in ((2,1,AT), (1,2,VID), (3,3,SP), (2,2,FSP))},
+    'a relu':(None, *[lambda n: models.resnet18(num_classes=10)]*2, partial(AT, {'layer1.0.relu:in':'layer1.0.relu:in'}))}
+again['shared 2 2'] = *again['shared 2 2'][:3],partial(FSP, {'block':'block','down':'down'})
+
+@pytest.mark.parametrize('cached', [False,True], ids=['asked','cached'])
+@pytest.mark.parametrize('name', again)
+def test_a_layer_called_again_is_refused(name, cached, tmp_path):
+    "The last call alone would teach, whichever of the networks it is that calls it again"
+    data,teacher,student,term = again[name]
+    cbs = [term(), *([TeacherCache(tmp_path/'c')] if cached else [])]
+    with pytest.raises(ValueError, match="The layer '.*' is called more than once in a forward pass: tap one that is called once, or"):
+        distill_learner((data or partial(digits_dls, 20, per_class=2))(), teacher(4), student(4), cbs=cbs, loss_func=CrossEntropyLossFlat())
+
+@pytest.mark.parametrize('term', [AT,FitNet,SP,OFD])
+def test_a_siamese_network_that_is_called_once_learns_at_both(term, quiet):
+    "The remedy: the label loss left out, both images have a gradient"
+    teacher,student,grads = SiameseAtOnce(2),SiameseAtOnce(1),[]
+    class Look(Callback):
+        order = CastToTensor.order+1
+        def before_batch(self): self.learn.xb = tuple(o.requires_grad_() for o in self.xb)
+        def before_step(self): grads.append([o.grad.abs().sum().item() for o in self.xb])
+    learn = distill_learner(image_pairs(), teacher, student, cbs=[term(), Look()], loss_func=lambda p,y: 0*p.sum())
+    quiet(learn, 1, 1e-3)
+    assert all(o>0 for g in grads for o in g)
+
+def test_a_relu_that_a_block_calls_twice_counts_once():
+    "Before the ReLU at the end of a torchvision block, the last call is meant, in the teacher's copy as well"
+    net,x = models.resnet18(weights=None, num_classes=10),torch.zeros(2,3,64,64)
+    name,_ = before_relu(net, x, 'layer1')
+    assert name=='layer1.1.relu:in'
+    Frozen(net.eval(), (x,), [name])
+    with pytest.raises(ValueError, match='more than once'): Frozen(net, (x,), ['layer1.1.relu'])
+
+class Checkpointed(nn.Module):
+    "A WRN whose body is computed again in the backward"
+    def __init__(self, net, reentrant, learns=True):
+        super().__init__()
+        self.net,self.reentrant,self.learns = net,reentrant,learns
+        if not learns: self._body.requires_grad_(False)
+    @property
+    def _body(self): return nn.Sequential(self.net.stem, self.net.group1, self.net.group2)
+    def body(self, x):
+        for m in (self.net.group1,self.net.group2): x = m(x)
+        return x
+    def forward(self, x):
+        x = self.net.stem(x)
+        if self.reentrant is None: x = self.body(x)
+        else: x = torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=self.reentrant)
+        for m in list(self.net.children())[3:]: x = m(x)
+        return x
+
+def gradient_of(make, teacher, term, quiet):
+    set_seed(0)
+    learn,seen = distill_learner(digits_dls(20, per_class=2), teacher, make(wrn(10, 1)), cbs=term, loss_func=lambda p,y: 0*p.sum()),[]
+    class Look(Callback):
+        def before_step(self): seen.append(self.learn.student.net.group1[0].conv1.weight.grad.clone())
+    quiet(learn, 1, 0., cbs=Look())
+    return seen[0]
+
+@pytest.mark.parametrize('term,layer', [(FitNet,'net.group2'), (AT,'net.group1'), (SP,'net.group2'), (OFD,'net.group1'), (VID,'net.group1.0.conv1'), (CRD,'net.group2')],
+    ids=lambda o: getattr(o, '__name__', o))
+def test_gradient_checkpointing(term, layer, trained, quiet):
+    "The gradient of the term is that without checkpoints, or there is an error that says how to come by it"
+    pairs = {layer:layer.removeprefix('net.')}
+    plain,right = (gradient_of(partial(Checkpointed, reentrant=o), trained, term(pairs), quiet) for o in (None,False))
+    assert plain.abs().sum()>0 and torch.allclose(plain, right, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="The student runs 'net.group.* without a graph.*: pass use_reentrant=False to gradient checkpointing"):
+        gradient_of(partial(Checkpointed, reentrant=True), trained, term(pairs), quiet)
+
+@pytest.mark.parametrize('reentrant', [None,False])
+def test_a_frozen_body_is_no_missing_graph(reentrant, trained, quiet):
+    "It may be unfrozen later; its adapter learns meanwhile"
+    learn = distill_learner(digits_dls(20, per_class=2), trained, Checkpointed(wrn(10, 1), reentrant, learns=False), cbs=[FitNet({'net.group2':'group2'}), KD()])
+    start = learn.model.adapters['fitnet_net_group2'][0].weight.detach().clone()
+    quiet(learn, 1, 1e-2)
+    assert not torch.equal(start, learn.model.adapters['fitnet_net_group2'][0].weight)
+
+class NoGrad(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x):
+        with torch.no_grad(): x = self.net.group2(self.net.group1(self.net.stem(x)))
+        for m in list(self.net.children())[3:]: x = m(x)
+        return x
+
+def test_a_tap_under_no_grad(trained, quiet):
+    learn = distill_learner(digits_dls(20, per_class=2), trained, NoGrad(wrn(10, 1)), cbs=FitNet({'net.group2':'group2'}))
+    with pytest.raises(ValueError, match="'net.group2' without a graph.*no_grad"): quiet(learn, 1, 1e-3)
+    assert n_hooks(learn.student)==0
+    quiet(distill_learner(digits_dls(20, per_class=2), trained, NoGrad(wrn(10, 1)), cbs=FitNet({'net.group3':'group3'})), 1, 1e-3)
+
+# Networks that were traced
+
+def traced_stages(net):
+    class Stages(torch.fx.Tracer):
+        def is_leaf_module(self, m, n): return n.startswith(('group','layer')) or super().is_leaf_module(m, n)
+    return torch.fx.GraphModule(net, Stages().trace(net))
+
+@pytest.mark.parametrize('side', ['student','teacher','both'])
+@pytest.mark.parametrize('trace', [torch.fx.symbolic_trace, traced_stages, lambda net: nn.Sequential(torch.fx.symbolic_trace(net))], ids=['traced','stages kept','inside'])
+@pytest.mark.parametrize('make', [partial(wrn, 16, 1), models.resnet18, models.vgg11_bn, models.mobilenet_v2, models.alexnet, models.efficientnet_b0, partial(resnet, 10)],
+    ids='wrn resnet18 vgg mobilenet alexnet efficientnet ours'.split())
+def test_traced_networks_have_the_pairs_of_untraced_ones_or_none(make, trace, side):
+    s,t,x = make(),make(),torch.zeros(2,3,64,64)
+    right = pair_layers(s, t, x)
+    called = {n for n,*_ in calls_of(trace(make()), x)}
+    s,t,start = trace(s) if side!='teacher' else s,trace(t) if side!='student' else t,'0.' if isinstance(trace(make()), nn.Sequential) else ''
+    right = {(start if side!='teacher' else '')+a:(start if side!='student' else '')+b for a,b in right.items()}
+    if {a for p in right.items() for a,traced in zip(p, (side!='teacher',side!='student')) if traced} <= called: assert pair_layers(s, t, x)==right
+    else:
+        with pytest.raises(ValueError, match=f"{'teacher' if side=='teacher' else 'student'} lost its stages to tracing"): pair_layers(s, t, x)
+
+# Samples that a loader leaves out
+
+def skipping_dls(how, workers=0, bad=3, n=10):
+    data = [(torch.randn(3,32,32), i%10, i) for i in range(n)]
+    def after_item(o):
+        if o[2]==bad and how=='item': raise SkipItemException
+        return o[:2] if how!='batch' else o
+    def before_batch(b): return [o[:2] for o in b if o[2]!=bad]
+    class Data(list):
+        def __getitem__(self, i):
+            if i==bad and how=='dataset': raise SkipItemException
+            return super().__getitem__(i)
+    kwargs = dict(bs=4, num_workers=workers, after_item=after_item, **(dict(before_batch=before_batch) if how=='batch' else {}))
+    return DataLoaders(DataLoader(Data(data), **kwargs), DataLoader(data, bs=4, after_item=lambda o: o[:2]))
+
+@pytest.mark.parametrize('workers', [0,2])
+@pytest.mark.parametrize('how', ['item','dataset','batch'])
+@pytest.mark.parametrize('cbs', [lambda path: [CRD()], lambda path: [KD(), TeacherCache(path)], lambda path: [CRD(), TeacherCache(path)]], ids=['crd','cache','both'])
+def test_a_loader_that_skips_a_sample(cbs, how, workers, trained, tmp_path, quiet):
+    "All after it would have the number of another"
+    learn = distill_learner(skipping_dls(how, workers), trained, wrn(10, 1), cbs=cbs(tmp_path/'c'), loss_func=CrossEntropyLossFlat())
+    with pytest.raises(ValueError, match='does not tell which samples are in a batch: leave|skips none'): quiet(learn, 1, 1e-3)
+    assert 'do_item' not in vars(learn.dls.train)
+    learn = distill_learner(skipping_dls(how, workers), trained, wrn(10, 1), cbs=KD(), loss_func=CrossEntropyLossFlat())
+    quiet(learn, 1, 1e-3)
+
+@pytest.mark.parametrize('workers', [0,2])
+def test_numbers_of_samples(workers, trained, quiet):
+    seen = []
+    class Look(CRD):
+        def term(self):
+            seen.extend(zip(self.source.ids, self.y.tolist()))
+            return super().term()
+    learn = distill_learner(skipping_dls('none', workers), trained, wrn(10, 1), cbs=Look(), loss_func=CrossEntropyLossFlat())
+    quiet(learn, 2, 1e-3)
+    assert seen==[(i,i%10) for i in range(10)]*2 and 'do_item' not in vars(learn.dls.train)

@@ -13,7 +13,7 @@ from ..core import seen_by
 from .core import FeatureKD
 from ..layers.adapters import to_width
 from ..layers.pairs import before_relu, last_stages, pair_layers
-from ..layers.taps import get_layer
+from ..layers.taps import get_layer, given_mark
 from ..losses.features import ab_loss, fsp_loss, ft_loss, kdsvd_loss, ofd_loss, ofd_margin, to_one_size
 
 # %% ../../nbs/distill/activations.ipynb #468cc824
@@ -29,6 +29,7 @@ class BeforeReLU(FeatureKD):
         seen = seen_by(tfm, xb)
         pairs = self.pairs or pair_layers(student, network, xb, tfm=tfm)
         found = [(before_relu(student, xb, a), before_relu(network, seen, b)) for a,b in pairs.items()]
+        self.last_calls = {n for o in found for n,_ in o if n.endswith(given_mark)}  # a block may call its ReLU several times
         self.layers,self.norms = {a:b for (a,_),(b,_) in found},{a:norm for (a,_),(_,norm) in found}
 
     def adapter(self, s, t): return to_width(s.shape[1], t.shape[1])

@@ -150,6 +150,7 @@ class CRD(EmbeddingKD):
 
     def before_train(self):
         super().before_train()
+        self.source.skip_nothing()
         m,now = self.adapters['contrast'],id(self.source.loader.dataset)
         if self.known!=now: m.forget()
         self.known,m.ready = now,False  # weights may have been loaded

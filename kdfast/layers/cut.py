@@ -16,7 +16,7 @@ from functools import partial
 from torch import nn
 from ..core import eval_mode, probing, seen_by
 from .adapters import Adapted
-from .taps import check_tensor, get_layer, not_called, Taps, Truncated
+from .taps import check_tensor, get_layer, not_called, Once, Taps, Truncated
 
 # %% ../../nbs/layers/cut.ipynb #9e4d7cc3
 class Block:
@@ -177,7 +177,7 @@ class Maps:
         tfm=None # Applied to the inputs first
     ):
         self.model,self.short,self.layers,self.tfm = (model,),(Truncated(model, layers[-1]),),layers,tfm
-        with probing(model), Taps(model, layers) as t:
+        with probing(model), Once(model, layers) as t:
             self.short[0](*seen_by(tfm, xb))
             self.clone = t.overwritten()
 

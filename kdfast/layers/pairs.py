@@ -10,10 +10,10 @@ __all__ = ['stage_taps', 'pair_layers', 'last_stages', 'classifier_map', 'embedd
 # %% ../../nbs/layers/pairs.ipynb #e74bb1a1
 from math import ceil
 import torch
-from fastcore.basics import tuplify
+from fastcore.basics import first, tuplify
 from torch import nn
 from ..core import random_like, seen_by
-from .taps import calls_of, get_layer, given_mark, trace
+from .taps import called_again, calls_of, get_layer, given_mark, trace
 
 # %% ../../nbs/layers/pairs.ipynb #069a448b
 _norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -62,6 +62,19 @@ def _spread(calls, units, n):
         f"per_stage={n}, but the stage that ends at {end!r} has only {len(blocks)} blocks: use 1 to {len(blocks)}, or pass `pairs=`")
     return [blocks[ceil(len(blocks)*i/n)-1] for i in range(1, n+1)]
 
+# %% ../../nbs/layers/pairs.ipynb #c9532bef
+def _as_box(m):
+    "What `m` was before it was traced: numbered parts ran one after the other"
+    parts = dict(m.named_children())
+    return nn.Sequential(*parts.values()) if all(n.isdigit() for n in parts) else m
+
+def _lost(net, calls):
+    "The boxes that tracing took out of the forward pass, as if they were called: module, shapes of their first input and last output"
+    traced = [(f'{k}.' if k else '', m) for k,m in net.named_modules() if isinstance(m, torch.fx.GraphModule)]
+    boxes = {k+n:_as_box(o) for k,m in traced for n,o in m.named_modules() if n and len([*o.children()]) and k+n not in calls}
+    inside = {b:[c for n,c in calls.items() if n.startswith(f'{b}.')] for b in boxes}
+    return {b:(m, inside[b][0][1], inside[b][-1][2]) for b,m in boxes.items() if inside[b]}
+
 # %% ../../nbs/layers/pairs.ipynb #6e02f466
 def stage_taps(
     model:nn.Module, # Any convnet
@@ -71,11 +84,12 @@ def stage_taps(
 ) -> dict: # Map size `(h,w)` to layer names, large to small
     "The layers of `model` at which its stages end"
     calls = trace(model, x)
-    stages = _stages(calls)
-    first = next(iter(stages), None)
-    stems = {first} if stages and _is_stem(calls, stages[first]) else set()
-    return {size: [units[-1]] if size in stems else _spread(calls, units, per_stage)
-        for size,units in stages.items() if stem or size not in stems}
+    lost = _lost(model, calls)
+    stages = _stages({**calls, **lost})
+    stems = {s for s,units in [*stages.items()][:1] if _is_stem({**calls, **lost}, units)}
+    read = {s:units for s,units in stages.items() if stem or s not in stems}
+    if any(n in lost for units in read.values() for n in units): return {}
+    return {s: [units[-1]] if s in stems else _spread(calls, units, per_stage) for s,units in read.items()}
 
 def _is_traced(net): return any(isinstance(m, torch.fx.GraphModule) for m in net.modules())
 
@@ -94,7 +108,7 @@ def pair_layers(
     tfm=None # What is done to `x` before the teacher sees it
 ) -> dict: # Student's layer to teacher's layer; raises `ValueError` if no map sizes agree
     "The layers of two convnets whose maps have the same size, stage by stage"
-    s = _with_stages(student, 'student', {} if _is_traced(student) else stage_taps(student, x, per_stage, stem))
+    s = _with_stages(student, 'student', stage_taps(student, x, per_stage, stem))
     t = _with_stages(teacher, 'teacher', stage_taps(teacher, seen_by(tfm, tuplify(x)), per_stage, stem))
     pairs = {a:b for size in s if size in t for a,b in zip(s[size], t[size])}
     if pairs: return pairs
@@ -102,9 +116,7 @@ def pair_layers(
         "pass pairs={'student.layer': 'teacher.layer'}")
 
 # %% ../../nbs/layers/pairs.ipynb #ce7793ea
-def _last_stage(net, role, x):
-    stages = _with_stages(net, role, {} if _is_traced(net) else stage_taps(net, x))
-    return [*stages.values()][-1][-1]
+def _last_stage(net, role, x): return [*_with_stages(net, role, stage_taps(net, x)).values()][-1][-1]
 
 def last_stages(
     student:nn.Module, # The network to be taught
@@ -169,7 +181,9 @@ def before_relu(
     "What the ReLU at the end of `layer`, or the one after it, is given"
     get_layer(model, layer)
     *calls,_ = calls_of(model, tuplify(x))
-    end = next((out for n,_,_,out,_ in calls if n==layer), None)
+    ends = [out for n,_,_,out,_ in calls if n==layer]
+    if len(ends)>1: called_again(layer)
+    end = first(ends)
     after = [n for n,m,given,*_ in calls if isinstance(m, _norms) and given is end]
     before = lambda given,out,version: version-1 if given is out else given._version
     relus = [(i, *c) for i,c in enumerate(calls) if isinstance(c[1], _relus) and (c[2] is end or c[3] is end)]

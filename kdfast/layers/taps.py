@@ -21,6 +21,9 @@ given_mark = ':in'
 def check_tensor(name, out):
     if not isinstance(out, torch.Tensor): raise ValueError(f"The layer {name!r} outputs a {type(out).__name__}, not a tensor: tap another")
 
+def called_again(name): raise ValueError(
+    f"The layer {name!r} is called more than once in a forward pass: tap one that is called once, or call it on all inputs at once, torch.cat")
+
 def not_called(name): raise ValueError(f"The layer {name!r} was not called in the forward pass: choose one that is")
 
 # %% ../../nbs/layers/taps.ipynb #dd9361b9
@@ -67,7 +70,7 @@ class Taps:
         clone=() # Names of those to copy, because the network overwrites what they put out
     ):
         self.layers,self.clone = {n:get_layer(model, n) for n in layers},set(clone)
-        self.outs,self.versions,self.handles = {},{},[]
+        self.outs,self.versions,self.graphs,self.handles = {},{},{},[]
 
     def __enter__(self):
         after = lambda n,m: m.register_forward_hook(partial(self._keep, n))
@@ -82,6 +85,7 @@ class Taps:
     def _keep(self, name, m, args, out):
         check_tensor(name, out)
         self.outs[name],self.versions[name] = out.clone() if name in self.clone else out,out._version
+        self.graphs[name] = torch.is_grad_enabled()
 
     def _keep_given(self, name, m, args): self._keep(name, m, args, args[0])
 
@@ -94,6 +98,24 @@ class Taps:
     def check(self):
         if spoilt := self.overwritten(): raise ValueError(
             f"A dropout in place overwrites the output of {', '.join(sorted(spoilt))}: use inplace=False there, or choose other layers")
+        apart = sorted(n for n in self.outs if torch.is_grad_enabled() and not self.graphs[n])
+        if apart: raise ValueError(f"The student runs {apart[0]!r} without a graph, so nothing there can learn: "
+            "pass use_reentrant=False to gradient checkpointing, take no_grad() out of forward, or tap another layer")
+
+# %% ../../nbs/layers/taps.ipynb #4d38e9ff
+class Once(Taps):
+    "Taps for one forward pass in which no layer is called a second time, but for those of which the last call is meant"
+    def __init__(self,
+        model:nn.Module, # Any network
+        layers, # As for `Taps`; raises `ValueError` in the forward pass where one is called again
+        last=() # Names of those that may be called again
+    ):
+        super().__init__(model, layers)
+        self.last = set(last)
+
+    def _keep(self, name, m, args, out):
+        if name in self.outs and name not in self.last: called_again(name)
+        super()._keep(name, m, args, out)
 
 # %% ../../nbs/layers/taps.ipynb #6d56b6f1
 class _Reached(Exception):

@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from ..core import keep_rng, probing, seen_by
 from ..layers.adapters import bare_model
 from ..layers.pairs import pair_layers, stage_taps
-from ..layers.taps import Taps
+from ..layers.taps import Once
 from ..losses.core import attention_map
 from ..teacher.callback import TeacherCallback
 
@@ -37,7 +37,7 @@ def _seen(net, tfm, xb): return seen_by(tfm, to_device(xb, next(net.parameters()
 # %% ../../nbs/look/compare.ipynb #765a6865
 def _maps(net, tfm, x, layers):
     "Maps `(bs,h,w)` in [0,1], one a layer, of the size of `x`"
-    with probing(net), Taps(net, layers) as taps:
+    with probing(net), Once(net, layers) as taps:
         net(*_seen(net, tfm, (x,)))
         flat = {o: (attention_map(taps[o]),taps[o].shape[2:]) for o in layers}
     maps = [F.interpolate(m.view(len(x), 1, *size), x.shape[2:], mode='bilinear')[:,0].cpu() for m,size in (flat[o] for o in layers)]
@@ -142,7 +142,7 @@ def _layers(net, x):
 def _features(net, tfm, x):
     x, = _seen(net, tfm, (x,))
     with keep_rng(): layers = _layers(net, x[:1])
-    with probing(net), Taps(net, layers) as taps:
+    with probing(net), Once(net, layers) as taps:
         net(x)
         return {o:taps[o].cpu() for o in layers}
 

@@ -139,6 +139,7 @@ class TeacherCache(Callback):
         self._check_lacking(self.files)
         self.same = torch.ones((), dtype=torch.bool, device=next(bare_model(self.learn.model).parameters()).device)
         self.replay = _Replay(self.dl, self) if self.views else None
+        if not self.views: self.source.skip_nothing()
         if self.views: self.learn.dl = self.replay
 
     def after_train(self): self._check_same()

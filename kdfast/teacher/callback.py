@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from ..core import device_of, fingerprint, keep_rng, logits_of, probe_batch, probing, seen_by
 from ..devices import autocast_dtype
 from ..layers.adapters import Adapted, adapters_of, bare_model
-from ..layers.taps import Taps
+from ..layers.taps import Once, Taps
 from ..losses.core import at_least_float
 from .inference import Frozen
 
@@ -134,6 +134,15 @@ def refreeze(self:TeacherCallback):
     key = (fingerprint(self.network), layers, outputs, device, self.precision, self.compile, id(self.tfm), loaders)
     if key!=self.frozen_key: self.frozen,self.frozen_key = self.freeze(layers, outputs),key
 
+# %% ../../nbs/teacher/callback.ipynb #590444db
+def not_numbered(what, remedy): raise ValueError(f"{what} does not tell which samples are in a batch: {remedy}")
+
+def none_skipped(do_item, i):
+    "What `do_item` makes of sample `i`; raises `ValueError` where it skips that"
+    item = do_item(i)
+    if item is None: not_numbered(f"A loader that skips sample {i}", "leave that out of the training set")
+    return item
+
 # %% ../../nbs/teacher/callback.ipynb #72793022
 @patch(as_prop=True)
 def loader(self:TeacherCallback):
@@ -145,14 +154,23 @@ def check_numbered(self:TeacherCallback):
     "Raises `ValueError` where the training loader does not tell which samples are in a batch"
     dl = self.loader
     numbered = all(hasattr(dl, o) for o in ('new','create_batches')) and dl.bs and hasattr(dl.dataset, '__len__')
-    if not numbered: raise ValueError(f"A {type(dl).__name__} like this does not tell which samples are in a batch: "
-        "use fastai's DataLoaders over a dataset with a length, and a batch size")
+    if not numbered: not_numbered(f"A {type(dl).__name__} like this", "use fastai's DataLoaders over a dataset with a length, and a batch size")
+
+# %% ../../nbs/teacher/callback.ipynb #b93c536f
+@patch
+def skip_nothing(self:TeacherCallback):
+    "Let the loader skip nothing in this epoch, since each sample after that would have the number of the one before"
+    if 'do_item' in vars(self.loader): return
+    self.loader.do_item = partial(none_skipped, self.loader.do_item)
+    self.stack.callback(vars(self.loader).pop, 'do_item')
 
 @patch(as_prop=True)
 def ids(self:TeacherCallback) -> list:
     "Numbers, in the training set, of the samples in this batch"
     dl = self.dl
-    return [*(vars(dl)['ids'] if 'ids' in vars(dl) else dl._DataLoader__idxs[self.iter*dl.bs:(self.iter+1)*dl.bs])]
+    ids = [*(vars(dl)['ids'] if 'ids' in vars(dl) else dl._DataLoader__idxs[self.iter*dl.bs:(self.iter+1)*dl.bs])]
+    if len(ids)!=find_bs(self.xb): not_numbered("A before_batch that leaves samples out", "leave them out of the training set")
+    return ids
 
 # %% ../../nbs/teacher/callback.ipynb #ede7e23a
 @patch(as_prop=True)
@@ -183,7 +201,7 @@ def _watch(self:TeacherCallback):
 class DistillCallback(Callback):
     "Adds `weight` times what `term` computes to the loss of every training batch"
     order,run_valid,layers,reads_logits,label,now,value,total,count = 1,False,{},True,None,None,None,0.,0
-    taught,stage,stages,reuses = True,None,(None,2),True
+    taught,stage,stages,reuses,last_calls = True,None,(None,2),True,()
     def __init__(self,
         weight:float=1. # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`
     ): self.weight = weight
@@ -365,7 +383,8 @@ def _probe(self:TeacherCallback, student, terms):
         for t in terms:
             if t.taught: t.choose(student, self.network, self.tfm, xs)
         layers = [{n for t in terms for n in o(t.layers)} for o in (dict.keys,dict.values)]
-        with Taps(student, layers[0]) as s, Taps(self.network, layers[1]) as t:
+        last = {n for t in terms for n in t.last_calls}
+        with Once(student, layers[0], last) as s, Once(self.network, layers[1], last) as t:
             pred = student(*xs)
             if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): pred = logits_of(pred)  # which does so in training
             target = None if isinstance(self.network, NoTeacher) else logits_of(self.see(*xt))

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ..core import eval_mode, logits_of, probing, random_like
 from ..devices import autocast_dtype
-from ..layers.taps import get_layer, Taps, Truncated
+from ..layers.taps import get_layer, given_mark, Once, Taps, Truncated
 
 # %% ../../nbs/teacher/inference.ipynb #7eb9d08b
 class _Uses(TorchDispatchMode):
@@ -142,7 +142,7 @@ def _borrow(self:Frozen, *xb):
     with eval_mode(self.net), self.taps: return self._read(*xb)
 
 # %% ../../nbs/teacher/inference.ipynb #9acdb4b6
-class _Calls(Taps):
+class _Calls(Once):
     "Taps that know in which order they were met"
     def __enter__(self):
         self.calls = []
@@ -155,7 +155,7 @@ class _Calls(Taps):
 @patch
 def _trial(self:Frozen, xb):
     self.ask = self.net
-    with _Calls(self.net, self.layers) as t, eval_mode(self.net):
+    with _Calls(self.net, self.layers, (n for n in self.layers if n.endswith(given_mark))) as t, eval_mode(self.net):
         self(*xb)
         for n in self.layers: t[n]  # an error if it was not called
         return t.calls,t.overwritten()

@@ -15,7 +15,7 @@ from ..core import device_of, eval_mode, keep_rng, on_interrupt, probe_batch, pr
 from ..layers.adapters import adapters_of, bare_model, hint_adapter
 from ..layers.cut import cut_blocks, laid_out, Maps, only_learns, PartOf, Projection
 from ..layers.pairs import pair_layers
-from ..layers.taps import Taps, Truncated
+from ..layers.taps import Once, Truncated
 from ..learner import Learner  # its recorder with `history`
 from ..losses.core import at_least_float, hint_loss
 from ..teacher.callback import DistillCallback, NoTeacher, TeacherCallback
@@ -33,12 +33,6 @@ def _check_order(blocks, order):
     runs = ', '.join(sorted({b.hint for b in blocks}, key=order.index))
     if at!=sorted(at): raise ValueError(
         f"The teacher runs {runs}, but the pairs name them in another order: list pairs so that both networks run them in order")
-
-class _Once(Taps):
-    "Taps that are met once in a forward"
-    def _keep(self, name, m, args, out):
-        if name in self.outs: raise ValueError(f"The teacher runs {name!r} more than once: choose the layer after it")
-        super()._keep(name, m, args, out)
 
 # %% ../../nbs/train/blocks.ipynb #0063a823
 def _check_fit(b, mode):
@@ -68,7 +62,7 @@ def find_blocks(
             f"fit_blocks takes at least two pairs, {{'student.layer': 'teacher.layer', ...}}, got {pairs}: "
             "add one, or use FitNet() with fit_one_cycle")
         *blocks,last = cut_blocks(student, pairs, *xs)
-        with probing(cb.network), _Once(cb.network, pairs.values()) as t:
+        with probing(cb.network), Once(cb.network, pairs.values()) as t:
             cb.see(*xt)
             for b in blocks: b.hint,b.hint_shape = pairs[b.tap],tuple(t[pairs[b.tap]].shape)
             _check_order(blocks, [*t.outs])
