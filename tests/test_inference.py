@@ -81,15 +81,17 @@ def test_compiled_and_short(teacher):
     (none,theirs),(nothing,ours) = exact(x32),frozen(x32)
     assert none is nothing is None and all(far(ours[n], theirs[n])<1e-3 for n in theirs)
 
-def test_a_layer_that_is_called_twice_counts_with_its_last_call():
+def test_a_layer_that_is_called_twice_is_refused_but_before_a_relu():
+    "What a layer takes, ':in', counts with its last call, which blocks that share a ReLU need; nothing is then cut off before it"
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
             self.a,self.b = nn.Conv2d(3, 3, 1),nn.Conv2d(3, 3, 1)
         def forward(self, x): return self.a(self.b(self.a(x)))
     net = Twice().eval()
-    _,maps = Frozen(net, (x32[:2],), ['a','b'], outputs=False, precision='float32')(x32)
-    with torch.no_grad(): assert far(maps['a'], net(x32))<1e-5
+    with pytest.raises(ValueError, match="The layer 'a' is called more than once"): Frozen(net, (x32[:2],), ['a','b'], outputs=False, precision='float32')
+    _,maps = Frozen(net, (x32[:2],), ['a:in','b'], outputs=False, precision='float32')(x32)
+    with torch.no_grad(): assert far(net.a(maps['a:in']), net(x32))<1e-5
 
 def test_double_stays(teacher):
     out,_ = Frozen(teacher.double(), (x32[:2].double(),))(x32.double())
