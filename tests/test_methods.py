@@ -431,7 +431,7 @@ def test_segmentation(name, quiet):
     flat = lambda o: o.movedim(1, -1).flatten(0, 2)
     with torch.no_grad(): s,z = flat(student(x)),flat(teacher.eval()(x))
     known = y.flatten()<5
-    by_pixel = t.func(s[known], z[known], y=y.flatten()[known]) if t.labelled else t.func(s, z)
+    by_pixel = t.func(s[known], z[known], **(dict(y=y.flatten()[known]) if t.labelled else {}))
     outputs = CrossEntropyLossFlat(axis=1, ignore_index=255)
     learn = distill_learner(dls, asked(teacher, t), student, cbs=[t, Keep()], loss_func=outputs, precision='float32')
     learn.dls.train.shuffle = False
@@ -1092,3 +1092,68 @@ def test_numbers_of_samples(workers, trained, quiet):
     learn = distill_learner(skipping_dls('none', workers), trained, wrn(10, 1), cbs=Look(), loss_func=CrossEntropyLossFlat())
     quiet(learn, 2, 1e-3)
     assert seen==[(i,i%10) for i in range(10)]*2 and 'do_item' not in vars(learn.dls.train)
+
+# What the loss leaves out, and what is not finite
+
+@pytest.mark.parametrize('number', [0,255])
+@pytest.mark.parametrize('make', [lambda: KD(alpha=.5), lambda: DKD(ramp=0.), NKD, DIST, Logits, lambda: TfKD(alpha=.5)], ids=['kd','dkd','nkd','dist','logits','tfkd'])
+def test_an_ignored_label_of_any_number(make, number, quiet):
+    "A teacher changed at ignored pixels alone changes nothing, and the value is that of the pixels that count"
+    set_seed(0)
+    y = torch.randint(1, 5, (8,8,8)).where(torch.rand(8,8,8)<.7, number)
+    student,teacher = torch.randn(8,5,8,8),3*torch.randn(8,5,8,8)
+    class Fixed(nn.Module):
+        def __init__(self, x):
+            super().__init__()
+            self.x = nn.Parameter(x)
+        def forward(self, x): return self.x[:len(x)]
+    def added(t, teacher, loss):
+        set_seed(1)
+        dls = DataLoaders(*(DataLoader([*zip(torch.randn(8,3,8,8), y)], bs=8) for _ in range(2)))
+        learn = distill_learner(dls, asked(Fixed(teacher), t), Fixed(student.clone()), cbs=[t, Keep()], loss_func=loss, precision='float32')
+        return quiet(learn, 1, 0.).keep.added[t.label]
+    other = torch.where((y==number)[:,None], 9*torch.randn_like(teacher), teacher)
+    losses = [CrossEntropyLossFlat(axis=1, ignore_index=number), nn.CrossEntropyLoss(ignore_index=number), partial(F.cross_entropy, ignore_index=number)]
+    for loss in losses: assert added(make(), teacher, loss)==pytest.approx(added(make(), other, loss), rel=1e-5)
+    flat,known = (lambda o: o.movedim(1, -1).flatten(0, 2)),y.flatten()!=number
+    t = make()
+    by_pixel = t.func(flat(student)[known], flat(teacher)[known], **(dict(y=y.flatten()[known]) if t.labelled else {}))
+    assert added(make(), teacher, losses[0])==pytest.approx((t.weight if not callable(t.weight) else t.weight(1.))*by_pixel.item(), rel=1e-4)
+
+def test_an_ignored_label_that_is_mixed(trained, quiet):
+    "Each image counts with that part of it which has a label"
+    data = [(torch.randn(3,32,32), torch.tensor(i%3)) for i in range(24)]
+    dls,found = DataLoaders(*(DataLoader(data, bs=12, shuffle=True) for _ in range(2))),[]
+    class Note(Callback):
+        run_valid,order = False,2
+        def after_loss(self):
+            lam,(a,),b = self.mix_up.lam,self.mix_up.yb1,self.y
+            w = torch.lerp((a!=0).float(), (b!=0).float(), lam)
+            with torch.no_grad(): each = torch.stack([kd_loss(s[None], t[None]) for s,t in zip(self.pred, trained(self.x))])
+            found.append((self.learn.kd.value.item(), (.5*(each*w).sum()/w.sum()).item(), .5*each.mean().item()))
+    learn = distill_learner(dls, trained.eval(), wrn(10, 1), cbs=[KD(alpha=.5), MixUp(), Note()], loss_func=CrossEntropyLossFlat(ignore_index=0), precision='float32')
+    quiet(learn, 1, 1e-3)
+    assert found and all(a==pytest.approx(b, rel=1e-3) and a!=pytest.approx(c, rel=1e-3) for a,b,c in found)
+
+def test_nothing_ignored_is_the_same_to_the_last_bit():
+    s,t = torch.randn(7,5,3,9),torch.randn(7,5,3,9)
+    assert torch.equal(kd_loss(s, t), kd_loss(s, t, mask=torch.ones(7,3,9).bool()))
+    assert kd_loss(s, t, mask=torch.zeros(7,3,9).bool())==0
+
+@pytest.mark.parametrize('make', [lambda: KD(T=math.inf), lambda: KD(T=math.nan), lambda: AT(weight=math.nan), lambda: AT(weight=math.inf), lambda: DKD(weight=math.inf),
+    lambda: FitNet(weight=SchedLin(1., math.inf)), lambda: KD(alpha=math.nan), lambda: MLKD(T=(2.,math.inf))])
+def test_terms_are_finite(make):
+    with pytest.raises(ValueError, match='finite|in .0,1'): make()
+
+def test_a_term_that_is_not_finite_stops_the_fit(trained, quiet):
+    def wild_loss(s, t): return (s-t).square().mean()*math.nan
+    learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=[KD(), LogitKD(wild_loss)])
+    with pytest.raises(ValueError, match='kd and wild put out NaN or infinity in epoch 0'): quiet(learn, 2, 1e-3)
+
+@pytest.mark.parametrize('f', [kd_loss,sigmoid_kd_loss])
+def test_logits_that_would_broadcast(f):
+    with pytest.raises(ValueError, match='same shape'): f(torch.randn(5,1), torch.randn(5,2))
+
+@pytest.mark.parametrize('f', [lambda s,y: tfkd_loss(s, y), lambda s,y: dkd_loss(s, s, y), lambda s,y: nkd_loss(s, s, y)])
+def test_one_class_is_no_choice(f):
+    with pytest.raises(ValueError, match='at least two classes'): f(torch.randn(4,1), torch.zeros(4).long())

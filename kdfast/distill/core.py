@@ -17,9 +17,21 @@ from ..layers.adapters import hint_adapter
 from ..layers.pairs import pair_layers
 from ..losses.core import at_loss, attention_map, check_temperature, hint_loss, kd_loss
 from ..losses.logits import standardize
-from ..teacher.callback import DistillCallback
+from ..teacher.callback import along, DistillCallback
 
 # %% ../../nbs/distill/core.ipynb #a8e452f9
+def _in_vocab(y): return isinstance(y, TensorCategory) and y.ndim<2
+
+def told_by(loss, name):
+    "What a loss function, or the one inside it, has as `name` or takes by default; None where it does not tell"
+    if hasattr(loss, name): return getattr(loss, name)
+    if isinstance(loss, nn.Module): return
+    inner = getattr(loss, 'func', None)
+    args = inspect.signature(loss).parameters if inspect.isroutine(loss) or isinstance(loss, partial) else {}
+    default = args[name].default if name in args else inspect.Parameter.empty
+    return default if default is not inspect.Parameter.empty else told_by(inner, name) if inner is not None else None
+
+# %% ../../nbs/distill/core.ipynb #bb378210
 def is_multi_label(loss_func, yb):
     bce = (nn.BCEWithLogitsLoss, nn.BCELoss)
     return isinstance(getattr(loss_func, 'func', loss_func), bce) or isinstance(first(yb), TensorMultiCategory)
@@ -34,10 +46,12 @@ def _name_of(func, default):
     name = getattr(getattr(func, 'func', func), '__name__', '').removesuffix('_loss')
     return name if name.isidentifier() else default
 
+def _are_labels(y, shape): return isinstance(y, Tensor) and not y.is_floating_point() and y.numel()==math.prod(shape)
+
 def _as_labels(y, logits, name):
     "`y` as `(bs,...)` for logits `(bs,c,...)`; raises `ValueError` where they are not the numbers of classes"
     shape = (logits.shape[0],*logits.shape[2:])
-    fits = isinstance(y, Tensor) and not y.is_floating_point() and y.numel()==math.prod(shape)
+    fits = _are_labels(y, shape)
     found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else None if y is None else type(y).__name__
     if not fits: raise ValueError(f"{name} reads which class is right, but these targets ({found}) do not say: "
         "use KD, or DataLoaders with a category for each output")
@@ -48,20 +62,22 @@ class LogitKD(DistillCallback):
     "`func` of student's and teacher's logits, `(bs,c,...)`"
     per_image = False
     def __init__(self,
-        func, # Called as `func(student's logits, teacher's logits)`, with `y=labels` if it has such an argument; gives a scalar
+        func, # Called as `func(student's logits, teacher's logits)`, with `y=labels` and `mask=positions that count` if it takes them; gives a scalar
         weight:float=1., # A number, or a fastai schedule over the fit
         standardize:bool=False # Take mean and standard deviation out of the logits first
     ):
         super().__init__(weight)
         store_attr('func,standardize')
         args = inspect.signature(func).parameters
-        self.labelled,self.reducible = 'y' in args,'reduction' in args
+        self.labelled,self.reducible,self.masked = 'y' in args,'reduction' in args,'mask' in args
 
     @property
     def column(self): return _name_of(self.func, 'logit') if type(self) is LogitKD else super().column
 
     def prepare(self, probe):
         self.axis = getattr(self.learn.loss_func, 'axis', 1)
+        self.ignored = told_by(self.learn.loss_func, 'ignore_index')
+        if _in_vocab(first(probe.yb)) and not 0<=ifnone(self.ignored, -1)<self.laid(probe.pred).shape[1]: self.ignored = None
         self.check(probe)
         y = first(L(probe.yb).map(lambda o: o[:len(probe.pred)]))
         if self.labelled: _as_labels(y, self.laid(probe.pred), type(self).__name__)
@@ -74,7 +90,13 @@ class LogitKD(DistillCallback):
 
     def term(self):
         s,t = self.laid(self.pred),self.laid(self.source.out) if self.taught else None
-        return self._with_labels(s, t) if self.labelled else self.func(s, t)
+        return self._with_labels(s, t) if self.labelled else self.compared(s, t)
+
+    def compared(self, s, t): return self.func(s, t, **(dict(mask=self._counted(s)) if self.masked else {}))
+
+    def _labels(self, y, s):
+        y = _as_labels(y, s, type(self).__name__)
+        return y if self.ignored is None else y.masked_fill(y==self.ignored, -100)
 
 # %% ../../nbs/distill/core.ipynb #b4052a08
 @patch
@@ -94,7 +116,7 @@ def mixed_by(learn): return first(cb for cb in learn.cbs if isinstance(cb, MixHa
 
 @patch
 def _with_labels(self:LogitKD, s, t):
-    mix,labels = mixed_by(self.learn),partial(_as_labels, logits=s, name=type(self).__name__)
+    mix,labels = mixed_by(self.learn),partial(self._labels, s=s)
     y = labels(self.y)
     if not mix: return self.func(s, t, y=y)
     remedy = ", or let the function take reduction='none'" if type(self) is LogitKD else ''
@@ -103,10 +125,15 @@ def _with_labels(self:LogitKD, s, t):
     value,n = (torch.lerp(*o, unsqueeze(tensor(mix.lam).to(s.device), n=y.ndim-1)).sum() for o in zip(*pairs))
     return value/n.clamp(min=1)
 
-# %% ../../nbs/distill/core.ipynb #3aa87279
-def _along(weight):
-    "A weight at 21 moments of a fit"
-    return [float(weight(i/20)) if callable(weight) else weight for i in range(21)]
+@patch
+def _counted(self:LogitKD, s):
+    "Which positions the loss counts, `(bs,...)`, mixed as the labels are; None for all"
+    if self.ignored is None: return
+    mix,shape = mixed_by(self.learn),(s.shape[0],*s.shape[2:])
+    ys = [first(mix.yb1),self.y] if mix else [self.y]
+    if not all(_are_labels(o, shape) for o in ys): return
+    ok = [o.as_subclass(Tensor).reshape(shape)!=self.ignored for o in ys]
+    return torch.lerp(*(o.float() for o in ok), unsqueeze(tensor(mix.lam).to(s.device), n=len(shape)-1)) if mix else ok[0]
 
 # %% ../../nbs/distill/core.ipynb #7cb9461a
 def _phased(weight, since, until, ramp, pct):
@@ -134,7 +161,7 @@ class KD(LogitKD):
         standardize:bool=False # Take mean and standard deviation out of the logits first (Sun et al., arXiv:2403.01427)
     ):
         check_temperature(T)
-        values = _along(alpha)
+        values = along(alpha)
         if not all(0<=a<=1 for a in values): raise ValueError(
             f"alpha, the teacher's fraction of the loss, must be in [0,1], got {min(values)} to {max(values)}: .9 is the default")
         super().__init__(partial(kd_loss, T=T), alpha, standardize)
@@ -142,7 +169,7 @@ class KD(LogitKD):
 
     def check(self, probe):
         super().check(probe)
-        part = max(map(sum, zip(*(_along(t.weight) for t in self.source.terms if isinstance(t, KD)))))
+        part = max(map(sum, zip(*(along(t.weight) for t in self.source.terms if isinstance(t, KD)))))
         if part>1+1e-6: raise ValueError(f"The alphas of the KD terms sum to {part:g}: choose alphas that add up to 1 or less")
 
     def term(self): return self.scale*super().term()

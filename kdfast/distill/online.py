@@ -115,7 +115,7 @@ class DML(LogitKD):
         self.said = [logits_of(o(*self.learn.xb)) for o in self.peers]
         return self._taught_by(self.pred, self.said)
 
-    def _taught_by(self, pred, others): return sum(self.func(self.laid(pred), self.laid(o).detach()) for o in others)/len(others)
+    def _taught_by(self, pred, others): return sum(self.compared(self.laid(pred), self.laid(o).detach()) for o in others)/len(others)
 
     def extras(self):
         everyone,said,self.said = [self.pred,*self.said],self.said,None

@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/losses/core.html.md"""
 __all__ = ['at_least_float', 'full_precision', 'soften', 'kd_loss', 'attention_map', 'at_loss', 'hint_loss']
 
 # %% ../../nbs/losses/core.ipynb #38e58399
-import functools, torch, torch.nn.functional as F
+import functools, math, torch, torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/losses/core.ipynb #6428a2c4
@@ -30,10 +30,22 @@ def full_precision(
     return exact
 
 # %% ../../nbs/losses/core.ipynb #3ebf7a4d
+def mean_over(x, mask):
+    "The mean over the positions that count, to the last bit `x.mean()` where all do"
+    if mask is None: return x.mean()
+    w = mask.to(x)
+    n = w.sum()
+    return (x.where(w>0, 0)*w).mean()*(torch.full_like(n, w.numel())/n.where(n>0, 1))
+
 def check_temperature(T):
-    if not T>0: raise ValueError(f"The temperature must be positive, got T={T}: 4 is usual for 10 to 100 classes, 1 for ImageNet")
+    if not 0<T<math.inf: raise ValueError(f"The temperature must be positive and finite, got T={T}: 4 is usual for 10 to 100 classes, 1 for ImageNet")
 
 # %% ../../nbs/losses/core.ipynb #8492c034
+def check_shapes(input, target, remedy):
+    s,t = tuple(input.shape),tuple(target.shape)
+    if s!=t: raise ValueError(f"Student and teacher must have features of the same shape, got {s} and {t}: {remedy}")
+
+# %% ../../nbs/losses/core.ipynb #d13d61cc
 def soften(
     logits:Tensor, # `(bs,c,...)`
     T:float=4., # Temperature: the higher it is, the more the small probabilities count; raises `ValueError` unless positive
@@ -47,11 +59,13 @@ def kd_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
     target:Tensor, # Teacher's logits, same shape
     T:float=4., # Temperature, as for `soften`
-    axis:int=1 # The axis of the classes
+    axis:int=1, # The axis of the classes
+    mask:Tensor=None # Which positions count, `(bs,...)` without that axis; by default all
 ) -> Tensor: # A scalar: summed over classes, averaged over everything else
     "`T**2` times the Kullback-Leibler divergence of the softened outputs (Hinton et al., arXiv:1503.02531)"
+    check_shapes(input, target, "give both networks the same n_out")
     s,t = (soften(o, T, axis) for o in (input,target))
-    return T**2 * F.kl_div(s, t, reduction='none', log_target=True).sum(axis).mean()
+    return T**2 * mean_over(F.kl_div(s, t, reduction='none', log_target=True).sum(axis), mask)
 
 # %% ../../nbs/losses/core.ipynb #2303a2ff
 class _MeanSquare(torch.autograd.Function):
@@ -93,10 +107,6 @@ def at_loss(
     return (attention_map(input, p, size) - attention_map(target, p, size)).pow(2).mean()
 
 # %% ../../nbs/losses/core.ipynb #5c1e07aa
-def check_shapes(input, target, remedy):
-    s,t = tuple(input.shape),tuple(target.shape)
-    if s!=t: raise ValueError(f"Student and teacher must have features of the same shape, got {s} and {t}: {remedy}")
-
 def check_channels(input, target, remedy):
     s,t = input.shape[1],target.shape[1]
     if s!=t: raise ValueError(f"Student and teacher must have the same number of channels, got {s} and {t}: {remedy}")

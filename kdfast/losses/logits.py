@@ -11,15 +11,17 @@ __all__ = ['logits_loss', 'sigmoid_kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss'
 # %% ../../nbs/losses/logits.ipynb #579200ce
 import math, torch, torch.nn.functional as F
 from torch import Tensor
-from .core import at_least_float, full_precision, kd_loss, soften
+from .core import at_least_float, full_precision, kd_loss, mean_over, soften
 
 # %% ../../nbs/losses/logits.ipynb #d232d304
 def logits_loss(
     input:Tensor, # Student's logits
-    target:Tensor # Teacher's logits, same shape
+    target:Tensor, # Teacher's logits, same shape
+    mask:Tensor=None # Which positions count, `(bs,...)` without the axis of the classes, here 1; by default all
 ) -> Tensor: # A scalar: the mean over all elements
     "Mean squared difference of logits (Ba and Caruana, arXiv:1312.6184)"
-    return F.mse_loss(at_least_float(input), at_least_float(target))
+    s,t = at_least_float(input),at_least_float(target)
+    return F.mse_loss(s, t) if mask is None else mean_over((s-t)**2, mask.unsqueeze(1).expand_as(s))
 
 # %% ../../nbs/losses/logits.ipynb #701935d8
 def sigmoid_kd_loss(
@@ -44,6 +46,7 @@ def _kl(s, t): return (t.exp()*(t-s)).sum(-1)
 # %% ../../nbs/losses/logits.ipynb #d9721b66
 def _labelled(y, c):
     "Labels that can be looked up, and which of them are labels"
+    if c<2: raise ValueError(f"Labels choose among at least two classes, but there is {c} logit: use BCE, or logits_loss")
     y,ok = y.as_subclass(Tensor),(y>=0)&(y<c)
     return y.clamp(0, c-1),ok.as_subclass(Tensor)
 
@@ -89,18 +92,22 @@ def nkd_loss(
     return _reduced(right - gamma*T**2*(t.exp()*s).sum(-1), ok, reduction)
 
 # %% ../../nbs/losses/logits.ipynb #1d4cf9ac
-def _correlation(a, b, dim): return F.cosine_similarity(*(o - o.mean(dim, keepdim=True) for o in (a,b)), dim=dim)
+def _correlation(a, b, dim, w=None):
+    mean = lambda o: o.mean(dim, keepdim=True) if w is None else (o*w).sum(dim, keepdim=True)/w.sum().clamp(min=1e-7)
+    return F.cosine_similarity(*((o - mean(o))*(1 if w is None else w.sqrt()) for o in (a,b)), dim=dim)
 
 def dist_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
     target:Tensor, # Teacher's logits, same shape
     tau:float=4., # Temperature; raises `ValueError` unless positive
-    axis:int=1 # The axis of the classes
+    axis:int=1, # The axis of the classes
+    mask:Tensor=None # Which positions count, `(bs,...)` without that axis; by default all
 ) -> Tensor: # A scalar; of one image the second part is left out
     "`tau**2` times what Pearson's correlation lacks to 1, within images and within classes (Huang et al., arXiv:2205.10536)"
     s,t = (soften(o, tau, axis).exp().movedim(axis, -1).flatten(0, -2) for o in (input,target))
-    lack = [1 - _correlation(s, t, dim).mean() for dim in ((1,0) if len(s)>1 else (1,))]
-    return tau**2*sum(lack)
+    w = None if mask is None else mask.to(s).reshape(-1, 1)
+    lack = 1 - mean_over(_correlation(s, t, 1), None if w is None else w[:,0])
+    return tau**2*(lack + (1 - _correlation(s, t, 0, w).mean() if len(s)>1 else 0))
 
 # %% ../../nbs/losses/logits.ipynb #564a29ee
 def standardize(

@@ -57,7 +57,7 @@ class TeacherCallback(Callback):
 
     def after_loss(self): self._forget()
     def after_train(self):
-        if self.finite is not None: _check_finite(self.finite, f"in epoch {self.epoch}")
+        if self.finite is not None: _check_teacher(self.finite, f"in epoch {self.epoch}")
 
     def after_epoch(self): self.learn.__dict__.pop('_do_epoch_train', None)
 
@@ -67,9 +67,11 @@ class TeacherCallback(Callback):
         new.learn = deepcopy(self.learn, memo)
         return new
 
-def _check_finite(ok, when):
-    if not ok: raise ValueError(f"The teacher put out NaN or infinity {when}: "
-        "check its weights and how its inputs are normalized, or try precision='float32'")
+def _check_finite(ok, wrong):
+    if not ok: raise ValueError(wrong)
+
+def _check_teacher(ok, when): _check_finite(ok, f"The teacher put out NaN or infinity {when}: "
+    "check its weights and how its inputs are normalized, or try precision='float32'")
 
 # %% ../../nbs/teacher/callback.ipynb #25851458
 @patch
@@ -198,13 +200,22 @@ def _watch(self:TeacherCallback):
     self.stack.callback(self._forget)
 
 # %% ../../nbs/teacher/callback.ipynb #513ee1f6
+def along(weight):
+    "A weight at 21 moments of a fit"
+    return [float(weight(i/20)) if callable(weight) else weight for i in range(21)]
+
+# %% ../../nbs/teacher/callback.ipynb #3a1fcc5d
 class DistillCallback(Callback):
     "Adds `weight` times what `term` computes to the loss of every training batch"
     order,run_valid,layers,reads_logits,label,now,value,total,count = 1,False,{},True,None,None,None,0.,0
     taught,stage,stages,reuses,last_calls = True,None,(None,2),True,()
     def __init__(self,
         weight:float=1. # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`
-    ): self.weight = weight
+    ):
+        values = along(weight)
+        if not all(map(math.isfinite, values)): raise ValueError(
+            f"The weight of {type(self).__name__} must be finite, got {min(values)} to {max(values)}: leave it out for the default")
+        self.weight = weight
 
     @property
     def column(self): return type(self).__name__.lower()
@@ -248,8 +259,13 @@ class DistillCallback(Callback):
     def after_epoch(self):
         if self.count and hasattr(self.learn, 'recorder'):
             log = self.recorder.log
+            mean = maybe_gather(self.total/self.count).item()
+            if not math.isfinite(mean):
+                bad = [t.label for t in self.source.terms if t.count and not (t.total/t.count).isfinite()]
+                _check_finite(hasattr(self.learn, 'lr_finder'), f"{' and '.join(bad)} put out NaN or infinity in epoch {self.epoch}: "
+                    "lower the weight or the learning rate")
             missing = self.recorder.metric_names.index(self.label)-len(log)  # columns of a validation that was skipped
-            self.recorder.log = log + [None]*missing + [maybe_gather(self.total/self.count).item()]
+            self.recorder.log = log + [None]*missing + [mean]
         self.total,self.count = 0.,0
 
 # %% ../../nbs/teacher/callback.ipynb #33307e49
@@ -389,7 +405,7 @@ def _probe(self:TeacherCallback, student, terms):
             if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): pred = logits_of(pred)  # which does so in training
             target = None if isinstance(self.network, NoTeacher) else logits_of(self.see(*xt))
             check_outputs(pred, target)
-            if target is not None: _check_finite(torch.isfinite(target).all(), "for a batch of zeros")
+            if target is not None: _check_teacher(torch.isfinite(target).all(), "for a batch of zeros")
             return Probe(pred, target, *({n:o[n] for n in o.layers} for o in (s,t)), xb, yb, s.overwritten())
 
 # %% ../../nbs/teacher/callback.ipynb #d11216eb
