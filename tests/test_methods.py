@@ -1157,3 +1157,6 @@ def test_logits_that_would_broadcast(f):
 @pytest.mark.parametrize('f', [lambda s,y: tfkd_loss(s, y), lambda s,y: dkd_loss(s, s, y), lambda s,y: nkd_loss(s, s, y)])
 def test_one_class_is_no_choice(f):
     with pytest.raises(ValueError, match='at least two classes'): f(torch.randn(4,1), torch.zeros(4).long())
+
+def test_nst_needs_maps():
+    with pytest.raises(ValueError, match='NST needs feature maps'): nst_loss(torch.randn(4,8), torch.randn(4,8))

@@ -45,6 +45,9 @@ def check_shapes(input, target, remedy):
     s,t = tuple(input.shape),tuple(target.shape)
     if s!=t: raise ValueError(f"Student and teacher must have features of the same shape, got {s} and {t}: {remedy}")
 
+def check_maps(x, name):
+    if x.ndim!=4: raise ValueError(f"{name} needs feature maps (bs,c,h,w), got shape {tuple(x.shape)}: choose a convolution or a stage")
+
 # %% ../../nbs/losses/core.ipynb #d13d61cc
 def soften(
     logits:Tensor, # `(bs,c,...)`
@@ -91,7 +94,7 @@ def attention_map(
     size:tuple=None # Average-pool the map to this `(h,w)` first
 ) -> Tensor: # One unit-length map per image, `(bs,h*w)`
     "Where `x` looks: `|x|**p` averaged over channels, flattened and normalized (arXiv:1612.03928)"
-    if x.ndim!=4: raise ValueError(f"Attention needs feature maps (bs,c,h,w), got shape {tuple(x.shape)}: choose a convolution or a stage")
+    check_maps(x, 'Attention')
     a = _MeanSquare.apply(x.as_subclass(Tensor)) if p==2 and x.is_floating_point() else at_least_float(x).abs().pow(p).mean(1)
     if size is not None and a.shape[1:]!=size: a = F.adaptive_avg_pool2d(a, size)
     return F.normalize(a.flatten(1))

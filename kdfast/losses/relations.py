@@ -10,7 +10,7 @@ __all__ = ['embedding', 'sp_loss', 'pkt_loss', 'cc_loss', 'rkd_loss', 'nst_loss'
 # %% ../../nbs/losses/relations.ipynb #a70313f1
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .core import at_least_float, check_channels, full_precision
+from .core import at_least_float, check_channels, check_maps, full_precision
 
 # %% ../../nbs/losses/relations.ipynb #91804ea4
 def embedding(
@@ -94,6 +94,7 @@ def nst_loss(
     target:Tensor # Teacher's maps, `(bs,c2,h2,w2)`: channels and size may differ
 ) -> Tensor: # A scalar: the mean over images
     "Squared maximum mean discrepancy of normalized channels, kernel `(x.y)**2`, larger maps pooled (Huang and Wang, arXiv:1707.01219)"
+    for o in (input,target): check_maps(o, 'NST')
     size = tuple(map(min, input.shape[2:], target.shape[2:]))
     s,t = (F.normalize(F.adaptive_avg_pool2d(at_least_float(o), size).flatten(2), dim=2) for o in (input,target))
     return (_kernel(s, s) + _kernel(t, t) - 2*_kernel(s, t)).mean()
