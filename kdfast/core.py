@@ -103,9 +103,10 @@ def seen_by(
     return xb if tfm is None else tuplify(tfm(*xb))
 
 def logits_of(
-    out # What a network puts out: a tensor, or a tuple or list that begins with it, as those of language models
-): # The first
+    out # What a network outputs: a tensor, a tuple or list that begins with it, as in language models, or a dictionary, as in Hugging Face's
+): # The first, of a dictionary its `logits` if it has any
     "The part of a network's outputs that is compared with labels"
+    if isinstance(out, dict): return out.get('logits', first(out.values()))
     return out[0] if isinstance(out, (tuple,list)) else out
 
 def random_like(

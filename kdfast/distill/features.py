@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from ..core import seen_by
 from .core import FeatureKD, KD, phased
+from ..layers.adapters import Resize
 from ..layers.pairs import classifier_map, embedding_layer
 from ..layers.taps import get_layer, layer_sizes
 from ..losses.core import hint_loss
@@ -24,14 +25,15 @@ from ..models.convs import init_he
 
 # %% ../../nbs/distill/features.ipynb #4fe71dc2
 class _Regressor(nn.Module):
-    "What can be told of `nf` channels from `ni`, and how far off that is"
-    def __init__(self, ni, nf):
+    "What can be told of `nf` channels on a grid from `ni`, and how far off that is"
+    def __init__(self, ni, nf, grid):
         super().__init__()
+        self.resize = Resize(grid)
         conv = partial(nn.Conv2d, kernel_size=1, bias=False)
         self.mean = init_he(nn.Sequential(conv(ni, nf), nn.ReLU(), conv(nf, nf), nn.ReLU(), conv(nf, nf)))
         self.rho = nn.Parameter(torch.full((nf,), 5-1e-5).expm1().log())
 
-    def forward(self, x): return self.mean(x),F.softplus(self.rho)+1e-5
+    def forward(self, x): return self.resize(self.mean(x)),F.softplus(self.rho)+1e-5
 
 def _told(mean_and_variance, target): return vid_loss(*mean_and_variance, target)
 
@@ -45,7 +47,7 @@ class VID(FeatureKD):
         stem:bool=False # Pair the stems as well, where `pairs` is None
     ): super().__init__(_told, pairs, weight, per_stage, stem)
 
-    def adapter(self, s, t): return _Regressor(s.shape[1], t.shape[1])
+    def adapter(self, s, t): return _Regressor(s.shape[1], t.shape[1], t.shape[2:])
     def scale(self, s, t): return 3.
 
 # %% ../../nbs/distill/features.ipynb #771337da

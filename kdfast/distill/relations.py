@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from ..core import seen_by
 from .core import FeatureKD, mixed_by
 from ..layers.adapters import to_width
-from ..layers.pairs import embedding_layer, last_stages
+from ..layers.pairs import last_stages, vector_layer
 from ..losses.core import full_precision
 from ..losses.relations import cc_loss, crd_loss, embedding, ickd_loss, nst_loss, pkt_loss, rkd_loss, sp_loss
 
@@ -26,7 +26,7 @@ class EmbeddingKD(FeatureKD):
     ): super().__init__(func, pairs, weight)
 
     def choose(self, student, network, tfm, xb):
-        self.layers = dict(self.pairs or {embedding_layer(student, xb): embedding_layer(network, seen_by(tfm, xb))})
+        self.layers = dict(self.pairs or {vector_layer(student, xb): vector_layer(network, seen_by(tfm, xb))})
 
     def compact(self, features): return embedding(features)
 

@@ -11,7 +11,7 @@ __all__ = ['get_layer', 'layer_sizes', 'Taps', 'Truncated']
 from difflib import get_close_matches
 from functools import partial
 import torch
-from fastcore.basics import tuplify
+from fastcore.basics import noop, tuplify
 from torch import nn
 from ..core import probing
 
@@ -67,9 +67,10 @@ class Taps:
     def __init__(self,
         model:nn.Module, # Any network
         layers, # Names of layers; a wrong one raises `ValueError`
-        clone=() # Names of those to copy, because the network overwrites what they put out
+        clone=(), # Names of those to copy, because the network overwrites what they put out
+        layouts=None # Layer name to what makes feature maps of its features, as `layouts_read` finds them
     ):
-        self.layers,self.clone = {n:get_layer(model, n) for n in layers},set(clone)
+        self.layers,self.clone,self.layouts = {n:get_layer(model, n) for n in layers},set(clone),layouts or {}
         self.outs,self.versions,self.graphs,self.handles = {},{},{},[]
 
     def __enter__(self):
@@ -89,7 +90,7 @@ class Taps:
 
     def _keep_given(self, name, m, args): self._keep(name, m, args, args[0])
 
-    def __getitem__(self, name): return self.outs[name] if name in self.outs else not_called(name)
+    def __getitem__(self, name): return self.layouts.get(name, noop)(self.outs[name]) if name in self.outs else not_called(name)
 
     def clear(self): self.outs.clear()
 

@@ -164,7 +164,7 @@ def _answers(self:TeacherCache, xb):
     "What is to be kept of a batch"
     source = self.source
     xb = to_device(xb, next(bare_model(self.learn.model).parameters()).device)
-    out,maps = source.frozen(*seen_by(source.tfm, xb))
+    out,maps = source.read(*xb)
     logits = {} if out is None else {'logits':out}
     return {'sums':self.sums(*xb), **logits, **{k:t.compact(maps[o]) for k,(t,o) in self._wanted().items()}}
 
@@ -176,7 +176,7 @@ def _meta(self:TeacherCache):
     self.kinds = [(type(o), o.dtype) for o in xb]
     seen = self.sums(*seen_by(source.tfm, xb[:self._n_inp])).flatten().tolist()
     precision = [getattr(source.precision, '__name__', source.precision), str(autocast_dtype('auto', xb[0].device))]
-    return dict(teacher=fingerprint(source.network), precision=precision, seen=seen, data=data, views=self.views)
+    return dict(teacher=fingerprint(source.network), precision=precision, seen=seen, data=data, views=self.views, picks=source.picks)
 
 # %% ../../nbs/teacher/cache.ipynb #0d36af25
 def _agreed(flag):
@@ -200,9 +200,10 @@ def _together():
 @patch
 def _check(self:TeacherCache, kept, now):
     seen = [tensor(o['seen']).view(-1, 2) for o in (kept,now)]
-    same = {k:kept[k]==now[k] for k in ('teacher','precision','views')}
+    same = {k:kept.get(k)==now[k] for k in ('teacher','precision','views','picks')}
     differs = ("another teacher" if not same['teacher'] else f"views={kept['views']}, not {now['views']}" if not same['views']
         else f"a teacher in precision {kept['precision']}, not {now['precision']}" if not same['precision']
+        else f"the teacher's outputs {kept.get('picks')}, not {now['picks']}" if not same['picks']
         else "another data set or another pipeline" if not _same_data(kept['data'], now['data'])
         else "a teacher whose tfm makes it see images differently" if not _same_sums(*seen).all() else '')
     if differs: raise ValueError(f"The cache in {self.path} was made with {differs}: delete it, or choose another folder")

@@ -14,6 +14,7 @@ from fastai.vision.all import *
 from ..core import device_of, fingerprint, keep_rng, logits_of, probe_batch, probing, seen_by
 from ..devices import autocast_dtype
 from ..layers.adapters import Adapted, adapters_of, bare_model
+from ..layers.maps import layouts_read
 from ..layers.taps import Once, Taps
 from ..losses.core import at_least_float
 from .inference import Frozen
@@ -30,17 +31,19 @@ def check_source(cb, teacher='teacher'):
 class TeacherCallback(Callback):
     "Runs a teacher once on every training batch, for all the `DistillCallback`s of a learner"
     order,run_valid = Recorder.order+1,False
-    _stateattrs = ('network','tfm','plan','stack','frozen','frozen_key','taps','student_taps','out','finite')
-    network,tfm,plan,stack,frozen,frozen_key,taps,student_taps,out,finite = (None,)*10
+    _stateattrs = ('network','tfm','plan','stack','frozen','frozen_key','taps','student_taps','out','finite','finite_key','about')
+    network,tfm,plan,stack,frozen,frozen_key,taps,student_taps,out,finite,finite_key,about = (None,)*11+('',)
     def __init__(self,
         teacher:nn.Module, # A trained network, left as it is: a copy is asked, anew in each epoch if its weights have changed
         tfm=None, # Applied to the student's inputs before the teacher sees them, for instance to normalize them otherwise
         precision='auto', # 'auto', 'float32', 'bf16', 'fp16' or a function such as `int8_teacher`; None runs the teacher itself
-        compile:bool=False # Compile the copy with `torch.compile`
+        compile:bool=False, # Compile the copy with `torch.compile`
+        picks:list=None, # Numbers of the teacher's outputs that are the student's classes, in their order; by default all
+        about:str='' # What is known of the teacher, for `show_distill`
     ):
         if not isinstance(teacher, nn.Module): raise TypeError(
             f"The teacher must be a module, got a {type(teacher).__name__}: pass learn.model, or use distill_learner")
-        self.network,self.tfm,self.precision,self.compile = teacher,tfm,precision,compile
+        self.network,self.tfm,self.precision,self.compile,self.picks,self.about = teacher,tfm,precision,compile,picks,about
 
     def after_create(self): self.setup()
     def before_fit(self): self._name_columns()
@@ -63,7 +66,7 @@ class TeacherCallback(Callback):
 
     def __deepcopy__(self, memo):
         memo[id(self)] = new = type(self).__new__(type(self))
-        new.__dict__.update({k:v for k,v in vars(self).items() if k in ('network','tfm','precision','compile','run')})
+        new.__dict__.update({k:v for k,v in vars(self).items() if k in ('network','tfm','precision','compile','picks','about','run')})
         new.learn = deepcopy(self.learn, memo)
         return new
 
@@ -99,6 +102,14 @@ def see(self:TeacherCallback,
     return self.network(*seen_by(self.tfm, xb))
 
 @patch
+def picked(self:TeacherCallback,
+    out # The teacher's output, `(bs,c,...)`, or None
+): # Its logits of the student's classes
+    "The part of the teacher's output that terms read"
+    out = logits_of(out)
+    return out if self.picks is None or out is None else out[:,self.picks]
+
+@patch
 def freeze(self:TeacherCallback,
     layers, # Names of the teacher's layers to read
     outputs:bool=True, # Read its outputs as well
@@ -117,9 +128,27 @@ def answer(self:TeacherCallback,
 ) -> tuple: # Logits, None if no term reads them, and features by layer
     "What the teacher says to a batch"
     if self.cache: return self.cache.recall(*xb)
-    with torch.no_grad(): out,maps = self.frozen(*seen_by(self.tfm, xb))
-    self.finite &= torch.isfinite(last(maps.values()) if out is None else out).all()
+    with torch.no_grad(): out,maps = self.read(*xb)
+    said = [*maps.values()] if out is None else [out]
+    self.finite &= torch.isfinite(last(said)).all()
+    if self.finite_key!=self.frozen_key: self._check_varies(said, xb)
     return None if out is None else at_least_float(out),maps
+
+@patch
+def read(self:TeacherCallback,
+    *xb:Tensor # The student's inputs
+) -> tuple: # Logits of the student's classes, None if no term reads them, and features by layer
+    "The forward of the teacher's copy"
+    out,maps = self.frozen(*seen_by(self.tfm, xb))
+    return self.picked(out),{n:self.plan.layouts.get(n, noop)(o) for n,o in maps.items()}
+
+@patch
+def _check_varies(self:TeacherCallback, said, xb):
+    "Raises `ValueError` where different images have the same features, as in a network whose weights are zeros"
+    self.finite_key = self.frozen_key
+    same = lambda os: all(torch.equal(o[:1].expand_as(o), o) for o in os)
+    if same(said) and not same(xb): raise ValueError("The teacher's outputs are the same for all images of a batch: "
+        "check that its weights are loaded, and how its inputs are normalized")
 
 @patch(as_prop=True)
 def cache(self:TeacherCallback):
@@ -196,7 +225,8 @@ def _watch(self:TeacherCallback):
     if not self.cache and self.watched: self.refreeze()
     if self.frozen and any(isinstance(cb, ModelResetter) for cb in self.learn.cbs): getattr(self.frozen.net, 'reset', noop)()
     self.finite = torch.ones((), dtype=torch.bool, device=next(student.parameters()).device)
-    self.student_taps = self.stack.enter_context(Taps(student, {n for t in self.watched for n in t.layers}, plan.clones))
+    layers = {n for t in self.watched for n in t.layers}
+    self.student_taps = self.stack.enter_context(Taps(student, layers, plan.clones, plan.student_layouts))
     self.stack.callback(self._forget)
 
 # %% ../../nbs/teacher/callback.ipynb #513ee1f6
@@ -321,7 +351,8 @@ class Probe:
         teacher:dict, # Layer to the teacher's
         xb:tuple, # The zeros, where the loader puts them
         yb:tuple, # Labels of a batch
-        clones:set # The student's layers whose outputs it overwrites
+        clones:set, # The student's layers whose outputs it overwrites
+        layouts:list # For both networks, what makes feature maps of the features of layers, by name
     ): store_attr()
 
 def check_outputs(pred, other=None, name='teacher'):
@@ -338,6 +369,7 @@ class Plan:
     "What terms are bound to: the sizes of the layers that they read, and their adapters"
     def __init__(self, parts, names, probe):
         self.parts,self.names,self.xb,self.clones = parts,names,probe.xb,probe.clones
+        self.student_layouts,self.layouts = probe.layouts
         self.student,self.teacher = _sizes(probe.student, probe.pred),_sizes(probe.teacher, probe.target)
 
     def holds(self, parts, adapters):
@@ -403,10 +435,22 @@ def _probe(self:TeacherCallback, student, terms):
         with Once(student, layers[0], last) as s, Once(self.network, layers[1], last) as t:
             pred = student(*xs)
             if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): pred = logits_of(pred)  # which does so in training
-            target = None if isinstance(self.network, NoTeacher) else logits_of(self.see(*xt))
-            check_outputs(pred, target)
-            if target is not None: _check_teacher(torch.isfinite(target).all(), "for a batch of zeros")
-            return Probe(pred, target, *({n:o[n] for n in o.layers} for o in (s,t)), xb, yb, s.overwritten())
+            target = self._compared(pred, None if isinstance(self.network, NoTeacher) else self.see(*xt), terms)
+            clones,outs = s.overwritten(),[{n:o[n] for n in o.layers} for o in (s,t)]
+        said = [o for o in (target,*outs[1].values()) if o is not None]
+        _check_teacher(all(torch.isfinite(o).all() for o in said), "for a batch of zeros")
+        seen = xs,seen_by(self.tfm, xt)
+        layouts = [layouts_read(m, x, o) for m,x,o in zip((student,self.network), seen, outs)]
+        features = [{n:l.get(n, noop)(o) for n,o in f.items()} for l,f in zip(layouts, outs)]
+        return Probe(pred, target, *features, xb, yb, clones, layouts)
+
+@patch
+def _compared(self:TeacherCallback, pred, out, terms):
+    "The teacher's logits, None unless a term reads them; raises `ValueError` where they do not fit the student's"
+    reads = out is not None and any(t.taught and t.reads_logits for t in terms)
+    target = self.picked(out) if reads else None
+    check_outputs(pred, target)
+    return target
 
 # %% ../../nbs/teacher/callback.ipynb #d11216eb
 class AdaptedSplitter:
