@@ -28,7 +28,7 @@ from .experiments.run import dls_of, network_at, rehearse, Run
 from .experiments.spec import data_of, method_table, schedule_of, steps_of, terms_of
 from .experiments.sweep import Sweep, with_controls
 from .experiments.tables import estimate
-from .learner import teacher_of
+from .teacher.source import teacher_of
 from .look.compare import show_attention
 from .look.plots import plot_history, save_figure
 from .models.measure import compare

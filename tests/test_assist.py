@@ -2,7 +2,7 @@
 import pytest
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.learner import teacher_of
+from kdfast.teacher.source import teacher_of
 
 def counted(net):
     calls = []

@@ -4,4 +4,5 @@ from .logits import *
 from .features import *
 from .relations import *
 from .activations import *
+from .similarity import *
 from .online import *

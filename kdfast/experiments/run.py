@@ -20,7 +20,8 @@ from ..distill.core import KD
 from .arm import machine_facts, run_arm
 from .checkpoint import EpochCheckpoint
 from .spec import comes_in_memory, conv_of, data_of, network_of, only, schedule_of, steps_of, student_at, terms_of
-from ..learner import distill_learner, student_of, teacher_of
+from ..learner import distill_learner, student_of
+from ..teacher.source import teacher_of
 from ..models.measure import count_macs, count_params
 from ..teacher.callback import DistillCallback, TeacherCallback
 from ..train.blocks import BlockFit, find_blocks, first_terms

@@ -19,7 +19,8 @@ from ..devices import from_first, in_turn, say
 from .records import Records
 from .arm import load_network, save_network
 from .run import dls_of, do_run, images_in, images_of, learner_of, network_at, origin_of, Run, run_of
-from ..learner import accuracy_of, teacher_of
+from ..learner import accuracy_of
+from ..teacher.source import teacher_of
 from ..models.measure import count_macs, count_params
 
 # %% ../../nbs/experiments/sweep.ipynb #bafad89c

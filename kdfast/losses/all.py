@@ -3,3 +3,4 @@ from .core import *
 from .logits import *
 from .features import *
 from .relations import *
+from .similarity import *

@@ -10,7 +10,8 @@ __all__ = ['Ensemble', 'assist']
 # %% ../../nbs/train/assist.ipynb #9f140d78
 from fastai.vision.all import *
 from ..core import keep_rng, probe_batch, probing, seen_by
-from ..learner import distill_learner, student_of, teacher_of
+from ..learner import distill_learner, student_of
+from ..teacher.source import teacher_of
 from ..losses.core import soften
 from ..models.measure import count_params
 
