@@ -16,7 +16,7 @@ from .distill.core import KD
 from .distill.similarity import Similarity
 from .layers.adapters import bare_model
 from .layers.pairs import stage_taps
-from .teacher.callback import AdaptedSplitter, DistillCallback, NoTeacher, TeacherCallback
+from .teacher.callback import AdaptedSplitter, DistillCallback, no_loss, NoTeacher, TeacherCallback
 from .teacher.source import lacks, one_after_another, Teacher, timm_name
 
 # %% ../nbs/learner.ipynb #85a1d536
@@ -114,6 +114,7 @@ def distill_learner(
         listener,lacking = _listener(teacher, dls, tfm, teacher_vocab, precision, compile)
         if lacking and any(o.taught and o.reads_logits for o in terms): raise ValueError(lacks(lacking))
         cbs = listener + cbs + ([] if terms else [default_term(listener, student, dls, lacking)])
+    if not probe_batch(dls)[1]: kwargs.setdefault('loss_func', no_loss)
     return Learner(dls, student, cbs=LoaderHint() + cbs, **kwargs)
 
 # %% ../nbs/learner.ipynb #de5f482c

@@ -3,6 +3,7 @@ import importlib.util, pytest
 from conftest import n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.teacher.source import teacher_of
 from kdfast.losses.core import hint_loss
 
 def snapshot(*nets): return [(m.training, [p.requires_grad for p in m.parameters(recurse=False)]) for net in nets for m in net.modules()]
@@ -34,13 +35,12 @@ def loaders(y): return DataLoaders(*(torch.utils.data.DataLoader(list(zip(torch.
 cases = {
     'unknown student layer': (lambda d: taught(d, wrn(10,2), wrn(10,1), AT({'grop1':'group1'})), "did you mean 'group1'"),
     'unknown teacher layer': (lambda d: taught(d, wrn(10,2), wrn(10,1), FitNet({'group1':'group1.0.conv'})), "'group1.0.conv1'"),
-    'numbers of outputs':    (lambda d: distill_learner(d, wrn(10,2,n_out=5), wrn(10,1)), "same outputs, got (10,) and (5,)"),
+    'numbers of outputs':    (lambda d: distill_learner(d, wrn(10,2,n_out=5), wrn(10,1), cbs=KD()), "same outputs, got (10,) and (5,)"),
     'sizes a hint cannot adapt': (lambda d: taught(d, nn.Sequential(OrderedDict(stem=nn.Conv2d(3,8,3,padding=4), net=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10)))),
-                                   wrn(10,1), FitNet({'group1':'stem'})), "whose sizes divide"),
+                                   wrn(10,1), FitNet({'fc':'stem'})), "adapts feature maps, or vectors"),
     'unequal maps for a loss that needs equal': (lambda d: taught(d, wrn(10,2), wrn(10,1), FeatureKD(F.mse_loss, {'group1':'group2'})), "cannot compare 'group1', (2, 16, 32, 32), with 'group2'"),
     'broadcast maps':        (lambda d: taught(d, wrn(10,2), wrn(10,1), FeatureKD(F.mse_loss, {'fc':'group2'})), "cannot compare"),
     'no pair found':         (lambda d: taught(d, wrn(10,2), nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10)), AT()), "the student has no convolutional stages: use KD"),
-    'no size in common':     (lambda d: taught(d, wrn(10,2), nn.Sequential(ConvLayer(3, 8, stride=3), ConvLayer(8, 16, stride=3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)), AT()), "pass pairs="),
     'empty pairs':           (lambda d: FitNet({}), "at least one pair"),
     'pairs of no dict':      (lambda d: AT(['group1']), "{'student.layer': 'teacher.layer'}"),
     'per_stage too large':   (lambda d: taught(d, wrn(16,2), wrn(10,1), AT(per_stage=2)), "has only 1 blocks"),
@@ -108,8 +108,9 @@ def test_vocab(dls, tmp_path):
     turned = digits_dls(20, per_class=8)
     for ds in (turned.train_ds,turned.valid_ds): ds.tls[1].tfms.fs[1].vocab = CategoryMap([*'1023456789'], sort=False)
     for t in (teacher, tmp_path/'export.pkl'):
-        with pytest.raises(ValueError) as e: distill_learner(turned, t, wrn(10, 1))
+        with pytest.raises(ValueError) as e: teacher_of(t, turned)
         assert str([*'0123456789']) in str(e.value) and str([*'1023456789']) in str(e.value) and 'order included' in str(e.value)
+        assert distill_learner(turned, t, wrn(10, 1)).teacher.picks==[1,0,*range(2, 10)]
 
 def test_files_that_are_no_learner(dls, tmp_path):
     (tmp_path/'text.pkl').write_text('hello')

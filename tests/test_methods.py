@@ -13,6 +13,7 @@ from kdfast.losses.core import at_loss, hint_loss, kd_loss
 from kdfast.losses.features import ab_loss, fsp_loss, ft_loss, kdsvd_loss, ofd_loss, pyramid_loss, vid_loss
 from kdfast.losses.logits import cskd_loss, dist_loss, dkd_loss, logits_loss, mlkd_loss, nkd_loss, sigmoid_kd_loss, standardize, tfkd_loss
 from kdfast.losses.relations import cc_loss, ickd_loss, nst_loss, pkt_loss, rkd_loss, sp_loss
+from kdfast.losses.similarity import cosine_loss, global_similarity_loss, local_similarity_loss
 from kdfast.teacher.callback import NoTeacher
 from kdfast.experiments.spec import methods, terms_of
 from kdfast.experiments.run import learner_of, Run
@@ -171,6 +172,22 @@ def by_hand_kdsvd(s, t):
         return ((rbf(v1, v2)-rbf(w1, w2))**2).sum()
     return mean_of(one, s, t)
 
+def by_hand_cosine(s, t): return mean_of(lambda a,b: 1-(a*b).sum(0)/np.sqrt((a**2).sum(0)*(b**2).sum(0)), s, t).mean()
+
+def log_similar(a, b):
+    unit = lambda o: o/np.linalg.norm(o, axis=1, keepdims=True)
+    logits = unit(a)@unit(b).T/.07
+    return logits-np.log(np.exp(logits).sum(1, keepdims=True))
+
+def kl_of_rows(s, t): return (np.exp(t)*(t-s)).sum(1).mean()
+
+queue = np.random.RandomState(0).randn(7,5)
+def by_hand_global(s, t): return kl_of_rows(log_similar(s, queue), log_similar(t, queue))
+
+def by_hand_local(s, t):
+    tokens = lambda o: o.reshape(len(o), -1).T
+    return mean_of(lambda a,b: kl_of_rows(*(log_similar(tokens(o), tokens(o)) for o in (a,b))), s, t)
+
 def later(loss): return lambda s,t: loss(s, s[:,:,::2,::2], t, t[:,:,::2,::2])
 
 def from_labels(loss): return lambda s,t,y: loss(s, y=y)
@@ -179,9 +196,11 @@ y = torch.tensor([3,0,4,1,1])
 of_logits = {'kd':(kd_loss,by_hand_kd), 'logits':(logits_loss,lambda s,t: ((s-t)**2).mean()), 'sigmoid':(partial(sigmoid_kd_loss, T=2.),by_hand_sigmoid), 'dkd':(partial(dkd_loss, y=y),lambda s,t: by_hand_dkd(s, t, y.numpy())),
     'nkd':(partial(nkd_loss, y=y, T=2.),lambda s,t: by_hand_nkd(s, t, y.numpy(), T=2.)), 'dist':(dist_loss,by_hand_dist), 'mlkd':(mlkd_loss,by_hand_mlkd),
     'tfkd':(partial(from_labels(tfkd_loss), y=y),lambda s,t: by_hand_tfkd(s, t, y.numpy())), 'cskd':(partial(lambda s,t,y: cskd_loss(s, y, target=t), y=y),lambda s,t: by_hand_cskd(s, t, y.numpy())),
+    'global':(lambda s,t: global_similarity_loss(s, t, torch.tensor(queue).to(s)),by_hand_global),
     'standardized':(lambda s,t: kd_loss(standardize(s), standardize(t)),lambda s,t: by_hand_kd(*((o-o.mean(1, keepdims=True))/o.std(1, ddof=1, keepdims=True) for o in (s,t))))}
 of_maps = {'at':(at_loss,by_hand_at), 'hint':(hint_loss,lambda s,t: ((s-t)**2).mean()), 'sp':(sp_loss,by_hand_sp), 'pkt':(pkt_loss,by_hand_pkt), 'cc':(cc_loss,by_hand_cc), 'rkd':(rkd_loss,by_hand_rkd), 'nst':(nst_loss,by_hand_nst),
     'ft':(ft_loss,by_hand_ft), 'ab':(ab_loss,by_hand_ab), 'ofd':(partial(ofd_loss, margin=torch.tensor(margins)),by_hand_ofd), 'fsp':(later(fsp_loss),by_hand_fsp), 'kdsvd':(later(kdsvd_loss),by_hand_kdsvd),
+    'cosine':(cosine_loss,by_hand_cosine), 'local':(local_similarity_loss,by_hand_local),
     'ickd':(ickd_loss,by_hand_ickd), 'pyramid':(pyramid_loss,by_hand_pyramid), 'vid':(lambda s,t: vid_loss(s, torch.tensor([.5,1.,2.]).to(s), t),by_hand_vid)}
 losses = {**of_logits, **of_maps}
 
@@ -563,10 +582,11 @@ def test_networks_of_which_that_cannot_be_told(trained):
     tvm = torchvision.models
     dls,dense = digits_dls(20, per_class=4),tvm.DenseNet(growth_rate=4, block_config=(2,2), num_init_features=8, num_classes=10)
     for student,match in ((tvm.squeezenet1_1(weights=None, num_classes=10),'does not end in a linear layer'), (dense,'the mean of no map')):
-        with pytest.raises(ValueError, match=match): distill_learner(dls, trained, student, cbs=RKD())
+        with pytest.raises(ValueError, match=match): distill_learner(dls, trained, student, cbs=SimKD())
+        distill_learner(dls, trained, student, cbs=RKD())  # which takes the last feature maps
     with pytest.raises(ValueError, match='does not end in a linear layer'): distill_learner(dls, Ensemble(dls, trained, wrn(10, 1)), wrn(10, 1), cbs=SimKD())
-    vit = tvm.VisionTransformer(32, 4, 2, 2, 16, 32, num_classes=10)
-    with pytest.raises(ValueError, match='has no convolutional stages'): distill_learner(dls, trained, vit, cbs=SP())
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10))
+    with pytest.raises(ValueError, match='has no convolutional stages'): distill_learner(dls, trained, mlp, cbs=SP())
     with pytest.raises(ValueError, match='the student lost its stages to tracing'): distill_learner(dls, trained, models.resnet18(weights=None, num_classes=10), cbs=[SimKD(), AT()])
     with pytest.raises(ValueError, match='distances, angles or both'): RKD(distance=0, angle=0)
     with pytest.raises(ValueError, match='vid cannot compare'): distill_learner(dls, trained, wrn(10, 1), cbs=VID({'fc':'fc'}))

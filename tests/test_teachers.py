@@ -10,25 +10,31 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, ConvNex
 import pytest
 
 class Data(list):
+    loss_func = CrossEntropyLossFlat()
     def new_empty(self): return Data()
 
-def image_dls(n=16, size=64, c=10, vocab=None, labelled=True):
+def image_dls(n=16, size=64, c=10, vocab=None, labelled=True, stats=None):
     g = torch.Generator().manual_seed(0)
     data = Data((torch.randn(3,size,size, generator=g), *([torch.tensor(i%c)] if labelled else [])) for i in range(n))
-    dls = DataLoaders(*(DataLoader(data, bs=8, n_inp=1) for _ in range(2)), device='cpu')
-    dls.c,dls.loss_func = c,CrossEntropyLossFlat()
+    tfms = Pipeline([Normalize.from_stats(*stats, cuda=False)] if stats else [])
+    dls = DataLoaders(*(DataLoader(data, bs=8, n_inp=1, after_batch=tfms) for _ in range(2)), device='cpu')
+    dls.c = c
     if vocab: dls.vocab = vocab
     return dls
 
 hf_vit = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=64, patch_size=16)
 hf_convnext = dict(hidden_sizes=[8,16,32,64], depths=[1,1,2,1])
+def with_a_head(vit):
+    nn.init.normal_(vit.heads.head.weight)  # torchvision's is zero
+    return vit
+
 def of_timm(name, **kw): return lambda c: timm.create_model(name, num_classes=c, **kw)
 def as_hf(config, headless, whole, **kw): return lambda c: whole(config(**kw, num_labels=c)) if c else headless(config(**kw))
 
 teachers = {'resnet18':of_timm('resnet18'), 'convnext_atto':of_timm('convnext_atto'), 'mobilenetv3':of_timm('mobilenetv3_small_050'),
     'efficientnet_lite0':of_timm('tf_efficientnet_lite0'), 'vit_tiny':of_timm('vit_tiny_patch16_224', img_size=64, depth=6),
     'deit_distilled':of_timm('deit_tiny_distilled_patch16_224', img_size=64, depth=6), 'swin_tiny':of_timm('swin_tiny_patch4_window7_224', img_size=64),
-    'tv_vit':lambda c: tvm.VisionTransformer(64, 16, 4, 2, 32, 64, num_classes=c or 7),
+    'tv_vit':lambda c: with_a_head(tvm.VisionTransformer(64, 16, 4, 2, 32, 64, num_classes=c or 7)),
     'hf_vit':as_hf(ViTConfig, ViTModel, ViTForImageClassification, **hf_vit),
     'hf_convnext':as_hf(ConvNextConfig, ConvNextModel, ConvNextForImageClassification, **hf_convnext)}
 students = {'wrn':partial(wrn, 10, 1), 'resnet':partial(resnet, 10, width=.25), 'mobilenetv3':lambda: timm.create_model('mobilenetv3_small_050', num_classes=10),
@@ -44,14 +50,13 @@ class Gradients(Callback):
 def nets(): return {k:{c:f(c) for c in (0,10)} for k,f in teachers.items()}
 
 @pytest.mark.parametrize('method', methods)
-@pytest.mark.parametrize('student', students)
+@pytest.mark.parametrize('student', [pytest.param(o, marks=[] if o in ('wrn','vit_tiny') else pytest.mark.slow) for o in students])
 @pytest.mark.parametrize('teacher', teachers)
 def test_any_teacher_and_any_student(teacher, student, method, nets, tmp_path, quiet):
     "Two batches; the gradient of the term alone reaches the student, is finite and is not zero; the student is exported"
-    term,dls = methods[method],image_dls()
-    dls.loss_func = lambda p,y: 0*p.sum()
-    learn = distill_learner(dls, nets[teacher][10 if method=='kd' else 0], students[student](), cbs=[Gradients(), *([term()] if term else [])],
-        precision='float32', path=tmp_path, loss_func=dls.loss_func)
+    term,net = methods[method],Teacher(nets[teacher][10 if method=='kd' else 0], size=64)
+    learn = distill_learner(image_dls(), net, students[student](), cbs=[Gradients(), *([term()] if term else [])],
+        precision='float32', path=tmp_path, loss_func=lambda p,y: 0*p.sum())
     quiet(learn, 1, 1e-3)
     assert len(learn.gradients.seen)==2 and all(0<o<math.inf for o in learn.gradients.seen)
     assert load_learner(learn.export_student()).model(torch.zeros(2,3,64,64)).shape==(2,10)
@@ -69,7 +74,7 @@ def picked(dls, teacher, **kwargs):
     "The teacher's logits that terms read in the first batch"
     found = []
     class Look(Callback):
-        order = TeacherCallback.order+1
+        order,run_valid = TeacherCallback.order+1,False
         def after_pred(self): found.append(self.learn.teacher.out.clone())
     learn = distill_learner(dls, teacher, resnet(10, width=.25, n_out=dls.c), cbs=[KD(), Look()], precision='float32', loss_func=CrossEntropyLossFlat(), **kwargs)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
@@ -111,13 +116,9 @@ def seen(dls, teacher, **kwargs):
     x = torch.randn(2,3,64,64)
     return tuplify(cb.tfm(x) if cb.tfm else x)[0],x
 
-def normalized(dls, mean, std):
-    dls[0].after_batch.add(Normalize.from_stats(mean, std, cuda=False))
-    return dls
-
 def test_what_a_network_of_timm_sees():
     "Its record is read, and `tfm` adds to it"
-    dls = normalized(image_dls(), *cifar_stats)
+    dls = image_dls(stats=cifar_stats)
     mean,std = (torch.tensor(o)[:,None,None] for o in cifar_stats)
     for tfm,add in ((None,0), (lambda x: x+1, 1)):
         got,x = seen(dls, timm.create_model('tf_efficientnet_lite0'), tfm=tfm)
@@ -125,14 +126,14 @@ def test_what_a_network_of_timm_sees():
         torch.testing.assert_close(got, (there-.5)/.5+add, rtol=1e-4, atol=1e-4)
 
 def test_a_head_that_was_replaced_has_no_record():
-    got,x = seen(normalized(image_dls(), *cifar_stats), timm.create_model('resnet18', num_classes=10))
+    got,x = seen(image_dls(stats=cifar_stats), timm.create_model('resnet18', num_classes=10))
     assert torch.equal(got, x)
 
 def test_what_a_hugging_face_model_sees(tmp_path):
     "The processor that lies beside it"
     ViTModel(ViTConfig(**hf_vit)).save_pretrained(tmp_path)
     ViTImageProcessor(size=dict(height=64, width=64), image_mean=[.1,.2,.3], image_std=[.5,.6,.7]).save_pretrained(tmp_path)
-    got,x = seen(normalized(image_dls(), [0.,0.,0.], [1.,1.,1.]), ViTModel.from_pretrained(tmp_path))
+    got,x = seen(image_dls(stats=([0.,0.,0.],[1.,1.,1.])), ViTModel.from_pretrained(tmp_path))
     want = (x - torch.tensor([.1,.2,.3])[:,None,None])/torch.tensor([.5,.6,.7])[:,None,None]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -176,7 +177,7 @@ def test_features_that_do_not_depend_on_the_image(quiet):
 
 def test_features_that_are_not_finite():
     net = timm.create_model('mobilenetv3_small_050', num_classes=0)
-    net.conv_head.weight.data.fill_(math.nan)
+    net.conv_stem.weight.data.fill_(math.nan)
     with pytest.raises(ValueError, match='NaN'): distill_learner(image_dls(), net, resnet(10, width=.25), cbs=FitNet())
 
 # Layouts
@@ -210,3 +211,22 @@ def test_pairs_of_networks_that_see_other_sizes():
     x,large = torch.zeros(1,3,32,32),lambda x: F.interpolate(x, (224,224))
     assert pair_layers(wrn(10, 1), tvm.resnet18(weights=None), x, tfm=large)=={'group1':'layer2','group2':'layer3','group3':'layer4'}
     assert pair_layers(resnet(10), tvm.resnet18(weights=None), torch.zeros(1,3,128,128), tfm=large)=={f'layer{i}':f'layer{i}' for i in (1,2,3,4)}
+
+# Without labels
+
+@pytest.mark.parametrize('term', [None,KD,Similarity,FitNet])
+def test_no_labels(term, quiet):
+    "Two batches without targets; the student learns, and nothing of the label loss is left"
+    student = resnet(10, width=.25)
+    before = deepcopy(student.state_dict())
+    learn = distill_learner(image_dls(labelled=False), resnet(10, width=.5), student, cbs=[term()] if term else None)
+    assert hasattr(learn, (term or KD).__name__.lower())
+    quiet(learn, 1, 1e-2)
+    assert any(not torch.equal(v, before[k]) for k,v in student.state_dict().items())
+    assert math.isfinite(learn.recorder.values[0][-1]) and learn.recorder.values[0][-1]>0
+
+def test_convnets_without_a_size_in_common_are_paired_by_depth(quiet):
+    student = nn.Sequential(ConvLayer(3, 8, stride=3), ConvLayer(8, 16, stride=3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    learn = distill_learner(image_dls(size=32), wrn(10, 2), student, cbs=[AT(), FitNet()])
+    assert learn.at.layers=={'1':'group3'}
+    quiet(learn, 1, 1e-3)

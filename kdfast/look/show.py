@@ -12,6 +12,7 @@ from fastai.vision.all import *
 from ..core import device_of, keep_rng, logits_of, probing, seen_by
 from ..devices import autocast_dtype
 from ..layers.adapters import bare_model
+from ..layers.maps import layouts_read
 from ..layers.pairs import stage_taps
 from ..layers.taps import Taps
 from .compare import teacher_callback_of
@@ -22,9 +23,11 @@ from ..teacher.callback import NoTeacher
 # %% ../../nbs/look/show.ipynb #2c8fff42
 def _sizes(net, layers, xb):
     "Layer to the size of what it puts out, in the order of the forward, its logits last as `output`"
+    xb = to_device(xb, next((o.device for o in net.parameters()), xb[0].device))
     with keep_rng(), probing(net), Taps(net, layers) as taps:
-        out = logits_of(net(*to_device(xb, next((o.device for o in net.parameters()), xb[0].device))))
-        return {**{n:tuple(o.shape[1:]) for n,o in taps.outs.items()}, 'output':tuple(out.shape[1:])}
+        out,features = logits_of(net(*xb)),{**taps.outs}
+    layouts = layouts_read(net, xb, features)
+    return {**{n:tuple(layouts.get(n, noop)(o).shape[1:]) for n,o in features.items()}, 'output':tuple(out.shape[1:])}
 
 def _read(source, xb):
     "The sizes of both networks at the layers that terms read, and at the ends of stages"
@@ -61,7 +64,7 @@ def _asked(source):
     if isinstance(source.network, NoTeacher): return "none, no term asks one"
     how = ', itself' if source.precision is None else f', on a copy in {_computes_in(source)}'
     answers = ', its answers from a cache' if source.cache else how
-    return _named(source.network) + answers + (', which sees its inputs normalized otherwise' if source.tfm else '')
+    return _named(source.network) + answers + ('\n' + source.about if source.about else ', whose inputs are transformed by `tfm`' if source.tfm else '')
 
 # %% ../../nbs/look/show.ipynb #2d521cbb
 @patch
