@@ -32,8 +32,7 @@ def student_of(
         f"got a {type(student).__name__}" + f" of {', '.join(takes)}"*bool(takes))
     n_out = get_c(dls)
     if not n_out: raise ValueError("These DataLoaders have no number of classes: set dls.c, or pass a module as student")
-    if isinstance(student, str):
-        return create_timm_model(timm_name(student), n_out, pretrained=False)[0]
+    if isinstance(student, str): return create_timm_model(timm_name(student), n_out, pretrained=False)[0]
     return student(n_out=n_out) if 'n_out' in takes else create_vision_model(student, n_out, pretrained=False)
 
 # %% ../nbs/learner.ipynb #cc2940c2

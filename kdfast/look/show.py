@@ -24,8 +24,7 @@ from ..teacher.callback import NoTeacher
 def _sizes(net, layers, xb):
     "Layer to the size of what it puts out, in the order of the forward, its logits last as `output`"
     xb = to_device(xb, next((o.device for o in net.parameters()), xb[0].device))
-    with keep_rng(), probing(net), Taps(net, layers) as taps:
-        out,features = logits_of(net(*xb)),{**taps.outs}
+    with keep_rng(), probing(net), Taps(net, layers) as taps: out,features = logits_of(net(*xb)),{**taps.outs}
     layouts = layouts_read(net, xb, features)
     return {**{n:tuple(layouts.get(n, noop)(o).shape[1:]) for n,o in features.items()}, 'output':tuple(out.shape[1:])}
 

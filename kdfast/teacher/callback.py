@@ -142,6 +142,7 @@ def read(self:TeacherCallback,
     out,maps = self.frozen(*seen_by(self.tfm, xb))
     return self.picked(out),{n:self.plan.layouts.get(n, noop)(o) for n,o in maps.items()}
 
+# %% ../../nbs/teacher/callback.ipynb #0ab9f106
 @patch
 def _check_varies(self:TeacherCallback, said, xb):
     "Raises `ValueError` where different images have the same features, as in a network whose weights are zeros"
@@ -150,6 +151,7 @@ def _check_varies(self:TeacherCallback, said, xb):
     if same(said) and not same(xb): raise ValueError("The teacher's outputs are the same for all images of a batch: "
         "check that its weights are loaded, and how its inputs are normalized")
 
+# %% ../../nbs/teacher/callback.ipynb #3581288b
 @patch(as_prop=True)
 def cache(self:TeacherCallback):
     "The learner's `TeacherCache`, None if there is none"

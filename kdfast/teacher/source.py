@@ -11,7 +11,7 @@ __all__ = ['Renormalize', 'Teacher']
 from difflib import get_close_matches
 from importlib import import_module
 from fastai.vision.all import *
-from ..core import import_extra, keep_rng, seen_by, unreadable
+from ..core import import_extra, keep_rng, unreadable
 from ..layers.adapters import bare_model
 
 # %% ../../nbs/teacher/source.ipynb #5dbf40c8
