@@ -13,6 +13,10 @@ test: NOTEBOOKS_RUN = --library
 test: TESTS_RUN = -m 'not slow'
 test: check
 
+# glibc keeps the memory of a network's activations instead of returning it to the system and asking for it anew at each step
+export MALLOC_MMAP_THRESHOLD_ = 33554432
+export MALLOC_TRIM_THRESHOLD_ = 268435456
+
 # What CI runs: every notebook, and slow tests as well
 test-all: check
 

@@ -16,8 +16,14 @@ def _seed():
     yield
     plt.close('all')
 
+def few_digits(bs=20, per_class=8, valid=100, **kwargs):
+    "Few digits to train on, and few to validate on: all 599 would take longer than the training"
+    dls = digits_dls(bs, per_class=per_class, **kwargs)
+    dls.loaders[1] = dls.valid.new(Datasets(tls=[o._new(o.items[:valid], split_idx=1) for o in dls.valid_ds.tls]))
+    return dls
+
 @pytest.fixture
-def dls(): return digits_dls(20, per_class=8)
+def dls(): return few_digits()
 
 @pytest.fixture
 def teacher(): return wrn(10, 2)

@@ -1,6 +1,6 @@
 "Training block by block: what a stage changes, what it computes, and what is left when it ends"
 import pytest
-from conftest import n_hooks
+from conftest import few_digits, n_hooks
 from fastai.vision.all import *
 from fastai.callback.tracker import *
 from kdfast.all import *
@@ -179,7 +179,7 @@ def test_a_narrower_student_is_fed_with_one_fixed_projection(learn, teacher, fit
 
 def test_what_the_student_feeds_itself(teacher, fit):
     "The hint losses in `fed`, computed from the networks alone"
-    dls,student = digits_dls(20, per_class=8),wrn(10, 1)
+    dls,student = few_digits(),wrn(10, 1)
     teacher = wrn(16, 1)  # as wide, so that hints are its own maps
     run = fit(distill_learner(dls, teacher, student), 2, head=0, mode='parallel')
     x = torch.cat([b[0].as_subclass(Tensor) for b in dls.valid])
@@ -221,7 +221,7 @@ def test_the_first_batches_are_those_of_any_fit(teacher, quiet):
     def first_batch(how, *args, **kwargs):
         set_seed(3)
         look = Look(lambda cb: cb.x.clone())
-        quiet(distill_learner(digits_dls(20, per_class=8), teacher, partial(wrn, 10, 1)), *args, how=how, cbs=look, **kwargs)
+        quiet(distill_learner(few_digits(), teacher, partial(wrn, 10, 1)), *args, how=how, cbs=look, **kwargs)
         return look.kept[0]
     plain = first_batch('fit', 1)
     for mode in ('stagewise','parallel'): assert torch.equal(first_batch('fit_blocks', 1, head=0, mode=mode), plain)

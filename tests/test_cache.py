@@ -1,6 +1,6 @@
 "A cached fit is the fit without a cache, or is refused"
 import errno, json, shutil, pytest
-from conftest import n_hooks
+from conftest import few_digits, n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.losses.core import hint_loss
@@ -21,7 +21,7 @@ def apart(a, b):
 
 def fit(teacher, *cbs, dls=None, terms=(KD,AT), pad=0, epochs=3, precision='float32', **kwargs):
     set_seed(0)
-    student,dls = wrn(10, 1),dls or digits_dls(20, per_class=8, pad=pad)
+    student,dls = wrn(10, 1),dls or few_digits(pad=pad)
     learn = distill_learner(dls, teacher, student, cbs=[*(t() for t in terms), *cbs], precision=precision, opt_func=SGD, **kwargs)
     dls.train.rng.seed(0)
     set_seed(1)
@@ -111,7 +111,7 @@ def test_other_images_are_refused(cb, views, moved, tmp_path):
 
 def test_a_wrong_order_is_refused(moved, tmp_path):
     "A loader that does not keep to the numbers that it gives out"
-    dls = digits_dls(20, per_class=8, pad=0)
+    dls = few_digits(pad=0)
     fit(moved, TeacherCache(tmp_path/'c'), dls=dls)
     class Turn(Callback):
         order = 100
@@ -120,14 +120,14 @@ def test_a_wrong_order_is_refused(moved, tmp_path):
             self.dls.train.create_batches = lambda samps: create([*samps][::-1])
     with pytest.raises(ValueError, match='other images'): fit(moved, TeacherCache(tmp_path/'c'), Turn(), dls=dls)
 
-def other_tfms(): return digits_dls(20, per_class=8, pad=3)
+def other_tfms(): return few_digits(pad=3)
 
 @pytest.mark.parametrize('change,match', [('teacher','another teacher'), ('data','another data set'), ('labels','another data set'), ('stats','another data set'), ('pipeline','another data set'), ('views','views=2, not 3'), ('terms','lacks DistillCallback.compact')])
 def test_another_cache_is_refused(change, match, moved, tmp_path):
     fit(moved, TeacherCache(tmp_path/'c', 2), pad=4)
     with torch.no_grad():
         if change=='teacher': moved.fc.bias[0] += .01
-    dls = digits_dls(20, per_class=8, seed=int(change=='data'), pad=3 if change=='pipeline' else 4)
+    dls = few_digits(seed=int(change=='data'), pad=3 if change=='pipeline' else 4)
     if change=='labels': dls.train_ds.tls[1].tfms.fs[0].labels[5] = '9' if dls.train_ds.tls[1].tfms.fs[0].labels[5]!='9' else '8'
     if change=='stats': dls.train.after_batch.fs[-1].mean += .01
     before = {f.name:f.read_bytes() for f in (tmp_path/'c').iterdir()}
@@ -196,7 +196,7 @@ def test_validation_export_and_lr_find(moved, tmp_path):
     assert back.teacher_cache.files is None and (tmp_path/'export.pkl').stat().st_size<1e6
 
 def test_blocks_ask_the_teacher_themselves(moved, tmp_path, quiet):
-    learn = distill_learner(digits_dls(20, per_class=8, pad=4), moved, wrn(10, 1), cbs=[KD(), TeacherCache(tmp_path/'c', 2)])
+    learn = distill_learner(few_digits(pad=4), moved, wrn(10, 1), cbs=[KD(), TeacherCache(tmp_path/'c', 2)])
     quiet(learn, 1, head=1, how='fit_blocks')
     assert json.loads((tmp_path/'c'/'meta.json').read_text())['views']==2
 
@@ -236,7 +236,7 @@ def test_precision_of_a_cache(precision, match, moved, tmp_path):
 def test_a_teacher_that_sees_otherwise(moved, tmp_path):
     "Two functions of one name"
     def arm(k):
-        dls = digits_dls(20, per_class=8, pad=0)
+        dls = few_digits(pad=0)
         learn = Learner(dls, wrn(10, 1), cbs=[TeacherCallback(moved, lambda x: x*k), KD(), TeacherCache(tmp_path/'c')])
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     arm(1.)
@@ -260,13 +260,13 @@ def test_a_loader_that_does_not_tell_its_samples(moved, tmp_path):
     with pytest.raises(ValueError, match="which samples are in a batch"), learn.no_bar(), learn.no_logging(): learn.fit(1)
 
 def test_blocks_without_terms(moved, tmp_path, quiet):
-    learn = distill_learner(digits_dls(20, per_class=8), moved, wrn(10, 1), cbs=TeacherCache(tmp_path/'c'))
+    learn = distill_learner(few_digits(), moved, wrn(10, 1), cbs=TeacherCache(tmp_path/'c'))
     learn.remove_cb(KD)
     quiet(learn, 1, head=1, how='fit_blocks')
     assert not (tmp_path/'c').exists()
 
 def test_another_batch_size_is_the_same_data(moved, tmp_path):
-    fit(moved, TeacherCache(tmp_path/'c', 2), dls=digits_dls(20, per_class=8))
+    fit(moved, TeacherCache(tmp_path/'c', 2), dls=few_digits())
     fit(moved, TeacherCache(tmp_path/'c', 2), dls=digits_dls(10, per_class=8))
 
 def test_after_a_refusal_the_next_fit_is_free(moved, tmp_path):

@@ -1,7 +1,7 @@
 "Every loss against an independent computation, and every method alone and together"
 import pytest, torchvision
 from torch.autograd import gradcheck
-from conftest import n_hooks, waits_of
+from conftest import few_digits, n_hooks, waits_of
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.distill.features import Reuse
@@ -373,7 +373,7 @@ def test_a_step_waits_for_nothing(name, trained):
     "What fastai reads from the device in a step, and nothing else"
     t = term(name)
     arms = (None, None), (asked(trained, t), t)
-    alone,ours = (waits_of(distill_learner(digits_dls(20, per_class=8, pad=2), teacher, wrn(10, 1), cbs=cbs)) for teacher,cbs in arms)
+    alone,ours = (waits_of(distill_learner(few_digits(pad=2), teacher, wrn(10, 1), cbs=cbs)) for teacher,cbs in arms)
     known = 12*(name=='kdsvd' and torch.cuda.is_available())  # torch.linalg.eigh checks its result, four times for each two taps
     assert ours<=alone+known, (ours,alone)
 
@@ -507,7 +507,7 @@ def test_images_without_labels(trained, quiet):
     "The student learns from the teacher alone, and validation is as it was"
     def fit(*cbs, alpha):
         set_seed(0)
-        dls = digits_dls(20, per_class=8, pad=0)
+        dls = few_digits(pad=0)
         dls.train.rng.seed(0)
         learn = distill_learner(dls, trained, wrn(10, 1), cbs=[KD(alpha=alpha), AT(), *cbs], opt_func=SGD, metrics=accuracy)
         return quiet(learn, 2, 1e-3)
@@ -528,7 +528,7 @@ def test_a_folder_of_images_without_labels(trained, quiet, tmp_path):
 
 def test_an_interrupt_without_labels(trained, quiet):
     def stop(cb): raise KeyboardInterrupt
-    learn = distill_learner(digits_dls(20, per_class=8), trained, wrn(10, 1), cbs=[OnlyImages(), Callback(after_backward=stop)])
+    learn = distill_learner(few_digits(), trained, wrn(10, 1), cbs=[OnlyImages(), Callback(after_backward=stop)])
     with pytest.raises(KeyboardInterrupt): quiet(learn, 1, 1e-3)
     assert isinstance(learn.loss_func, CrossEntropyLossFlat)
 

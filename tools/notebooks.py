@@ -7,7 +7,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from time import perf_counter
 from nbdev.test import test_nb
-import pandas, sklearn.datasets, torchvision  # once, before the forks; not fastai, whose import claims a GPU
+import pandas, sklearn.datasets, torch, torchvision  # once, before the forks
+if not torch.cuda.device_count(): import fastai.vision.all  # its import claims a GPU, which no fork could use then
 
 root = Path(__file__).absolute().parent.parent
 guides = 'howto','tutorials','explanation'
