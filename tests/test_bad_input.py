@@ -48,7 +48,7 @@ cases = {
     'one module twice':      (lambda d: (lambda net: distill_learner(d, net, net))(wrn(10,1)), "share parameters"),
     'shared body':           (lambda d: (lambda net: distill_learner(d, nn.Sequential(*net), net))(wrn(10,1)), "share parameters"),
     'NaN in the teacher':    (lambda d: distill_learner(d, nan_teacher(), wrn(10,1)), "NaN or infinity for a batch of zeros"),
-    'teacher gives a dict':  (lambda d: distill_learner(d, type('Named', (nn.Module,), {'forward': lambda self,x: {'logits':x}})(), wrn(10,1)), "must put out a tensor"),
+    'teacher gives a dict':  (lambda d: distill_learner(d, type('Named', (nn.Module,), {'forward': lambda self,x: {'logits':[x]}})(), wrn(10,1)), "must put out a tensor"),
     'term without teacher':  (lambda d: distill_learner(d, None, wrn(10,1), cbs=KD()), "needs a teacher"),
     'class without teacher': (lambda d: distill_learner(d, None, wrn(10,1), cbs=[KD]), "needs a teacher"),
     'two teachers':          (lambda d: taught(d, wrn(10,2), wrn(10,1), TeacherCallback(wrn(10,2)), KD()), "one TeacherCallback"),
