@@ -5,6 +5,7 @@ from kdfast.all import *
 from kdfast.core import random_like
 from kdfast.layers.maps import ChannelsLast, layouts_of, Tokens
 from kdfast.layers.taps import calls_of
+from kdfast.look.probe import features_of, knn_accuracy
 from kdfast.teacher.callback import TeacherCallback
 from transformers import ConvNextConfig, ConvNextForImageClassification, ConvNextModel, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 import pytest
@@ -161,7 +162,7 @@ def test_the_name_of_a_network(tmp_path):
 
 def test_the_default_says_what_it_took_and_why():
     dls = image_dls()
-    assert 'Its own' not in distill_learner(dls, resnet(10, width=.5), resnet(10, width=.25)).show_distill()
+    assert 'It teaches' not in str(distill_learner(dls, resnet(10, width=.5), resnet(10, width=.25)).show_distill())
     learn = distill_learner(dls, timm.create_model('resnet18', num_classes=0), resnet(10, width=.25))
     said = str(learn.show_distill())
     assert not hasattr(learn, 'kd') and 'similarity' in said and 'its outputs are (512,), the student\'s (10,)' in said
@@ -230,3 +231,53 @@ def test_convnets_without_a_size_in_common_are_paired_by_depth(quiet):
     learn = distill_learner(image_dls(size=32), wrn(10, 2), student, cbs=[AT(), FitNet()])
     assert learn.at.layers=={'1':'group3'}
     quiet(learn, 1, 1e-3)
+
+# The probe
+
+def test_votes_by_hand():
+    g = np.random.RandomState(0)
+    unit = lambda o: o/np.linalg.norm(o, axis=1, keepdims=True)
+    x,q,y,z = unit(g.randn(40, 6)),unit(g.randn(1100, 6)),g.randint(0, 4, 40),g.randint(0, 4, 1100)
+    votes = np.zeros((len(q), 4))
+    for i,row in enumerate(q@x.T):
+        for j in np.argsort(-row)[:5]: votes[i,y[j]] += np.exp(row[j]/.07)
+    assert knn_accuracy((torch.tensor(x).float(),torch.tensor(y)), (torch.tensor(q).float(),torch.tensor(z)), k=5)==pytest.approx((votes.argmax(1)==z).mean(), abs=2e-3)
+
+@pytest.mark.parametrize('linear', [False,True])
+def test_a_probe_changes_nothing(linear, trained, quiet):
+    "The same weights with it and without it; a column of its own before those of the terms"
+    labelled = digits_dls(20, per_class=4)
+    def fit(cbs):
+        set_seed(0)
+        learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=[Similarity(), *cbs], metrics=accuracy, precision='float32')
+        return quiet(learn, 2, 1e-3)
+    plain,probed = fit([]),fit([Probe(labelled, linear=linear)])
+    name = 'linear' if linear else 'knn'
+    assert all(torch.equal(a, b) for a,b in zip(plain.student.state_dict().values(), probed.student.state_dict().values()))
+    assert [*probed.recorder.history]==['train_loss','valid_loss','accuracy',name,'similarity'] and probed.recorder.history[name].between(0, 1).all()
+
+@pytest.mark.parametrize('make', students.values(), ids=[*students])
+def test_features_of_any_student(make):
+    x,y = features_of(make(), image_dls().valid)
+    assert len(x)==len(y)==16 and x.ndim==2 and torch.allclose(x.norm(dim=1), torch.ones(16), atol=1e-4)
+
+def test_a_probe_needs_labels():
+    with pytest.raises(ValueError, match='DataLoaders with labels'): Probe(image_dls(labelled=False))
+
+# From a distilled student to a classifier
+
+@pytest.mark.parametrize('make', [*students.values(), lambda: timm.create_model('mobilenetv3_small_050', num_classes=0), lambda: nn.Sequential(*list(resnet(10, width=.25).children())[:-3])],
+    ids=[*students,'headless','maps'])
+def test_a_classifier_begins_with_the_student(make, quiet):
+    "The body's values, in its own group, frozen at first; the student itself stays as it is"
+    student = make()
+    before = deepcopy(student.state_dict())
+    learn = classifier_learner(image_dls(c=3), student, train_bn=False)
+    body,head = learn.splitter(learn.model)
+    assert learn.model.eval()(torch.zeros(2,3,64,64)).shape==(2,3) and [p.shape[0] for p in head]==[3,3]
+    assert len(body)+len(head)==len([*learn.model.parameters()])
+    held = [p.clone() for p in body]
+    learn.freeze()
+    quiet(learn, 1, 1e-2)
+    assert all(torch.equal(a, b) for a,b in zip(held, body))
+    assert all(torch.equal(v, before[k]) for k,v in student.state_dict().items())

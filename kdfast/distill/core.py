@@ -101,7 +101,7 @@ class LogitKD(DistillCallback):
 # %% ../../nbs/distill/core.ipynb #b4052a08
 @patch
 def check(self:LogitKD,
-    probe # A `Probe`, what both networks put out for zeros
+    probe # A `Trial`, what both networks output for zeros
 ):
     "Raises `ValueError` where outputs are no logits of classes"
     loss,shape = self.learn.loss_func,tuple(self.laid(probe.pred).shape)

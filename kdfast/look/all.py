@@ -2,3 +2,4 @@
 from .plots import *
 from .compare import *
 from .show import *
+from .probe import *

@@ -344,7 +344,7 @@ def _name_columns(self:TeacherCallback):
     rec.metric_names = L([*rec.metric_names[:end], *names, *rec.metric_names[end:]])
 
 # %% ../../nbs/teacher/callback.ipynb #fecbee87
-class Probe:
+class Trial:
     "What both networks put out for a batch of zeros"
     def __init__(self,
         pred:Tensor, # The student's logits, `(2,...)`
@@ -444,7 +444,7 @@ def _probe(self:TeacherCallback, student, terms):
         seen = xs,seen_by(self.tfm, xt)
         layouts = [layouts_read(m, x, o) for m,x,o in zip((student,self.network), seen, outs)]
         features = [{n:l.get(n, noop)(o) for n,o in f.items()} for l,f in zip(layouts, outs)]
-        return Probe(pred, target, *features, xb, yb, clones, layouts)
+        return Trial(pred, target, *features, xb, yb, clones, layouts)
 
 @patch
 def _compared(self:TeacherCallback, pred, out, terms):

@@ -206,7 +206,7 @@ def about(self:Teacher,
     numbers = lambda o: '(' + ', '.join(f'{v:.3g}' for v in o.flatten().tolist()) + ')'
     norm = "normalized as the student's, since its own normalization is not known" if not self.known else 'not normalized' if self.stats is None else \
         f"normalized by mean {numbers(self.stats.mean)} and std {numbers(self.stats.std)}"
-    return f"Its images: {size}, {norm}" + (f"\nIts outputs: {len(picks)} are picked" if picks else '')
+    return f"It receives images {size}, {norm}" + (f"\n{len(picks)} of its outputs are picked, one for each class" if picks else '')
 
 # %% ../../nbs/teacher/source.ipynb #91193341
 def teacher_of(
