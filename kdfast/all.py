@@ -3,7 +3,7 @@ from .core import probing  # chkstyle: ignore
 from .data import *
 from .devices import BF16, LoaderHint, all_processes  # chkstyle: ignore
 from .models.all import *
-from .layers.all import Taps, Truncated, layer_sizes, pair_layers, stage_taps  # chkstyle: ignore
+from .layers.all import Taps, layer_sizes, pair_layers, stage_taps  # chkstyle: ignore
 from .teacher.all import *
 from .distill.all import *
 from .learner import *

@@ -125,12 +125,13 @@ class Headed(nn.Sequential):
 class _Pool(nn.Module):
     def forward(self, x): return embedding(logits_of(x))
 
+# %% ../nbs/learner.ipynb #a80af0a6
+def _head_of(net): return last(n for n,m in net.named_modules() if isinstance(m, nn.Linear))
+
 def _body_and_head(net):
     "Parameters in two groups"
     head = L(net.get_submodule(_head_of(net)).parameters())
     return [L(p for p in net.parameters() if not any(p is o for o in head)),head]
-
-def _head_of(net): return last(n for n,m in net.named_modules() if isinstance(m, nn.Linear))
 
 # %% ../nbs/learner.ipynb #0f1a98ad
 @delegates(Learner.__init__)
