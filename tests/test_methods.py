@@ -1078,10 +1078,11 @@ def traced_stages(net):
 @pytest.mark.parametrize('make', [partial(wrn, 16, 1), models.resnet18, models.vgg11_bn, models.mobilenet_v2, models.alexnet, models.efficientnet_b0, partial(resnet, 10)],
     ids='wrn resnet18 vgg mobilenet alexnet efficientnet ours'.split())
 def test_traced_networks_have_the_pairs_of_untraced_ones_or_none(make, trace, side):
-    s,t,x = make(),make(),torch.zeros(2,3,64,64)
+    s,x = make(),torch.zeros(2,3,64,64)
+    t,traced = deepcopy(s),trace(s)  # copied: a VGG takes a second to initialize
     right = pair_layers(s, t, x)
-    called = {n for n,*_ in calls_of(trace(make()), x)}
-    s,t,start = trace(s) if side!='teacher' else s,trace(t) if side!='student' else t,'0.' if isinstance(trace(make()), nn.Sequential) else ''
+    called = {n for n,*_ in calls_of(traced, x)}
+    s,t,start = traced if side!='teacher' else s,trace(t) if side!='student' else t,'0.' if isinstance(traced, nn.Sequential) else ''
     right = {(start if side!='teacher' else '')+a:(start if side!='student' else '')+b for a,b in right.items()}
     if {a for p in right.items() for a,traced in zip(p, (side!='teacher',side!='student')) if traced} <= called: assert pair_layers(s, t, x)==right
     else:
