@@ -191,7 +191,7 @@ bad = {
     'files of digits': (['--from-files'], 'leave --from-files out'),
     'too small images': (['--student','alexnet'], 'on images of 32x32: '),
     'no body': (['--student','vit_b_16'], 'cannot be trained so'),
-    'no pairs': (['--student','torchvision.squeezenet1_0','--method','at'], 'No layers to pair'),
+    'no sizes': (['--student','torchvision.squeezenet1_0','--method','reviewkd'], 'reviewkd cannot compare'),
     'two teachers': (['--teacher-file','a.pth','--pretrained'], 'leave one out'),
     'pretrained wrn': (['--pretrained'], "Unknown network 'wrn-16-2': choose from torchvision's"),
     'pct': (['--pct','2'], 'in (0,1]'),

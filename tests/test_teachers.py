@@ -3,7 +3,7 @@ import timm, torchvision.models as tvm
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.core import random_like
-from kdfast.layers.maps import ChannelsLast, layouts_of, Tokens
+from kdfast.layers.maps import ToChannelsFirst, layouts_of, Tokens
 from kdfast.layers.taps import calls_of
 from kdfast.look.probe import features_of, knn_accuracy
 from kdfast.teacher.callback import TeacherCallback
@@ -188,7 +188,7 @@ def test_tokens_of_patches_that_are_merged():
     grids = lambda net,x: {type(o) for o in layouts_of(calls_of(net, x)).values()}
     x = torch.zeros(2,3,64,64)
     assert grids(tvm.resnet18(weights=None), x)==set()
-    assert grids(timm.create_model('convnext_atto'), x)<={ChannelsLast}
+    assert grids(timm.create_model('convnext_atto'), x)<={ToChannelsFirst}
     assert grids(nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2), nn.Linear(64, 5)), x)==set()
 
 def test_a_token_is_the_patch_at_its_place():

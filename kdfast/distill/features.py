@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from ..core import seen_by
 from .core import FeatureKD, KD, phased
-from ..layers.adapters import Resize
+from ..layers.adapters import ToGrid
 from ..layers.pairs import classifier_map, embedding_layer
 from ..layers.taps import get_layer, layer_sizes
 from ..losses.core import hint_loss
@@ -28,7 +28,7 @@ class _Regressor(nn.Module):
     "What can be told of `nf` channels on a grid from `ni`, and how far off that is"
     def __init__(self, ni, nf, grid):
         super().__init__()
-        self.resize = Resize(grid)
+        self.resize = ToGrid(grid)
         conv = partial(nn.Conv2d, kernel_size=1, bias=False)
         self.mean = init_he(nn.Sequential(conv(ni, nf), nn.ReLU(), conv(nf, nf), nn.ReLU(), conv(nf, nf)))
         self.rho = nn.Parameter(torch.full((nf,), 5-1e-5).expm1().log())

@@ -11,7 +11,7 @@ __all__ = ['Cosine', 'VkD', 'Similarity']
 from fastai.vision.all import *
 from torch.nn.utils.parametrizations import orthogonal
 from .core import FeatureKD
-from ..layers.adapters import Resize
+from ..layers.adapters import ToGrid
 from ..layers.pairs import last_stages
 from ..losses.core import at_least_float
 from ..losses.relations import embedding
@@ -29,7 +29,7 @@ class Cosine(FeatureKD):
 
     def adapter(self, s, t):
         if t.ndim==2: return nn.Linear(s.shape[1], t.shape[1], bias=False)
-        return nn.Sequential(nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False), Resize(t.shape[2:]))
+        return nn.Sequential(nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False), ToGrid(t.shape[2:]))
 
 # %% ../../nbs/distill/similarity.ipynb #a637daec
 class Projection(nn.Module):

@@ -13,7 +13,7 @@ import ast, functools, inspect
 import torchvision
 from fastai.vision.all import *
 from ..data import data_sets
-from ..distill import activations, core, features, logits, online, relations
+from ..distill import activations, core, features, logits, online, relations, similarity
 from ..models import convs, nets, structured
 from ..compress.export import export_onnx, export_program
 from ..compress.factorize import CPDecomposition, SpatialSVD, Tucker2
@@ -51,7 +51,7 @@ def _ours(base):
 @functools.cache  # inspecting sixty classes takes longer than all else that reading a run does
 def methods() -> dict: # Name to class
     "The terms that need no argument"
-    rooms = core,logits,features,relations,activations,online
+    rooms = core,logits,features,relations,activations,similarity,online
     bare = lambda c: all(p.default is not p.empty for p in inspect.signature(c).parameters.values())
     classes = [c for o in rooms for c in vars(o).values() if inspect.isclass(c) and c.__module__==o.__name__]
     return {c.__name__.lower():c for c in classes if issubclass(c, DistillCallback) and bare(c)}
