@@ -281,3 +281,12 @@ def test_a_classifier_begins_with_the_student(make, quiet):
     quiet(learn, 1, 1e-2)
     assert all(torch.equal(a, b) for a,b in zip(held, body))
     assert all(torch.equal(v, before[k]) for k,v in student.state_dict().items())
+
+@pytest.mark.parametrize('width', [.25,1.])
+def test_vkds_projection_stays_orthogonal(width, quiet):
+    "To more dimensions and to fewer, under weight decay"
+    learn = distill_learner(image_dls(), resnet(10, width=.5), resnet(10, width=width), cbs=VkD(), precision='float32')
+    quiet(learn, 5, 1e-2, wd=.1)
+    w = first(learn.vkd.adapters.values()).linear.weight
+    w = w.T@w if w.shape[0]>w.shape[1] else w@w.T
+    torch.testing.assert_close(w, torch.eye(len(w)), rtol=0, atol=1e-4)

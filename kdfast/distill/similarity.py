@@ -36,7 +36,7 @@ class Projection(nn.Module):
     "A linear layer without bias whose matrix stays orthogonal"
     def __init__(self, ni, nf):
         super().__init__()
-        self.linear = orthogonal(nn.Linear(ni, nf, bias=False))
+        self.linear = orthogonal(nn.Linear(ni, nf, bias=False), orthogonal_map='cayley')  # Householder's turns to zeros in training
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False): return self.linear(embedding(x))
