@@ -32,7 +32,7 @@ class Cosine(FeatureKD):
         return nn.Sequential(nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False), ToGrid(t.shape[2:]))
 
 # %% ../../nbs/distill/similarity.ipynb #a637daec
-class Projection(nn.Module):
+class Orthogonal(nn.Module):
     "A linear layer without bias whose matrix stays orthogonal"
     def __init__(self, ni, nf):
         super().__init__()
@@ -51,7 +51,7 @@ class VkD(FeatureKD):
 
     def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or last_stages(student, network, xb, tfm))
     def compact(self, features): return embedding(features)
-    def adapter(self, s, t): return Projection(s.shape[1], t.shape[1])
+    def adapter(self, s, t): return Orthogonal(s.shape[1], t.shape[1])
     def _try(self, a, s, t, adapter=noop): super()._try(a, s, self.compact(t), adapter)
 
 # %% ../../nbs/distill/similarity.ipynb #058d1cbd
@@ -102,6 +102,7 @@ def remember(self:Similarity,
 
 @patch
 def term(self:Similarity):
+    "Both divergences, the mean over pairs of layers"
     taps,heads,total = self.source.student_taps,self.adapters,0.
     for i,(a,b) in enumerate(self.layers.items()):
         s,t = at_least_float(taps[a]),self.target(b)
