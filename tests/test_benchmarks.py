@@ -1,5 +1,5 @@
 "The benchmarks compare equal work, and say nothing where it is not"
-import importlib.util, json, subprocess, sys, pytest
+import math, importlib.util, json, subprocess, sys, pytest
 from argparse import Namespace
 from pathlib import Path
 from fastai.vision.all import *
@@ -153,7 +153,7 @@ def test_the_gpu_script_leaves_one_record(tmp_path):
     rows = {o['name']:{' '.join(str(r[k]) for k in ('who','what') if k in r):r for r in o['rows']} for o in record['parts']}
     assert {o['state'] for o in record['parts']}=={'done'} and [*rows]==['environment','machine','tests','step','methods','loader','compiled']
     assert len(rows['tests'])>3 and {o['value'] for o in rows['tests'].values()}=={'passed'}
-    assert {'kdfast','loop by hand','torchdistill','fasterai'} <= {*rows['step']} and 'kdfast, compiled' in rows['compiled'] and all(o['ms']>0 for o in rows['step'].values() if 'ms' in o)
+    assert {'kdfast','loop by hand','torchdistill','fasterai'} <= {*rows['step']} and 'kdfast, compiled' in rows['compiled'] and all(math.isfinite(o['ms']) for o in rows['step'].values() if 'ms' in o)  # between one step and three, less than nothing beside other work
     assert all(r['waits']==rows['methods']['plain learner']['waits'] for r in rows['methods'].values()) and rows['methods']['crd']['mb']>0
     assert printed.strip() in (tmp_path/'gpu.md').read_text() and '| tests | passed | ' in printed
 
