@@ -10,9 +10,9 @@ __all__ = ['AB', 'OFD', 'FSP', 'KDSVD', 'FactorTransfer']
 # %% ../../nbs/distill/activations.ipynb #9c483743
 from fastai.vision.all import *
 from ..core import seen_by
-from .core import FeatureKD
+from .core import FeatureKD, LastStageKD
 from ..layers.adapters import to_width
-from ..layers.pairs import before_relu, last_stages, pair_layers
+from ..layers.pairs import before_relu, pair_layers
 from ..layers.taps import get_layer, given_mark
 from ..losses.features import ab_loss, fsp_loss, ft_loss, kdsvd_loss, ofd_loss, ofd_margin, to_one_size
 
@@ -140,7 +140,7 @@ def _still(loss):
     "`loss` without a gradient, or one of zeros where several processes wait for it"
     return loss.detach() + 0*loss if num_distrib()>1 else loss.detach()
 
-class FactorTransfer(FeatureKD):
+class FactorTransfer(LastStageKD):
     "Factor transfer: the teacher's last maps in fewer channels, and the student's likewise (Kim et al., arXiv:1802.04977)"
     stages = None,1,2
     def __init__(self,
@@ -151,8 +151,6 @@ class FactorTransfer(FeatureKD):
         if k<=0: raise ValueError(f"k, the factors' channels as a fraction of the teacher's, must be positive, got {k}: .5 is published")
         super().__init__(ft_loss, pairs, weight)
         self.k = k
-
-    def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or last_stages(student, network, xb, tfm))
 
     def prepare(self, probe):
         pairs = {a: (probe.student[a], probe.teacher[b]) for a,b in self.layers.items()}

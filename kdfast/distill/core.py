@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from fastai.callback.mixup import MixHandler
 from ..core import logits_of
 from ..layers.adapters import hint_adapter
-from ..layers.pairs import pair_layers
+from ..layers.pairs import last_stages, pair_layers
 from ..losses.core import at_loss, attention_map, check_temperature, hint_loss, kd_loss
 from ..losses.logits import standardize
 from ..teacher.callback import along, DistillCallback
@@ -229,6 +229,14 @@ class FeatureKD(DistillCallback):
         return [(adapters.get(a, noop)(taps[a]), self.target(b)) for a,b in self.layers.items()]
 
     def term(self): return sum(self.scale(s, t)*self.func(s, t) for s,t in self.compared())/len(self.layers)
+
+# %% ../../nbs/distill/core.ipynb #48e3174a
+class LastStageKD(FeatureKD):
+    "`func` of the features at which the last stages of both networks end"
+    def __init__(self, func, pairs=None, weight=1.): super().__init__(func, pairs, weight)
+    def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or last_stages(student, network, xb, tfm))
+
+
 
 # %% ../../nbs/distill/core.ipynb #a2d92a61
 class AT(FeatureKD):

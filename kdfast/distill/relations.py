@@ -10,9 +10,9 @@ __all__ = ['RKD', 'PKT', 'CC', 'CRD', 'SP', 'NST', 'ICKD']
 # %% ../../nbs/distill/relations.ipynb #dc60e521
 from fastai.vision.all import *
 from ..core import seen_by
-from .core import FeatureKD, mixed_by
+from .core import FeatureKD, LastStageKD, mixed_by
 from ..layers.adapters import to_width
-from ..layers.pairs import last_stages, vector_layer
+from ..layers.pairs import vector_layer
 from ..losses.core import full_precision
 from ..losses.relations import cc_loss, crd_loss, embedding, ickd_loss, nst_loss, pkt_loss, rkd_loss, sp_loss
 
@@ -170,14 +170,12 @@ class CRD(EmbeddingKD):
         return full_precision(m.contrast)(s, t, torch.tensor(self.source.ids).to(s.device, non_blocking=True), y, self.negatives, self.tau)
 
 # %% ../../nbs/distill/relations.ipynb #668603ef
-class SP(FeatureKD):
+class SP(LastStageKD):
     "Similarity-preserving: which images have the same things in the same places (Tung and Mori, arXiv:1907.09682)"
     def __init__(self,
         pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the last stages
         weight:float=3e3 # A number, or a fastai schedule over the fit
     ): super().__init__(sp_loss, pairs, weight)
-
-    def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or last_stages(student, network, xb, tfm))
 
 # %% ../../nbs/distill/relations.ipynb #6f91b50d
 class NST(FeatureKD):

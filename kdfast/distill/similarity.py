@@ -10,9 +10,8 @@ __all__ = ['Cosine', 'VkD', 'Similarity']
 # %% ../../nbs/distill/similarity.ipynb #e62bd51f
 from fastai.vision.all import *
 from torch.nn.utils.parametrizations import orthogonal
-from .core import FeatureKD
+from .core import FeatureKD, LastStageKD
 from ..layers.adapters import ToGrid
-from ..layers.pairs import last_stages
 from ..losses.core import at_least_float
 from ..losses.relations import embedding
 from ..losses.similarity import cosine_loss, global_similarity_loss, local_similarity_loss, vkd_loss
@@ -42,20 +41,19 @@ class Orthogonal(nn.Module):
         with torch.autocast(x.device.type, enabled=False): return self.linear(embedding(x))
 
 # %% ../../nbs/distill/similarity.ipynb #3b0238a8
-class VkD(FeatureKD):
+class VkD(LastStageKD):
     "An orthogonal projection of the student's pooled features onto the teacher's, normalized (Miles et al., arXiv:2403.06213)"
     def __init__(self,
         pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the last stages
         weight:float=1. # A number, or a fastai schedule over the fit
     ): super().__init__(vkd_loss, pairs, weight)
 
-    def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or last_stages(student, network, xb, tfm))
     def compact(self, features): return embedding(features)
     def adapter(self, s, t): return Orthogonal(s.shape[1], t.shape[1])
     def _try(self, a, s, t, adapter=noop): super()._try(a, s, self.compact(t), adapter)
 
 # %% ../../nbs/distill/similarity.ipynb #058d1cbd
-class Similarity(FeatureKD):
+class Similarity(LastStageKD):
     "How similar the images of a queue are to each other, and the positions within each image (LightlyTrain's distillation)"
     _stateattrs = ('queue',)
     def __init__(self,
@@ -68,8 +66,6 @@ class Similarity(FeatureKD):
         super().__init__(global_similarity_loss, pairs, weight)
         if not 0<tau<math.inf: raise ValueError(f"tau must be a positive number, got {tau}: .07 is published")
         self.tau,self.size,self.local,self.queue = tau,size,local,None
-
-    def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or last_stages(student, network, xb, tfm))
 
     def prepare(self, probe):
         widths = [(i,probe.student[a].shape[1],probe.teacher[b].shape[1]) for i,(a,b) in enumerate(self.layers.items())]

@@ -10,7 +10,7 @@ __all__ = ['to_width', 'ToGrid', 'hint_adapter', 'Adapted', 'bare_model', 'adapt
 # %% ../../nbs/layers/adapters.ipynb #fff720f8
 from copy import deepcopy
 from torch import nn
-from torch.nn import functional as F
+from ..losses.core import to_size
 from ..models.convs import init_he
 
 # %% ../../nbs/layers/adapters.ipynb #7642e7cf
@@ -29,7 +29,7 @@ class ToGrid(nn.Module):
         super().__init__()
         self.size = tuple(size)
 
-    def forward(self, x): return x if x.shape[2:]==self.size else F.interpolate(x, self.size, mode='bilinear')
+    def forward(self, x): return to_size(x, self.size)
 
 def hint_adapter(
     s, # Shape of the student's features, `(bs,c,h,w)` or `(bs,d)`

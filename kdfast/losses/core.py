@@ -45,6 +45,13 @@ def check_shapes(input, target, remedy):
     s,t = tuple(input.shape),tuple(target.shape)
     if s!=t: raise ValueError(f"Student and teacher must have features of the same shape, got {s} and {t}: {remedy}")
 
+def to_size(
+    x, # Feature maps, `(bs,c,h,w)`
+    size # `(h,w)`
+): # `(bs,c,*size)`
+    "Feature maps, interpolated if they have another size"
+    return x if x.shape[2:]==size else F.interpolate(x, size, mode='bilinear')
+
 def check_maps(x, name):
     if x.ndim!=4: raise ValueError(f"{name} needs feature maps (bs,c,h,w), got shape {tuple(x.shape)}: choose a convolution or a stage")
 
