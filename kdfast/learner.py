@@ -77,7 +77,8 @@ def _listener(teacher, dls, tfm, vocab, precision, compile):
     elif vocab is not None: raise ValueError("A Teacher has its classes: pass teacher_vocab to it, as vocab")
     picks,lacking = teacher.picks(dls)
     tfm = one_after_another(teacher.tfm(dls), tfm)
-    return TeacherCallback(teacher.network, tfm, precision, compile, picks, teacher.about(picks)),lacking
+    named = picks and not (teacher.given and picks is teacher.vocab)
+    return TeacherCallback(teacher.network, tfm, precision, compile, picks, len(teacher.vocab) if named else None, teacher.about(picks)),lacking
 
 # %% ../nbs/learner.ipynb #37fd7862
 def _is_term(cb): return issubclass(cb, DistillCallback) if isinstance(cb, type) else isinstance(cb, DistillCallback)
@@ -114,7 +115,8 @@ def distill_learner(
         listener,lacking = _listener(teacher, dls, tfm, teacher_vocab, precision, compile)
         if lacking and any(o.taught and o.reads_logits for o in terms): raise ValueError(lacks(lacking))
         cbs = listener + cbs + ([] if terms else [default_term(listener, student, dls, lacking)])
-    if not probe_batch(dls)[1]: kwargs.setdefault('loss_func', no_loss)
+    known = kwargs.get('loss_func') or getattr(getattr(dls, 'train_ds', None), 'loss_func', None)
+    if not known and not probe_batch(dls)[1]: kwargs['loss_func'] = no_loss
     return Learner(dls, student, cbs=LoaderHint() + cbs, **kwargs)
 
 # %% ../nbs/learner.ipynb #da46ea04
@@ -126,11 +128,9 @@ class _Pool(nn.Module):
     def forward(self, x): return embedding(logits_of(x))
 
 # %% ../nbs/learner.ipynb #a80af0a6
-def _head_of(net): return last(n for n,m in net.named_modules() if isinstance(m, nn.Linear))
-
-def _body_and_head(net):
-    "Parameters in two groups"
-    head = L(net.get_submodule(_head_of(net)).parameters())
+def _body_and_head(name, net):
+    "Parameters in two groups, those of the layer `name` the second"
+    head = L(net.get_submodule(name).parameters())
     return [L(p for p in net.parameters() if not any(p is o for o in head)),head]
 
 # %% ../nbs/learner.ipynb #0f1a98ad
@@ -144,9 +144,9 @@ def classifier_learner(
     net,xb,n_out = deepcopy(bare_model(getattr(student, 'model', student))),probe_batch(dls)[0],get_c(dls)
     xb = to_device(xb, next(net.parameters()).device)
     try: name = to_classifier(net, xb)[1]
-    except ValueError: net = Headed(net, _outputs(xb, net, net).shape[1], n_out)
+    except ValueError: net,name = Headed(net, _outputs(xb, net, net).shape[1], n_out),'head'
     else: net.set_submodule(name, nn.Linear(net.get_submodule(name).in_features, n_out))
-    return Learner(dls, net, splitter=_body_and_head, **kwargs)
+    return Learner(dls, net, splitter=partial(_body_and_head, name), **kwargs)
 
 # %% ../nbs/learner.ipynb #de5f482c
 @patch(as_prop=True)

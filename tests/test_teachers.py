@@ -100,6 +100,8 @@ def test_classes_that_the_teacher_lacks():
     assert not hasattr(distill_learner(dls, learn, student()), 'kd')
     distill_learner(dls, learn, student(), cbs=FitNet())
     with pytest.raises(ValueError, match='2 numbers of outputs for 3 classes'): distill_learner(dls, Shown(4), student(), teacher_vocab=[0,1])
+    for vocab,told in ((['owl','cat','fox'],'4 outputs, but 3 names'), ([0,1,4],'numbers from 0 to 4'), ([0,1,-1],'numbers from -1 to 1')):
+        with pytest.raises(ValueError, match=told): distill_learner(dls, Shown(4), student(), teacher_vocab=vocab)
     with pytest.raises(ValueError, match='no vocab'): distill_learner(image_dls(c=3), Shown(4), student(), teacher_vocab=['a','b','c'])
 
 def test_a_cache_knows_which_classes_were_picked(tmp_path, quiet):
@@ -137,6 +139,14 @@ def test_what_a_hugging_face_model_sees(tmp_path):
     got,x = seen(image_dls(stats=([0.,0.,0.],[1.,1.,1.])), ViTModel.from_pretrained(tmp_path))
     want = (x - torch.tensor([.1,.2,.3])[:,None,None])/torch.tensor([.5,.6,.7])[:,None,None]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+def test_what_is_passed_with_a_teacher():
+    "Statistics as a list, a processor without a size, a file that is not there"
+    assert isinstance(Teacher(resnet(10), stats=[[.5]*3,[.5]*3]).stats, Normalize)
+    teacher = Teacher(resnet(10), stats=SimpleNamespace(image_mean=[.5]*3, image_std=[.5]*3, resample=3))
+    assert (teacher.size,teacher.mode,teacher.known)==(None,'bicubic',True)
+    for file in ('teacher.pkl', Path('teacher.pth'), 'models/teacher'):
+        with pytest.raises(FileNotFoundError): Teacher(file)
 
 def test_a_member_of_a_weights_enum(tmp_path, monkeypatch):
     "A file in torch's cache stands in for the download"
@@ -261,6 +271,12 @@ def test_features_of_any_student(make):
     x,y = features_of(make(), image_dls().valid)
     assert len(x)==len(y)==16 and x.ndim==2 and torch.allclose(x.norm(dim=1), torch.ones(16), atol=1e-4)
 
+def test_a_probe_draws_nothing_when_it_is_made():
+    labelled = digits_dls(20, per_class=4)
+    before = torch.get_rng_state(),random.getstate()
+    Probe(labelled)
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate()==before[1]
+
 def test_a_probe_needs_labels():
     with pytest.raises(ValueError, match='DataLoaders with labels'): Probe(image_dls(labelled=False))
 
@@ -281,6 +297,16 @@ def test_a_classifier_begins_with_the_student(make, quiet):
     quiet(learn, 1, 1e-2)
     assert all(torch.equal(a, b) for a,b in zip(held, body))
     assert all(torch.equal(v, before[k]) for k,v in student.state_dict().items())
+
+def test_the_head_is_the_layer_that_runs_last():
+    "Whatever stands last in the network"
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head,self.body,self.unused = nn.Linear(8, 10),ConvLayer(3, 8, stride=2),nn.Linear(8, 5)
+        def forward(self, x): return self.head(self.body(x).mean((2,3)))
+    learn = classifier_learner(image_dls(c=3), HeadFirst())
+    assert [p.shape[0] for p in learn.splitter(learn.model)[1]]==[3,3]
 
 @pytest.mark.parametrize('width', [.25,1.])
 def test_vkds_projection_stays_orthogonal(width, quiet):

@@ -89,9 +89,9 @@ def _as_maps(calls):
     def shape(m, o): return getattr(layout_of(m, o.shape, grids), 'shape', noop)(o.shape)
     return {n:(m, shape(m, i), shape(m, o)) for n,m,i,o,_ in calls if n}
 
-def _normed(calls):
+def _normed(calls, layouts):
     "The layer norm that follows a layer of tokens or channels-last features, by the name of that layer"
-    layouts,norms = layouts_of(calls),{id(i):n for n,m,i,*_ in calls if isinstance(m, nn.LayerNorm)}
+    norms = {id(i):n for n,m,i,*_ in calls if isinstance(m, nn.LayerNorm)}
     return {n:norms[id(out)] for n,_,_,out,_ in calls if n in layouts and id(out) in norms}
 
 # %% ../../nbs/layers/pairs.ipynb #9d4c6d63
@@ -99,7 +99,8 @@ class _Stages:
     "The stages of `model`: `units` by size of map, large to small, and what `calls` they consist of"
     def __init__(self, model, x, stem=False):
         calls = calls_of(model, x)
-        self.calls,self.normed,self.tokens = _as_maps(calls),_normed(calls),bool(layouts_of(calls))
+        layouts = layouts_of(calls)
+        self.calls,self.normed,self.tokens = _as_maps(calls),_normed(calls, layouts),bool(layouts)
         lost = _lost(model, self.calls)
         self.calls.update(lost)
         stages = _stages(self.calls)

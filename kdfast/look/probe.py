@@ -9,7 +9,7 @@ __all__ = ['Probe']
 
 # %% ../../nbs/look/probe.ipynb #d18ab6cf
 from fastai.vision.all import *
-from ..core import keep_rng, probing
+from ..core import keep_rng, probe_batch, probing
 from ..layers.adapters import bare_model
 from ..layers.maps import layouts_read
 from ..layers.pairs import vector_layer
@@ -17,6 +17,12 @@ from ..layers.taps import Taps
 from ..losses.relations import embedding
 
 # %% ../../nbs/look/probe.ipynb #e5b39649
+def _taps(model, xb, layer):
+    "Taps of `layer` that give feature maps or vectors"
+    with Taps(model, [layer]) as taps:
+        model(*xb)
+        return Taps(model, [layer], layouts=layouts_read(model, xb, taps.outs))
+
 def features_of(
     model:nn.Module, # Any network, run in eval mode
     dl, # A fastai `DataLoader` with labels
@@ -27,11 +33,11 @@ def features_of(
     with probing(model):
         for *xb,y in dl:
             xb = to_device(tuple(xb), device)
-            if not found: layer = layer or vector_layer(model, xb)
-            with Taps(model, [layer]) as taps:
+            if not found: taps = _taps(model, xb, layer or vector_layer(model, xb))
+            with taps:
                 model(*xb)
-                out = layouts_read(model, xb, taps.outs).get(layer, noop)(taps.outs[layer])
-            found.append((F.normalize(embedding(out)).cpu(), y.cpu().as_subclass(Tensor)))
+                x, = (embedding(taps[n]) for n in taps.layers)
+            found.append((F.normalize(x).cpu(), y.cpu().as_subclass(Tensor)))
     return tuple(map(torch.cat, zip(*found)))
 
 # %% ../../nbs/look/probe.ipynb #b59fa40a
@@ -76,7 +82,7 @@ class Probe(Callback):
         linear:bool=False, # A logistic regression in place of the neighbours
         layer:str=None # The student's layer whose features are read; by default what a classifier reads
     ):
-        if not hasattr(dls, 'valid') or len(dls.train.one_batch())<2: raise ValueError(
+        if not hasattr(dls, 'valid') or not probe_batch(dls)[1]: raise ValueError(
             "Probe takes DataLoaders with labels: pass those of your labelled images, as Probe(labelled_dls)")
         self.labelled,self.k,self.tau,self.linear,self.layer = dls,k,tau,linear,layer
 

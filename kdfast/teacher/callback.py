@@ -39,11 +39,12 @@ class TeacherCallback(Callback):
         precision='auto', # 'auto', 'float32', 'bf16', 'fp16' or a function such as `int8_teacher`; None runs the teacher itself
         compile:bool=False, # Compile the copy with `torch.compile`
         picks:list=None, # Numbers of the teacher's outputs that are the student's classes, in their order; by default all
+        n_out:int=None, # How many outputs it must have for `picks` to be right, where that is known
         about:str='' # What is known of the teacher, for `show_distill`
     ):
         if not isinstance(teacher, nn.Module): raise TypeError(
             f"The teacher must be a module, got a {type(teacher).__name__}: pass learn.model, or use distill_learner")
-        self.network,self.tfm,self.precision,self.compile,self.picks,self.about = teacher,tfm,precision,compile,picks,about
+        self.network,self.tfm,self.precision,self.compile,self.picks,self.n_out,self.about = teacher,tfm,precision,compile,picks,n_out,about
 
     def after_create(self): self.setup()
     def before_fit(self): self._name_columns()
@@ -66,7 +67,7 @@ class TeacherCallback(Callback):
 
     def __deepcopy__(self, memo):
         memo[id(self)] = new = type(self).__new__(type(self))
-        new.__dict__.update({k:v for k,v in vars(self).items() if k in ('network','tfm','precision','compile','picks','about','run')})
+        new.__dict__.update({k:v for k,v in vars(self).items() if k in ('network','tfm','precision','compile','picks','n_out','about','run')})
         new.learn = deepcopy(self.learn, memo)
         return new
 
@@ -107,7 +108,12 @@ def picked(self:TeacherCallback,
 ): # Its logits of the student's classes
     "The part of the teacher's output that terms read"
     out = logits_of(out)
-    return out if self.picks is None or out is None else out[:,self.picks]
+    if self.picks is None or out is None: return out
+    n,least,most = out.shape[1],min(self.picks),max(self.picks)
+    told = f"{self.n_out} names" if self.n_out else f"numbers from {least} to {most}"
+    if self.n_out not in (None,n) or not 0<=least<=most<n: raise ValueError(
+        f"The teacher has {n} outputs, but {told} were passed for them: pass the names of all its classes, or numbers from 0 to {n-1}")
+    return out[:,self.picks]
 
 @patch
 def freeze(self:TeacherCallback,

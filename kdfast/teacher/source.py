@@ -10,6 +10,7 @@ __all__ = ['Teacher']
 # %% ../../nbs/teacher/source.ipynb #a8b43332
 from difflib import get_close_matches
 from importlib import import_module
+import torchvision.models as tvm
 from fastai.vision.all import *
 from ..core import import_extra, keep_rng, unreadable
 from ..layers.adapters import bare_model
@@ -123,18 +124,17 @@ def _made(name, weights, size):
 
 # %% ../../nbs/teacher/source.ipynb #5677b2f3
 def _of_torchvision(weights):
-    models = import_module('torchvision.models')
-    name = first(o for o in models.list_models() if type(weights) is models.get_model_weights(o))
-    tfm = weights.transforms()
-    mode = tfm.interpolation.value
-    with keep_rng(): net = models.get_model(name, weights=weights)
-    return dict(network=net, vocab=weights.meta.get('categories'), stats=(tfm.mean,tfm.std), known=True, size=tuple(tfm.crop_size*2)[:2], mode=mode)
+    name,tfm = first(o for o in tvm.list_models() if type(weights) is tvm.get_model_weights(o)),weights.transforms()
+    with keep_rng(): net = tvm.get_model(name, weights=weights)
+    size = tuple(tfm.crop_size*2)[:2]
+    return dict(network=net, vocab=weights.meta.get('categories'), stats=(tfm.mean,tfm.std), known=True, size=size, mode=tfm.interpolation.value)
 
 def _of_processor(o):
     "Statistics and size that an image processor has"
     size = {k:v for k,v in dict(getattr(o, 'size', None) or {}).items() if v}
-    side = size.get('shortest_edge', 0)
-    return dict(stats=(o.image_mean,o.image_std), known=True, size=(size.get('height', side),size.get('width', side)))
+    side = size.get('shortest_edge')
+    return dict(stats=(o.image_mean,o.image_std), known=True, size=(size.get('height', side),size.get('width', side)) if size else None,
+        mode={2:'bilinear', 3:'bicubic'}.get(getattr(o, 'resample', None)))
 
 def _processor_of(net):
     "The image processor that lies beside a Hugging Face model, None if there is none"
@@ -143,12 +143,13 @@ def _processor_of(net):
     except unreadable as e: warnings.warn(f"{net.name_or_path} has no image processor ({e})")
 
 # %% ../../nbs/teacher/source.ipynb #50ffd5fb
+def _is_file(o): return isinstance(o, Path) or Path(o).exists() or os.sep in o or Path(o).suffix in ('.pkl','.pth','.pt')
+
 def _found(network, weights, size):
     "What is known of a teacher, whatever it is"
-    if isinstance(network, (str,Path)) and not Path(network).exists() and Path(network).suffix!='.pkl': network = _made(timm_name(network), weights, size)
-    elif isinstance(network, (str,Path)): network = _load_teacher(network)
+    if isinstance(network, (str,Path)): network = _load_teacher(network) if _is_file(network) else _made(timm_name(network), weights, size)
     if isinstance(network, Learner): return _of_learner(network)
-    if isinstance(network, import_module('torchvision.models').WeightsEnum): return _of_torchvision(network)
+    if isinstance(network, tvm.WeightsEnum): return _of_torchvision(network)
     if not isinstance(network, nn.Module): raise TypeError("The teacher is a module, a Learner, the path of an exported learner, the name of a "
         f"network of timm or a member of a weights enum of torchvision, got a {type(network).__name__}: pass the trained network")
     if _is_timm(network): return _of_timm(network)
@@ -168,11 +169,12 @@ class Teacher:
     ):
         size = (size,size) if isinstance(size, int) else size
         vars(self).update({k:v for k,v in _found(network, weights, size).items() if v is not None})
-        if hasattr(stats, 'image_mean'): vars(self).update(_of_processor(stats))
+        if hasattr(stats, 'image_mean'): vars(self).update({k:v for k,v in _of_processor(stats).items() if v is not None})
         elif stats is not None: self.stats,self.known = stats,True
         self.size,self.given = size or self.size,vocab is not None
         if self.given: self.vocab = [*vocab]
-        if isinstance(self.stats, tuple): self.stats = Normalize.from_stats(*self.stats, cuda=False)
+        if self.mode not in ('bilinear','bicubic'): self.mode = 'bilinear'  # others do not smooth
+        if not isinstance(self.stats, (Normalize,NoneType)): self.stats = Normalize.from_stats(*self.stats, cuda=False)
 
     def tfm(self,
         dls # The student's `DataLoaders`
