@@ -44,7 +44,7 @@ readme: .venv/developing
 
 # The outputs that the notebooks keep
 outputs: .venv/developing
-	printf '%s\n' $(sort $(wildcard nbs/*.ipynb nbs/*/*.ipynb)) | PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 xargs -n 1 $(BIN)/nbdev-test --save
+	PYTHONWARNINGS=ignore OMP_NUM_THREADS=1 $(BIN)/python tools/outputs.py
 	$(BIN)/nbdev-clean
 
 # The pages as a site in _docs, to be browsed without Quarto, and nbs/llms.txt

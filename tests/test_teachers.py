@@ -168,6 +168,16 @@ def test_the_name_of_a_network(tmp_path):
     with pytest.raises(ValueError, match="did you mean 'resnet18'"): Teacher('resnet_18')
     with pytest.raises(ValueError, match="did you mean 'resnet18'"): distill_learner(dls, Shown(2), 'resnet_18')
 
+def test_a_transformer_of_another_size(tmp_path):
+    "Its position embeddings are resampled, from a file as from a download; all other weights are the file's"
+    net = timm.create_model('test_vit')
+    torch.save(net.state_dict(), tmp_path/'w.pth')
+    teacher = Teacher('test_vit', weights=tmp_path/'w.pth', size=96)
+    assert tuple(teacher.size)==(96,96) and teacher.network.pos_embed.shape!=net.pos_embed.shape
+    ours,theirs = net.state_dict(),teacher.network.state_dict()
+    assert all(torch.equal(ours[k], v) for k,v in theirs.items() if k!='pos_embed')
+    assert teacher.network(torch.zeros(1,3,96,96)).shape==(1,1000)
+
 # The default
 
 def test_the_default_says_what_it_took_and_why():

@@ -115,8 +115,9 @@ def _made(name, weights, size):
     "The pretrained network `name` of timm"
     timm = import_extra('timm', 'timm')
     fixed = size and timm.get_pretrained_cfg(name).fixed_input_size
+    how = {**(dict(img_size=size) if fixed else {}), **(dict(pretrained_cfg_overlay=dict(file=str(weights))) if weights else {})}
     try:
-        with keep_rng(): return timm.create_model(name, pretrained=weights is None, checkpoint_path=str(weights or ''), **(dict(img_size=size) if fixed else {}))
+        with keep_rng(): return timm.create_model(name, pretrained=True, **how)
     except Exception as e:
         what = "downloaded" if weights is None else f"read from {weights}"
         raise ValueError(f"The weights of {name} cannot be {what} ({type(e).__name__}: {str(e)[:300]}): "
