@@ -11,7 +11,7 @@ from kdfast.layers.pairs import before_relu
 from kdfast.layers.taps import calls_of
 from kdfast.losses.core import at_least_float, at_loss, hint_loss, kd_loss
 from kdfast.losses.features import ab_loss, fsp_loss, ft_loss, kdsvd_loss, ofd_loss, pyramid_loss, vid_loss
-from kdfast.losses.logits import cskd_loss, dist_loss, dkd_loss, logits_loss, mlkd_loss, nkd_loss, sigmoid_kd_loss, standardize, tfkd_loss, wttm_loss
+from kdfast.losses.logits import cskd_loss, dist_loss, dkd_loss, logits_loss, mlkd_loss, nkd_loss, ofa_loss, sigmoid_kd_loss, standardize, tfkd_loss, wttm_loss
 from kdfast.losses.relations import cc_loss, ickd_loss, nst_loss, pkt_loss, rkd_loss, sp_loss
 from kdfast.losses.similarity import cosine_loss, global_similarity_loss, local_similarity_loss, vkd_loss
 from kdfast.teacher.callback import NoTeacher
@@ -180,6 +180,10 @@ def by_hand_wttm(s, t):
     q,ps = p**.1/u,np.exp(s)/np.exp(s).sum(1, keepdims=True)
     return (u[:,0]*(q*np.log(q/ps)).sum(1)).mean()
 
+def by_hand_ofa(s, t, y, eps):
+    one = lambda a,b,y: -sum(((p+(c==y))**eps-(c==y))*np.log(q) for c,(p,q) in enumerate(zip(soft(b[None])[0], soft(a[None])[0])))
+    return mean_of(one, s, t, y)
+
 def by_hand_vkd(s, t):
     t = (t-t.mean(1, keepdims=True))/np.sqrt(t.var(1, keepdims=True)+1e-5)
     d = np.abs(s-t)
@@ -207,6 +211,7 @@ y = torch.tensor([3,0,4,1,1])
 of_logits = {'kd':(kd_loss,by_hand_kd), 'logits':(logits_loss,lambda s,t: ((s-t)**2).mean()), 'sigmoid':(partial(sigmoid_kd_loss, T=2.),by_hand_sigmoid), 'dkd':(partial(dkd_loss, y=y),lambda s,t: by_hand_dkd(s, t, y.numpy())),
     'nkd':(partial(nkd_loss, y=y, T=2.),lambda s,t: by_hand_nkd(s, t, y.numpy(), T=2.)), 'dist':(dist_loss,by_hand_dist), 'mlkd':(mlkd_loss,by_hand_mlkd),
     'tfkd':(partial(from_labels(tfkd_loss), y=y),lambda s,t: by_hand_tfkd(s, t, y.numpy())), 'cskd':(partial(lambda s,t,y: cskd_loss(s, y, target=t), y=y),lambda s,t: by_hand_cskd(s, t, y.numpy())),
+    'ofa':(partial(ofa_loss, y=y),lambda s,t: by_hand_ofa(s, t, y.numpy(), 1.)), 'ofa 1.5':(partial(ofa_loss, y=y, eps=1.5),lambda s,t: by_hand_ofa(s, t, y.numpy(), 1.5)),
     'wttm':(wttm_loss,by_hand_wttm), 'vkd':(vkd_loss,by_hand_vkd), 'global':(lambda s,t: global_similarity_loss(s, t, torch.tensor(queue).to(at_least_float(s).dtype)),by_hand_global),
     'standardized':(lambda s,t: kd_loss(standardize(s), standardize(t)),lambda s,t: by_hand_kd(*((o-o.mean(1, keepdims=True))/o.std(1, ddof=1, keepdims=True) for o in (s,t))))}
 of_maps = {'at':(at_loss,by_hand_at), 'hint':(hint_loss,lambda s,t: ((s-t)**2).mean()), 'sp':(sp_loss,by_hand_sp), 'pkt':(pkt_loss,by_hand_pkt), 'cc':(cc_loss,by_hand_cc), 'rkd':(rkd_loss,by_hand_rkd), 'nst':(nst_loss,by_hand_nst),
@@ -261,24 +266,24 @@ def test_nothing_is_nan(name, extreme):
         v = loss(s, t)
         assert v.isfinite() and torch.autograd.grad(v, s)[0].isfinite().all()
 
-zero = [n for n in losses if n not in ('nkd','vid','tfkd','cskd','ab','wttm','vkd')]
+zero = [n for n in losses if n not in ('nkd','vid','tfkd','cskd','ab','wttm','vkd','ofa','ofa 1.5')]
 
 @pytest.mark.parametrize('name', zero)
 def test_zero_where_they_agree(name):
     _,t = inputs(name)
     assert abs(losses[name][0](t.clone(), t).item())<1e-6
 
-@pytest.mark.parametrize('name', ['dkd','nkd','dist','kd','sigmoid'])
+@pytest.mark.parametrize('name', ['dkd','nkd','ofa','dist','kd','sigmoid'])
 def test_pixels_are_images(name):
     "`(bs,c,h,w)` as the images that the pixels would be"
-    f = {'dkd':dkd_loss, 'nkd':nkd_loss, 'dist':dist_loss, 'kd':kd_loss, 'sigmoid':sigmoid_kd_loss}[name]
+    f = {'dkd':dkd_loss, 'nkd':nkd_loss, 'ofa':ofa_loss, 'dist':dist_loss, 'kd':kd_loss, 'sigmoid':sigmoid_kd_loss}[name]
     s,t,labels = torch.randn(2,5,3,4),torch.randn(2,5,3,4),torch.randint(5, (2,3,4))
     flat = lambda o: o.movedim(1, -1).reshape(-1, 5)
-    args,rows = ((labels,),(labels.flatten(),)) if name in ('dkd','nkd') else ((),())
+    args,rows = ((labels,),(labels.flatten(),)) if name in ('dkd','nkd','ofa') else ((),())
     torch.testing.assert_close(f(s, t, *args), f(flat(s), flat(t), *rows))
     if name!='sigmoid': torch.testing.assert_close(f(s.movedim(1, -1), t.movedim(1, -1), *args, axis=-1), f(s, t, *args))
 
-@pytest.mark.parametrize('f', [dkd_loss,nkd_loss])
+@pytest.mark.parametrize('f', [dkd_loss,nkd_loss,partial(ofa_loss, eps=1.5)])
 def test_pixels_without_a_label(f):
     s,t,labels = torch.randn(6,5),torch.randn(6,5),torch.tensor([0,1,-100,4,255,2])
     known = (labels>=0)&(labels<5)
@@ -450,7 +455,7 @@ def test_labels_that_are_none(name, trained):
     dls = DataLoaders(*(DataLoader(data, bs=4) for _ in range(2)))
     with pytest.raises(ValueError, match=f"{name.upper()} reads which class is right"): distill_learner(dls, trained, wrn(10, 1), cbs=term(name), loss_func=nn.CrossEntropyLoss())
 
-@pytest.mark.parametrize('name', [n for n in names if issubclass(methods()[n], LogitKD) and n not in ('mlkd','cskd','dml')])
+@pytest.mark.parametrize('name', [n for n in names if issubclass(methods()[n], LogitKD) and n not in ('mlkd','cskd','dml','ofa')])
 def test_segmentation(name, quiet):
     "A decision for each pixel, by a small and a large network, with pixels that have no label"
     net = lambda c: nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 5, 1))
@@ -469,6 +474,26 @@ def test_segmentation(name, quiet):
     assert learn.keep.added[name]==pytest.approx(t.weight*by_pixel.item(), rel=1e-4)
     for other in (MLKD(),CSKD()):
         with pytest.raises(ValueError, match='one decision per image'): distill_learner(dls, asked(net(16), other), net(4), cbs=other, loss_func=outputs)
+
+def test_exits(trained, quiet):
+    "Each end of a stage has one, or each layer that is named; each learns what the teacher says"
+    class Outs(Callback):
+        order,run_valid = 2,False
+        def after_loss(self):
+            t = self.learn.ofa
+            outs = [self.pred, *(t.adapters[a](self.learn.teacher.student_taps[a]) for a in t.layers)]
+            s,told = [o.detach().double().numpy() for o in outs],self.learn.teacher.out.double().numpy()
+            self.found = [*t.layers],t.value.item(),sum(by_hand_ofa(o, told, self.y.numpy(), 1.5) for o in s)
+    learn = quiet(distill_learner(few_digits(), trained, resnet(10, width=.125, stem='small'), cbs=[OFA(eps=1.5), Outs()], precision='float32'), 1, 1e-3)
+    layers,value,by_hand = learn.outs.found
+    assert layers==['layer1','layer2','layer3','layer4'] and value==pytest.approx(by_hand, rel=1e-4)
+    assert not any('exit' in n or 'ofa' in n for n in learn.student.state_dict())
+    learn = distill_learner(few_digits(), trained, wrn(10, 1), cbs=[OFA(exits=['group2']), MixUp()])
+    assert quiet(learn, 1, 1e-3).recorder.history.ofa[0]>0 and [*learn.ofa.adapters]==['group2']
+    learn.show_pairs()
+    assert 'group2' in str(learn.show_distill())
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10))
+    with pytest.raises(ValueError, match='OFA finds no stages in this Sequential: pass exits'): distill_learner(few_digits(), trained, flat, cbs=OFA())
 
 def test_the_axis_of_the_classes(quiet):
     "A language model has its classes last"

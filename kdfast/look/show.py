@@ -34,10 +34,12 @@ def _read(source, xb):
     ours = _sizes(student, {*(a for t in terms for a in t.layers), *_ends(student, xb)}, xb)
     if isinstance(source.network, NoTeacher): return ours,{}
     seen = seen_by(source.tfm, to_device(xb, next((o.device for o in source.network.parameters()), xb[0].device)))
-    return ours,_sizes(source.network, {*(b for t in terms for b in t.layers.values()), *_ends(source.network, seen)}, seen)
+    return ours,_sizes(source.network, {*(b for t in terms for b in t.asked), *_ends(source.network, seen)}, seen)
 
 # %% ../../nbs/look/show.ipynb #ef7718e0
-def _pairs_of(term): return term.layers or {'output': 'output' if term.taught else ''}
+def _pairs_of(term):
+    outputs = {} if term.layers and not term.reads_logits else {'output': 'output' if term.taught else ''}
+    return {**{a:b or 'output' for a,b in term.layers.items()}, **outputs}
 
 def _weight_of(term):
     weights = [term.weight(p) for p in (0.,.5,1.)] if callable(term.weight) else [term.weight]

@@ -157,7 +157,7 @@ class TeacherCache(Callback):
 @patch
 def _wanted(self:TeacherCache):
     "Name to `(term, layer)` of what the terms need of layers"
-    return {t.part(o):(t,o) for t in self.source.watched for o in t.layers.values()}
+    return {t.part(o):(t,o) for t in self.source.watched for o in t.asked}
 
 @patch
 def _answers(self:TeacherCache, xb):

@@ -167,7 +167,7 @@ def cache(self:TeacherCallback):
 def refreeze(self:TeacherCallback):
     "Make the copy anew if the teacher, or what is read of it, has changed"
     watched = self.watched
-    layers,outputs = sorted({n for t in watched for n in t.layers.values()}),any(t.reads_logits for t in watched)
+    layers,outputs = sorted({n for t in watched for n in t.asked}),any(t.reads_logits for t in watched)
     device = next(bare_model(self.learn.model).parameters()).device
     loaders = callable(self.precision) and id(self.dls)
     key = (fingerprint(self.network), layers, outputs, device, self.precision, self.compile, id(self.tfm), loaders)
@@ -267,7 +267,10 @@ class DistillCallback(Callback):
     @property
     def adapters(self): return {k:adapters_of(self.learn.model)[n] for k,n in self.source.plan.names[self.label].items()}
 
-    def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's, to those that the term reads"
+    @property
+    def asked(self): return [o for o in self.layers.values() if o is not None]
+
+    def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's or to None, to those that the term reads"
     def prepare(self, probe): return {}
     def compact(self, features): return at_least_float(features)
     def extras(self): return []
@@ -438,7 +441,7 @@ def _probe(self:TeacherCallback, student, terms):
     with keep_rng(), probing(student, self.network):
         for t in terms:
             if t.taught: t.choose(student, self.network, self.tfm, xs)
-        layers = [{n for t in terms for n in o(t.layers)} for o in (dict.keys,dict.values)]
+        layers = {n for t in terms for n in t.layers},{n for t in terms for n in t.asked}
         last = {n for t in terms for n in t.last_calls}
         with Once(student, layers[0], last) as s, Once(self.network, layers[1], last) as t:
             pred = student(*xs)
