@@ -109,10 +109,6 @@ def dist_loss(
     lack = 1 - mean_over(_correlation(s, t, 1), None if w is None else w[:,0])
     return tau**2*(lack + (1 - _correlation(s, t, 0, w).mean() if len(s)>1 else 0))
 
-# %% ../../nbs/losses/logits.ipynb #a99037de
-def check_power(eps):
-    if not 0<eps<math.inf: raise ValueError(f"eps, a power of the teacher's probabilities, must be positive and finite, got {eps}: 1 is published")
-
 # %% ../../nbs/losses/logits.ipynb #d2f92acf
 def wttm_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
@@ -126,6 +122,10 @@ def wttm_loss(
     s,t = soften(input, 1., axis),soften(target, 1/gamma if gamma else math.inf, axis)
     share = (gamma*soften(target, 1., axis)).logsumexp(axis).exp()
     return mean_over(share*F.kl_div(s, t, reduction='none', log_target=True).sum(axis), mask)
+
+# %% ../../nbs/losses/logits.ipynb #b7e6c492
+def check_power(eps):
+    if not 0<eps<math.inf: raise ValueError(f"eps, a power of the teacher's probabilities, must be positive and finite, got {eps}: 1 is published")
 
 # %% ../../nbs/losses/logits.ipynb #72f9089e
 def ofa_loss(
