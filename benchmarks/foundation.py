@@ -15,7 +15,7 @@ from kdfast.teacher.callback import no_loss
 
 
 CLASSES = 0,217,482,491,497,566,569,571,574,701
-ARMS = {'alone':(), 'KD':[partial(KD, T=2)], 'Similarity':[Similarity], 'FitNet':[FitNet], 'KD+FitNet':[partial(KD, T=2), FitNet]}
+ARMS = {'alone':(), 'KD':[partial(KD, T=2)], 'Similarity':[Similarity], 'FitNet':[FitNet], 'FitNet, standardized':[partial(FitNet, standardize=True)], 'KD+FitNet':[partial(KD, T=2), FitNet]}
 TAUGHT = {'Similarity':[Similarity], 'FitNet':[FitNet], 'Cosine':[Cosine]}
 
 class Runs:

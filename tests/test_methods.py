@@ -495,6 +495,44 @@ def test_exits(trained, quiet):
     flat = nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10))
     with pytest.raises(ValueError, match='OFA finds no stages in this Sequential: pass exits'): distill_learner(few_digits(), trained, flat, cbs=OFA())
 
+@pytest.mark.parametrize('make', [FitNet,VID,partial(FeatureKD, hint_loss, {'group3':'group3'})])
+def test_standardized_features(make, trained, tmp_path, quiet):
+    "Mean and scale of the first batch are taken out, are kept with the learner, and are measured again for another teacher"
+    class Seen(Callback):
+        order,run_valid = 2,False
+        def before_fit(self): self.raw,self.given = [],[]
+        def after_loss(self):
+            b = [*self.learn.teacher.terms[0].layers.values()][-1]
+            self.raw.append(self.learn.teacher.taps[b].clone()); self.given.append(self.learn.teacher.terms[0].target(b).clone())
+    dls = few_digits()
+    student = lambda net: distill_learner(dls, net, wrn(10, 2), cbs=[make(standardize=True), Seen()], precision='float32', path=tmp_path)
+    learn = quiet(student(trained), 1, 1e-3)
+    mean,std = learn.seen.raw[0].mean((0,2,3), keepdim=True),learn.seen.raw[0].var((0,2,3), correction=0).mean().sqrt()
+    for raw,given in zip(learn.seen.raw, learn.seen.given): torch.testing.assert_close(given, (raw-mean)/std, rtol=1e-4, atol=1e-4)
+    quiet(learn, 1, 1e-3)
+    torch.testing.assert_close(learn.seen.given[0], (learn.seen.raw[0]-mean)/std, rtol=1e-4, atol=1e-4)
+    kept = learn.model.state_dict()
+    learn.save('kept')
+    other = student(trained).load('kept')
+    quiet(other, 1, 0.)
+    assert all(torch.equal(v, kept[k]) for k,v in other.model.state_dict().items() if k.endswith('.std'))
+    loud = deepcopy(trained)
+    for n in loud.group3.modules():
+        if isinstance(n, nn.Conv2d): n.weight.data.mul_(10)
+    learn.remove_cb(TeacherCallback)
+    learn.add_cb(TeacherCallback(loud, precision='float32'))
+    quiet(learn, 1, 0.)
+    assert learn.seen.given[0].var((0,2,3), correction=0).mean().item()==pytest.approx(1, rel=1e-3)
+    assert learn.seen.raw[0].var((0,2,3), correction=0).mean().sqrt()>2*std
+
+def test_standardized_features_from_a_cache(trained, tmp_path, quiet):
+    def values(*cbs):
+        set_seed(0)
+        dls = few_digits(pad=0)
+        dls.train.rng.seed(0)
+        return quiet(distill_learner(dls, trained, wrn(10, 1), cbs=[FitNet(standardize=True), *cbs], precision='float32'), 2, 1e-3).recorder.history.fitnet
+    assert [*values(TeacherCache(tmp_path/'cache'))]==pytest.approx([*values()], rel=1e-2)
+
 def test_the_axis_of_the_classes(quiet):
     "A language model has its classes last"
     data = [(torch.randint(7, (6,)), torch.randint(7, (6,))) for _ in range(16)]

@@ -15,7 +15,7 @@ from fastai.callback.mixup import MixHandler
 from ..core import logits_of
 from ..layers.adapters import hint_adapter
 from ..layers.pairs import last_stages, pair_layers
-from ..losses.core import at_loss, attention_map, check_temperature, hint_loss, kd_loss
+from ..losses.core import at_least_float, at_loss, attention_map, check_temperature, hint_loss, kd_loss
 from ..losses.logits import standardize
 from ..teacher.callback import along, DistillCallback
 
@@ -181,6 +181,26 @@ KD_STANDARDIZED = dict(T=2., alpha=.9, scale=10., standardize=True)
 KD_BORN_AGAIN = dict(T=1., alpha=.5)  # arXiv:1805.04770
 KD_PATIENT = dict(T=1., alpha=1.)  # arXiv:2106.05237
 
+# %% ../../nbs/distill/core.ipynb #c82127c1
+class Standardized(nn.Module):
+    "Features, `(bs,c,...)`, with mean 0 in each channel and a mean variance of 1, as those of the first batch had them"
+    reuses,known = False,False
+    def __init__(self, nf):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(nf))
+        self.register_buffer('std', torch.zeros(()))  # 0 before the first batch
+
+    def measure(self, x):
+        var,mean = torch.var_mean(maybe_gather(x.detach()), [0,*range(2, x.ndim)], correction=0)
+        self.mean.copy_(mean)
+        self.std.copy_(var.mean().sqrt().clamp(min=1e-12))
+
+    def forward(self, x):
+        x = at_least_float(x)
+        if not self.known and self.std==0: self.measure(x)
+        self.known = True
+        return (x-self.mean.view(-1, *[1]*(x.ndim-2)))/self.std
+
 # %% ../../nbs/distill/core.ipynb #80bd358e
 class FeatureKD(DistillCallback):
     "`func` of student's and teacher's features, the mean over pairs of layers"
@@ -190,13 +210,14 @@ class FeatureKD(DistillCallback):
         pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
         weight:float=1., # A number, or a fastai schedule over the fit
         per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False # Pair the stems as well, where `pairs` is None
+        stem:bool=False, # Pair the stems as well, where `pairs` is None
+        standardize:bool=False # Take mean and scale out of the teacher's features, as those of the first batch have them
     ):
         super().__init__(weight)
         named = isinstance(pairs, dict) and pairs and all(isinstance(o, str) for p in pairs.items() for o in p)
         if pairs is not None and not named: raise ValueError(
             f"pairs must name at least one pair of layers, got {pairs!r}: pass {{'student.layer': 'teacher.layer'}}, or leave it out")
-        store_attr('func,pairs,per_stage,stem')
+        store_attr('func,pairs,per_stage,stem,standardize')
 
     @property
     def column(self): return _name_of(self.func, 'feature') if type(self) is FeatureKD else super().column
@@ -208,10 +229,15 @@ class FeatureKD(DistillCallback):
         pairs = {a: (probe.student[a], probe.teacher[b]) for a,b in self.layers.items()}
         made = {a: self.adapter(s, t) for a,(s,t) in pairs.items()}
         for a,(s,t) in pairs.items(): self._try(a, s, t, noop if made[a] is None else made[a].to(s.device).eval())
-        return {a:m.train() for a,m in made.items() if m is not None}
+        taken = {f'target_{b}':Standardized(t.shape[1]) for b,t in probe.teacher.items() if b in self.asked and self.standardize}
+        return {**{a:m.train() for a,m in made.items() if m is not None}, **taken}
 
     def adapter(self, s, t): "A module from the student's features to the teacher's, or None"
     def scale(self, s, t): return 1.
+
+    def target(self, layer):
+        t = super().target(layer)
+        return self.adapters[f'target_{layer}'](t) if self.standardize else t
 
     def _try(self, a, s, t, adapter=noop):
         try:
@@ -269,7 +295,8 @@ class FitNet(FeatureKD):
         pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
         weight:float=100., # Split over all pairs; a number, or a fastai schedule over the fit
         per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False # Pair the stems as well, where `pairs` is None
-    ): super().__init__(hint_loss, pairs, weight, per_stage, stem)
+        stem:bool=False, # Pair the stems as well, where `pairs` is None
+        standardize:bool=False # As for `FeatureKD`
+    ): super().__init__(hint_loss, pairs, weight, per_stage, stem, standardize)
 
     def adapter(self, s, t): return hint_adapter(s.shape, t.shape)

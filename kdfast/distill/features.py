@@ -44,8 +44,9 @@ class VID(FeatureKD):
         pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
         weight:float=1., # A number, or a fastai schedule over the fit
         per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False # Pair the stems as well, where `pairs` is None
-    ): super().__init__(_told, pairs, weight, per_stage, stem)
+        stem:bool=False, # Pair the stems as well, where `pairs` is None
+        standardize:bool=False # As for `FeatureKD`
+    ): super().__init__(_told, pairs, weight, per_stage, stem, standardize)
 
     def adapter(self, s, t): return _Regressor(s.shape[1], t.shape[1], t.shape[2:])
     def scale(self, s, t): return 3.

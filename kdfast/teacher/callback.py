@@ -480,7 +480,7 @@ def _adapt(self:TeacherCallback, student, made):
     "Put what terms train into the model, under names that begin with their labels; one that stands there and fits is kept"
     learn,old,device = self.learn,adapters_of(self.learn.model),next(student.parameters()).device
     shapes = lambda m: {k:v.shape for k,v in m.state_dict().items()}
-    keeps = lambda t,n,m: t.reuses and n in old and shapes(old[n])==shapes(m)
+    keeps = lambda t,n,m: t.reuses and getattr(m, 'reuses', True) and n in old and shapes(old[n])==shapes(m)
     names = {t.label:{k:f'{t.label}_{k}'.replace('.', '_') for k in o} for t,o in made}
     adapters = [(t, names[t.label][k], m) for t,o in made for k,m in o.items()]
     if adapters:
