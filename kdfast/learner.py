@@ -17,6 +17,7 @@ from .distill.similarity import Similarity
 from .layers.adapters import bare_model
 from .layers.pairs import stage_taps, to_classifier
 from .losses.relations import embedding
+from .teacher.cache import TeacherCache
 from .teacher.callback import AdaptedSplitter, DistillCallback, no_loss, NoTeacher, TeacherCallback
 from .teacher.source import lacks, one_after_another, Teacher, timm_name
 
@@ -73,6 +74,7 @@ def default_term(
 def _listener(teacher, dls, tfm, vocab, precision, compile):
     "The teacher's callback, and the student's classes that it lacks"
     if teacher is None: return TeacherCallback(NoTeacher()),[]
+    if isinstance(teacher, TeacherCache): return TeacherCallback(teacher.recorded()),[]
     if not isinstance(teacher, Teacher): teacher = Teacher(teacher, vocab)
     elif vocab is not None: raise ValueError("A Teacher has its classes: pass teacher_vocab to it, as vocab")
     picks,lacking = teacher.picks(dls)
@@ -93,7 +95,7 @@ def _check_terms(teacher, terms):
 @delegates(Learner.__init__)
 def distill_learner(
     dls:DataLoaders, # Any fastai `DataLoaders`, with targets or without
-    teacher, # As `Teacher` takes a network, or a `Teacher`; None for the control arm, and for terms that ask none
+    teacher, # As `Teacher` takes a network, a `Teacher`, or the `TeacherCache` of one that is not here; None for the control arm, and for terms that ask none
     student, # A module; a callable that takes `n_out`; an architecture as `vision_learner` takes it; or a `Learner`, for its network and groups
     cbs=None, # `Callback`s; those that distil, such as `[KD(), AT()]`, are by default `KD()`, or `Similarity()` where the outputs differ
     precision='auto', # As for `TeacherCallback`: what the teacher computes in, bfloat16 where the device does so natively
@@ -108,6 +110,7 @@ def distill_learner(
     if pretrained: student = vision_learner(dls, student)
     if isinstance(student, Learner): student = _thawed(student, kwargs)
     student,cbs = student_of(student, dls),L(cbs)
+    if isinstance(teacher, TeacherCache) and teacher not in cbs: cbs = cbs+teacher
     _tell_frozen(student)
     terms = [o for o in cbs if _is_term(o)]
     _check_terms(teacher, terms)

@@ -1,5 +1,5 @@
 "A cached fit is the fit without a cache, or is refused"
-import errno, json, shutil, pytest
+import errno, json, shutil, pytest, timm
 from conftest import few_digits, n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
@@ -274,3 +274,79 @@ def test_after_a_refusal_the_next_fit_is_free(moved, tmp_path):
     with pytest.raises(ValueError, match='other images'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=MixUp())
     learn.kd.weight = learn.at.weight = 0.
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+
+# Principal components, and a cache without its teacher
+
+def test_components(moved, tmp_path, exact):
+    "Nearly as many as there are channels lose nearly nothing; few take less room, and say how much they lose"
+    fits,size = {n:fit(moved, TeacherCache(tmp_path/str(n), components=n), terms=(KD,Cosine), epochs=2) for n in (None,127)},{}
+    with pytest.warns(UserWarning, match=r'2 components keep \d+% of the variance of DistillCallback.compact group'):
+        fits[2] = fit(moved, TeacherCache(tmp_path/'2', components=2), terms=(KD,Cosine), epochs=2)
+    near,less = (apart(fits[n], fits[None]) for n in (127,2))
+    assert near<less/5
+    for n in fits: size[n] = sum(f.stat().st_size for f in (tmp_path/str(n)).iterdir())
+    assert size[2]<size[None]/8
+    with pytest.raises(ValueError, match='components=2, not 3'): fit(moved, TeacherCache(tmp_path/'2', components=3), terms=(KD,Cosine))
+    with pytest.raises(ValueError, match='at least 1'): TeacherCache(tmp_path/'c', components=0)
+
+def test_components_are_those_of_numpy(moved, tmp_path, exact):
+    "What is read again is the projection on the directions of most variance"
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # there may be more to it than twelve
+        fit(moved, TeacherCache(tmp_path/'c', components=12), terms=(FitNet,), epochs=1)
+    with open(tmp_path/'c'/'meta.json') as f: files = json.load(f)['files']
+    name = 'DistillCallback.compact group3'
+    basis,kept = (np.load(tmp_path/'c'/files[k]) for k in (f'basis {name}',name))
+    dls = few_digits(pad=0)
+    x = dls.train.new(shuffle=False, drop_last=False).one_batch()[0]
+    with Taps(moved, ['group3']) as taps, torch.no_grad():
+        moved.eval()(x)
+        maps = taps['group3'].movedim(1, -1).double().numpy()
+    rows = maps.reshape(-1, maps.shape[-1])
+    by_hand = (maps-basis[0])@basis[1:].T
+    assert np.abs(kept[0,:len(x)].transpose(0,2,3,1)-by_hand).max()<1e-2*np.abs(by_hand).max()
+    assert np.allclose(basis[1:]@basis[1:].T, np.eye(12), atol=1e-4)
+
+@pytest.mark.parametrize('views', [0,2])
+def test_without_its_teacher(views, moved, tmp_path, exact):
+    "Someone else trains the same student, or another, from the folder alone"
+    pad = 4*bool(views)
+    first = fit(moved, TeacherCache(tmp_path/'c', views), terms=(KD,AT,FitNet), pad=pad)
+    shutil.move(tmp_path/'c', tmp_path/'handed')
+    learn = fit(TeacherCache(tmp_path/'handed'), terms=(KD,AT,FitNet), pad=pad)
+    assert torch.equal(weights(first), weights(learn))
+    assert 'answers from a cache' in str(learn.show_distill()) and 'Wide' not in str(learn.show_distill())
+    learn.show_pairs()
+    dls = few_digits(pad=pad)
+    other = distill_learner(dls, TeacherCache(tmp_path/'handed'), resnet(10, width=.25, stem='small'))
+    with other.no_bar(), other.no_logging(): other.fit(1, 1e-3)
+    assert [c.name for c in other.cbs if isinstance(c, DistillCallback)]==['kd'] and other.recorder.history.kd[0]>0
+
+def test_only_a_record_is_left(moved, tmp_path):
+    "What is not kept, or is asked of the teacher itself, is an error that says so"
+    fit(moved, TeacherCache(tmp_path/'c'), terms=(AT,))
+    handed = lambda: TeacherCache(tmp_path/'c')
+    with pytest.raises(ValueError, match='lacks logits'): fit(handed(), terms=(KD,))
+    with pytest.raises(ValueError, match='another data set'): fit(handed(), terms=(AT,), dls=few_digits(seed=1, pad=0))
+    learn = distill_learner(few_digits(pad=0), handed(), wrn(10, 1), cbs=AT())
+    learn.remove_cb(TeacherCache)
+    with pytest.raises(ValueError, match='only a record is left'), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    learn = distill_learner(few_digits(pad=0), handed(), wrn(10, 1), cbs=AT())
+    shutil.rmtree(tmp_path/'c')
+    with pytest.raises(ValueError, match='is gone'), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    with pytest.raises(ValueError, match='is no cache'): distill_learner(few_digits(), handed(), wrn(10, 1), cbs=AT())
+    assert not (tmp_path/'c').exists()
+
+def test_tokens_without_their_teacher(tmp_path, quiet):
+    "A transformer without a head, its tokens as components, teaches another student through the default term"
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=2, num_classes=0)
+    def features(teacher, *cbs):
+        set_seed(0)
+        dls = few_digits(pad=0)
+        dls.train.rng.seed(0)
+        return quiet(distill_learner(dls, teacher, resnet(10, width=.25, stem='small'), cbs=[*cbs], precision='float32'), 1, 1e-3)
+    plain,first = features(vit),features(vit, TeacherCache(tmp_path/'c', components=64))
+    handed = features(TeacherCache(tmp_path/'c'))
+    assert [*first.similarity.layers.items()]==[*handed.similarity.layers.items()]
+    values = [o.recorder.history.similarity[0] for o in (plain,first,handed)]
+    assert values[1]==pytest.approx(values[2], rel=1e-6) and values[0]==pytest.approx(values[1], rel=.1)

@@ -16,6 +16,7 @@ from torch import distributed
 from ..core import fingerprint, keep_rng, on_interrupt, part_of, seen_by, unreadable, whole_folder
 from ..devices import autocast_dtype
 from ..layers.adapters import bare_model
+from ..layers.taps import given_mark
 from .callback import check_source, TeacherCallback
 
 # %% ../../nbs/teacher/cache.ipynb #7f6eaf1c
@@ -114,15 +115,17 @@ def _check_space(path, size):
 class TeacherCache(Callback):
     "Runs the teacher once on every image, and keeps on disk what the terms need, with `views` the images and targets as well"
     order,run_valid = TeacherCallback.order+1,False
-    _stateattrs = ('files','sums','same','replay','kinds')
-    files,sums,same,replay,kinds,passed = (None,)*5+(0,)
+    _stateattrs = ('files','sums','same','replay','kinds','bases')
+    files,sums,same,replay,kinds,bases,passed = (None,)*6+(0,)
     def __init__(self,
         path, # A folder for this teacher, these data and these terms, made in the first fit; the same for all processes
-        views:int=0 # Augmented views kept of every image; 0 where the pipeline shows each image the same way every time
+        views:int=0, # Augmented views kept of every image; 0 where the pipeline shows each image the same way every time
+        components:int=None # Principal components kept of feature maps with more channels; by default the maps themselves
     ):
-        self.path,self.views = Path(path),views
+        self.path,self.views,self.components = Path(path),views,components
         if not isinstance(views, int) or views<0: raise ValueError(
             f"views must be a whole number of augmented views, got {views!r}: use 0 for a pipeline without augmentation")
+        if components is not None and components<1: raise ValueError(f"components must be at least 1, got {components}: leave it out for all")
 
     @property
     def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
@@ -153,6 +156,26 @@ class TeacherCache(Callback):
             "The student sees other images than the teacher was asked about, which are mixed, resized or augmented later: "
             "leave that callback out, or keep augmented views with TeacherCache(views=4)")
 
+# %% ../../nbs/teacher/cache.ipynb #f7458818
+def _basis(
+    x, # The teacher's feature maps, `(bs,c,h,w)`
+    n, # Components
+    name # What to call them
+): # Their mean, and the components that vary most, `(1+n,c)`
+    rows = x.double().movedim(1, -1).flatten(0, -2)
+    values,directions = torch.linalg.eigh(torch.cov(rows.T))
+    kept = (values[-n:].sum()/values.sum()).item()
+    if kept<.9: warnings.warn(f"{n} components keep {kept:.0%} of the variance of {name}: take more of them")
+    return torch.cat([rows.mean(0)[None], directions.T[-n:]]).float()
+
+def _reduced(x, basis): return ((x.movedim(1, -1)-basis[0])@basis[1:].T).movedim(-1, 1)
+def _restored(x, basis): return (x.movedim(1, -1)@basis[1:]+basis[0]).movedim(-1, 1)
+
+# %% ../../nbs/teacher/cache.ipynb #4ec63f26
+def _bases_in(files):
+    "The bases among a cache's arrays, by the names of what they restore"
+    return {k.removeprefix('basis '):torch.from_numpy(np.array(o)) for k,o in files.items() if k.startswith('basis ')}
+
 # %% ../../nbs/teacher/cache.ipynb #53066c5a
 @patch
 def _wanted(self:TeacherCache):
@@ -176,7 +199,8 @@ def _meta(self:TeacherCache):
     self.kinds = [(type(o), o.dtype) for o in xb]
     seen = self.sums(*seen_by(source.tfm, xb[:self._n_inp])).flatten().tolist()
     precision = [getattr(source.precision, '__name__', source.precision), str(autocast_dtype('auto', xb[0].device))]
-    return dict(teacher=fingerprint(source.network), precision=precision, seen=seen, data=data, views=self.views, picks=source.picks)
+    how = dict(teacher=fingerprint(source.network), precision=precision, picks=source.picks, seen=seen)
+    return dict(how, data=data, views=self.views, components=self.components, sizes=source.plan.teacher, named=type(source.network).__name__)
 
 # %% ../../nbs/teacher/cache.ipynb #0d36af25
 def _agreed(flag):
@@ -199,14 +223,14 @@ def _together():
 # %% ../../nbs/teacher/cache.ipynb #8d709bc2
 @patch
 def _check(self:TeacherCache, kept, now):
+    if isinstance(self.source.network, Recorded): now = {**now, **{k:kept.get(k) for k in ('teacher','precision','picks','seen')}}
     seen = [tensor(o['seen']).view(-1, 2) for o in (kept,now)]
-    same = {k:kept.get(k)==now[k] for k in ('teacher','precision','views','picks')}
-    differs = ("another teacher" if not same['teacher'] else f"views={kept['views']}, not {now['views']}" if not same['views']
-        else f"a teacher in precision {kept['precision']}, not {now['precision']}" if not same['precision']
-        else f"the teacher's outputs {kept.get('picks')}, not {now['picks']}" if not same['picks']
-        else "another data set or another pipeline" if not _same_data(kept['data'], now['data'])
-        else "a teacher whose tfm makes it see images differently" if not _same_sums(*seen).all() else '')
-    if differs: raise ValueError(f"The cache in {self.path} was made with {differs}: delete it, or choose another folder")
+    words = dict(teacher="another teacher", views="views={}, not {}", components="components={}, not {}",
+        precision="a teacher in precision {}, not {}", picks="the teacher's outputs {}, not {}")
+    differs = [words[k].format(kept.get(k), now[k]) for k in words if kept.get(k)!=now[k]]
+    if not _same_data(kept['data'], now['data']): differs.append("another data set or another pipeline")
+    if not _same_sums(*seen).all(): differs.append("a teacher whose tfm makes it see images differently")
+    if differs: raise ValueError(f"The cache in {self.path} was made with {differs[0]}: delete it, or choose another folder")
 
 @patch
 def _check_lacking(self:TeacherCache, files):
@@ -229,13 +253,19 @@ def _open(self:TeacherCache):
     with _together(): self.files = self._kept(now)
 
 @patch
-def _kept(self:TeacherCache, now):
+def _read(self:TeacherCache):
+    "What the folder tells of itself, and its arrays"
     try:
         kept = json.loads((self.path/'meta.json').read_text())
-        files = {k:np.load(self.path/o, mmap_mode='r') for k,o in kept['files'].items()}
+        return kept,{k:np.load(self.path/o, mmap_mode='r') for k,o in kept['files'].items()}
     except unreadable as e: raise ValueError(f"{self.path} is no cache, or a damaged one ({e}): choose a new folder, or delete it") from e
+
+@patch
+def _kept(self:TeacherCache, now):
+    kept,files = self._read()
     self._check(kept, now)
-    return files
+    self.bases = _bases_in(files)
+    return {k:o for k,o in files.items() if not k.startswith('basis ')}
 
 # %% ../../nbs/teacher/cache.ipynb #01ec2009
 @patch
@@ -251,7 +281,10 @@ def _arrays(self:TeacherCache):
     if not self.views: self._check_repeats(dl)
     self.source.refreeze()
     b,n = _drawn(dl, [0,1]),(max(1, self.views),len(dl.dataset))
-    res = {k:((*n,*o.shape[1:]), 'float32' if k=='sums' else 'float16') for k,o in self._answers(b[:n_inp]).items()}
+    said = self._answers(b[:n_inp])
+    if self.components: self.bases = self._bases_of([k for k,o in said.items() if o.ndim==4 and o.shape[1]>self.components])
+    res = {k:((*n,*self._small(k, o).shape[1:]), 'float32' if k=='sums' else 'float16') for k,o in said.items()}
+    res.update({f'basis {k}':(tuple(o.shape),'float32') for k,o in self.bases.items()})
     dtype = lambda i,o: 'float16' if i<n_inp and o.is_floating_point() else str(o.dtype).split('.')[1]
     if self.views: res.update({f'batch {i}':((*n,*o.shape[1:]), dtype(i, o)) for i,o in enumerate(b)})
     return res
@@ -264,10 +297,22 @@ def _check_repeats(self:TeacherCache, dl):
     if not _same_sums(a, b).all(): raise ValueError(f"This pipeline augments at random ({names}): "
         "keep augmented views with TeacherCache(views=4), or use DataLoaders without augmentation")
 
+# %% ../../nbs/teacher/cache.ipynb #c2eb93c7
+@patch
+def _bases_of(self:TeacherCache, names):
+    idxs = [*range(0, (n := len(self.source.loader.dataset)), max(1, n//64))][:64]
+    said = self._answers(_drawn(self.source.loader, idxs)[:self._n_inp])
+    return {k:_basis(said[k], self.components, k).cpu() for k in names}
+
+@patch
+def _small(self:TeacherCache, name, x): return _reduced(x, self.bases[name].to(x)) if name in self.bases else x
+
 # %% ../../nbs/teacher/cache.ipynb #5fd993da
 @patch
 def _make(self:TeacherCache, meta):
     "Ask the teacher about everything, and write the folder"
+    if isinstance(self.source.network, Recorded): raise ValueError(f"{self.path} is gone, and the teacher is not here to be asked: bring it back")
+    self.bases = {}
     with keep_rng(self.source.loader), ExitStack() as stack:
         with _together():
             arrays = self._arrays()
@@ -283,11 +328,13 @@ def _reserve(self:TeacherCache, folder, arrays, meta):
     "Files of the size that they will have"
     _check_space(folder, _size(arrays))
     for k,o in arrays.items(): _claim(folder/meta['files'][k], *o)
+    for k,o in self.bases.items(): np.save(folder/meta['files'][f'basis {k}'], o.numpy())
     (folder/'meta.json').write_text(json.dumps(meta))
 
 @patch
 def _write(self:TeacherCache, files):
     maps = {k:np.load(part_of(self.path)/o, mmap_mode='r+') for k,o in files.items()}
+    self.bases = _bases_in(maps)
     for v in range(max(1, self.views)): self._ask(maps, v)
     for o in maps.values(): o.flush()
 
@@ -306,7 +353,8 @@ def _ask(self:TeacherCache, maps, v):
         if not all(o.abs().max()<65504 for o in values): raise ValueError("The teacher puts out NaN, or more than half precision holds: "
             "check its weights, and that it is given inputs as in its training")
         if self.views: kept.update({f'batch {i}':o for i,o in enumerate(b)})
-        for k,o in kept.items(): maps[k][v,at:at+n] = (o.float() if o.dtype==torch.bfloat16 else o).detach().cpu().numpy()
+        small = {k:self._small(k, o.detach()) for k,o in kept.items()}
+        for k,o in small.items(): maps[k][v,at:at+n] = (o.float() if o.dtype==torch.bfloat16 else o).cpu().numpy()
         at += n
     if at!=share.stop: raise ValueError(f"The loader returned {at-share.start} of {len(share)} samples: use a loader that skips none")
 
@@ -335,7 +383,47 @@ def recall(self:TeacherCache,
     view,ids = self.replay.view if self.views else 0,self.source.ids
     load = lambda o: torch.from_numpy(o[view,ids]).float().to(xb[0].device, non_blocking=True)
     kept = {k:load(o) for k,o in self.files.items() if not k.startswith('batch ')}
+    kept.update({k:_restored(kept[k], o.to(kept[k])) for k,o in self.bases.items()})
     sums = kept.pop('sums')
     self.same &= len(sums)==len(xb[0]) and _same_sums(self.sums(*xb), sums).all()
     if xb[0].device.type=='cpu' or not self.iter: self._check_same()  # a GPU is asked once an epoch
     return kept.pop('logits', None),kept
+
+# %% ../../nbs/teacher/cache.ipynb #105ec3ee
+class _Layer(nn.Identity):
+    "What a recorded layer puts out; its parameters make it one that may end a stage"
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+
+class Recorded(nn.Module):
+    "In place of a teacher whose answers are in a cache: zeros of the sizes that its layers and its output had"
+    def __init__(self,
+        sizes:dict, # Name to the size of a layer, in the order of the forward, without the batch; `output` is what the network puts out
+        named:str # The teacher's class
+    ):
+        super().__init__()
+        self.sizes,self.named = {k:tuple(v) for k,v in sizes.items()},named
+        for name in sorted(o.removesuffix(given_mark) for o in sizes if o!='output'):
+            *path,last = name.split('.')
+            at = self
+            for o in path:
+                if o not in at._modules: at.add_module(o, nn.Module())
+                at = at._modules[o]
+            at.add_module(last, _Layer())
+
+    def forward(self, *xb):
+        if any(o.any() for o in xb): raise ValueError(f"Of this {self.named} only a record is left: keep its TeacherCache among the callbacks")
+        said = {k:torch.zeros(len(xb[0]), *v, device=xb[0].device) for k,v in self.sizes.items()}
+        for k,o in said.items():
+            if k!='output': self.get_submodule(k.removesuffix(given_mark))(o)
+        return said.get('output')
+
+# %% ../../nbs/teacher/cache.ipynb #a652563d
+@patch
+def recorded(self:TeacherCache) -> nn.Module: # Raises `ValueError` where there is no cache
+    "What stands in the teacher's place"
+    kept,_ = self._read()
+    self.views,self.components = kept['views'],kept.get('components')
+    if 'sizes' not in kept: raise ValueError(f"The cache in {self.path} was made by an earlier kdfast, which did not note sizes: make it again")
+    with keep_rng(): return Recorded(kept['sizes'], kept['named'])

@@ -447,7 +447,7 @@ def _probe(self:TeacherCallback, student, terms):
             pred = student(*xs)
             if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): pred = logits_of(pred)  # which does so in training
             target = self._compared(pred, None if isinstance(self.network, NoTeacher) else self.see(*xt), terms)
-            clones,outs = s.overwritten(),[{n:o[n] for n in o.layers} for o in (s,t)]
+            clones,outs = s.overwritten(),[{n:o[n] for n in [*o.outs, *o.layers]} for o in (s,t)]  # in the order of the forward
         said = [o for o in (target,*outs[1].values()) if o is not None]
         _check_teacher(all(torch.isfinite(o).all() for o in said), "for a batch of zeros")
         seen = xs,seen_by(self.tfm, xt)
