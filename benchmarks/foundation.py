@@ -44,6 +44,8 @@ class Picked(nn.Module):
         self.net,self.cb = cb.network,[cb]
     def forward(self, *xb): return self.cb[0].picked(self.cb[0].see(*xb))
 
+def titled(args, name): return name if args.width==1 else f'{name}, width {args.width:g}'
+
 def quiet(learn, epochs, lr, verb='fit_one_cycle', **kwargs):
     with learn.no_bar(), learn.no_logging(): getattr(learn, verb)(epochs, lr, **kwargs)
     return learn.recorder.history
@@ -55,10 +57,10 @@ def with_labels(args, runs, teacher, dls):
     def arm(name, seed):
         set_seed(seed)
         part = imagenette_dls(args.data, size=args.size, bs=64, pct=args.pct, seed=seed, in_memory=True)
-        learn = fast(distill_learner(part, teacher if ARMS[name] else None, partial(resnet, 10), cbs=[o() for o in ARMS[name]], metrics=accuracy))
+        learn = fast(distill_learner(part, teacher if ARMS[name] else None, partial(resnet, 10, width=args.width), cbs=[o() for o in ARMS[name]], metrics=accuracy))
         return {'accuracy':quiet(learn, args.epochs, 5e-3).accuracy.iloc[-1]}
-    for seed in range(args.seeds):
-        for name in filter(partial(re.search, args.arms), ARMS): runs.once(partial(arm, name, seed), part='all', arm=name, labels=0, seed=seed)
+    for seed in args.seeds:
+        for name in filter(partial(re.search, args.arms), ARMS): runs.once(partial(arm, name, seed), part='all', arm=titled(args, name), labels=0, seed=seed)
 
 def labelled(dls, per_class, seed, tfms, images=0):
     "`per_class` labels of each class, repeated to epochs of `images`"
@@ -71,7 +73,7 @@ def labelled(dls, per_class, seed, tfms, images=0):
 def student_of(args, teacher, dls, name):
     "A ResNet-10 that was taught without labels, kept in a file"
     set_seed(0)
-    net,file = resnet(10),Path(args.keep)/f'{name}-{args.epochs}.pth'
+    net,file = resnet(10, width=args.width),Path(args.keep)/f'{name}-{args.width:g}-{args.epochs}.pth'
     if name=='random': return net
     if file.exists(): net.load_state_dict(torch.load(file, weights_only=True))
     else:
@@ -91,8 +93,8 @@ def few_labels(args, runs, teacher, dls):
             probe = Probe(labelled(dls, per_class, seed, BatchResizedCrop(args.size, min_scale=1, ratio=(1,1))), linear=True)
             probe.learn = Learner(part, net)
             return {'accuracy':history.accuracy.iloc[-1], 'linear':probe.accuracy()}
-        for seed in range(args.seeds):
-            for n in (5,10,50): runs.once(partial(arm, n, seed), part='few', arm=name, labels=n, seed=seed)
+        for seed in args.seeds:
+            for n in (5,10,50): runs.once(partial(arm, n, seed), part='few', arm=titled(args, name), labels=n, seed=seed)
 
 def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -102,7 +104,8 @@ def main():
     parser.add_argument('--epochs', type=int, default=6)
     parser.add_argument('--pct', type=float, default=.2, help="Of the training images, where all have labels")
     parser.add_argument('--size', type=int, default=128, help="Of the student's and the teacher's images")
-    parser.add_argument('--seeds', type=int, default=3)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0,1,2])
+    parser.add_argument('--width', type=float, default=1., help="Of the ResNet-10's layers")
     parser.add_argument('--images', type=int, default=4000, help="Trained on in each of the two epochs on few labels")
     parser.add_argument('--arms', default='', help="A regular expression")
     parser.add_argument('--keep', default='.', help="Folder of the students taught without labels")
