@@ -13,6 +13,7 @@ from fastai.vision.all import *
 from .core import keep_rng, logits_of, probe_batch, probing, seen_by, whole_file
 from .devices import any_device, LoaderHint
 from .distill.core import KD
+from .distill.logits import Logits, SigmoidKD
 from .distill.similarity import Similarity
 from .layers.adapters import bare_model
 from .layers.pairs import stage_taps, to_classifier
@@ -20,6 +21,7 @@ from .losses.relations import embedding
 from .teacher.cache import TeacherCache
 from .teacher.callback import AdaptedSplitter, DistillCallback, no_loss, NoTeacher, TeacherCallback
 from .teacher.source import lacks, one_after_another, Teacher, timm_name
+from .teacher.task import task_of
 
 # %% ../nbs/learner.ipynb #85a1d536
 def student_of(
@@ -58,29 +60,32 @@ def default_term(
     cb, # The `TeacherCallback`
     student:nn.Module, # The network to be taught
     dls, # Its `DataLoaders`
+    loss, # Its loss function, None where there are no targets
     lacking=() # Classes of the student's that the teacher has not
 ) -> DistillCallback:
-    "`KD` where the networks have the same outputs, otherwise `Similarity`"
-    xb = probe_batch(dls)[0]
+    "`KD` where the networks have the same classes, `SigmoidKD` for labels and `Logits` for numbers, otherwise `Similarity`"
+    xb,yb = probe_batch(dls)
     s,t = _outputs(xb, student, student),cb.picked(_outputs(xb, cb.network, cb.see))
     ours,theirs = (tuple(getattr(o, 'shape', ())[1:]) for o in (s,t))
-    if ours==theirs and not lacking: return KD()
+    if ours==theirs and not lacking and isinstance(s, Tensor):
+        return dict(classes=KD, labels=SigmoidKD, numbers=Logits)[task_of(loss, first(yb), s, cb.outputs, cb.axis).kind]()
     if not (_has_stages(student, xb) and _has_stages(cb.network, seen_by(cb.tfm, xb))): return KD()  # whose error tells both sizes
     why = f"lack {', '.join(map(str, lacking[:5]))}" if lacking else f"are {theirs}, the student's {ours}"
     cb.about += f"\nIt teaches through features, since its outputs {why}"
     return Similarity()
 
 # %% ../nbs/learner.ipynb #36ebd4b7
-def _listener(teacher, dls, tfm, vocab, precision, compile):
+def _listener(teacher, dls, tfm, vocab, precision, compile, **task):
     "The teacher's callback, and the student's classes that it lacks"
-    if teacher is None: return TeacherCallback(NoTeacher()),[]
-    if isinstance(teacher, TeacherCache): return TeacherCallback(teacher.recorded()),[]
+    if teacher is None: return TeacherCallback(NoTeacher(), **task),[]
+    if isinstance(teacher, TeacherCache): return TeacherCallback(teacher.recorded(), **task),[]
     if not isinstance(teacher, Teacher): teacher = Teacher(teacher, vocab)
     elif vocab is not None: raise ValueError("A Teacher has its classes: pass teacher_vocab to it, as vocab")
     picks,lacking = teacher.picks(dls)
     tfm = one_after_another(teacher.tfm(dls), tfm)
     named = picks and not (teacher.given and picks is teacher.vocab)
-    return TeacherCallback(teacher.network, tfm, precision, compile, picks, len(teacher.vocab) if named else None, teacher.about(picks)),lacking
+    n_out = len(teacher.vocab) if named else None
+    return TeacherCallback(teacher.network, tfm, precision, compile, picks, n_out, teacher.about(picks), **task),lacking
 
 # %% ../nbs/learner.ipynb #37fd7862
 def _is_term(cb): return issubclass(cb, DistillCallback) if isinstance(cb, type) else isinstance(cb, DistillCallback)
@@ -97,12 +102,14 @@ def distill_learner(
     dls:DataLoaders, # Any fastai `DataLoaders`, with targets or without
     teacher, # As `Teacher` takes a network, a `Teacher`, or the `TeacherCache` of one that is not here; None for the control arm, and for terms that ask none
     student, # A module; a callable that takes `n_out`; an architecture as `vision_learner` takes it; or a `Learner`, for its network and groups
-    cbs=None, # `Callback`s; those that distil, such as `[KD(), AT()]`, are by default `KD()`, or `Similarity()` where the outputs differ
+    cbs=None, # `Callback`s; those that distil, such as `[KD(), AT()]`, are by default `KD()`, for labels `SigmoidKD()`, for numbers `Logits()`, or `Similarity()` where the outputs differ
     precision='auto', # As for `TeacherCallback`: what the teacher computes in, bfloat16 where the device does so natively
     compile:bool=False, # Compile the teacher with `torch.compile`
     tfm=None, # Applied to the student's inputs before the teacher sees them, after what a teacher's own size and normalization ask for
     pretrained:bool=False, # Start an architecture from its pretrained weights, normalized and in groups as `vision_learner` has them
     teacher_vocab=None, # As `vocab` of `Teacher`: names of the teacher's classes, or the numbers of those outputs that are the student's classes
+    outputs:str=None, # What the outputs mean, 'classes', 'labels' or 'numbers'; by default what loss function and targets tell
+    axis:int=None, # That of the classes; by default what loss function and targets tell
     **kwargs
 ) -> Learner: # An ordinary `Learner`, whose `student` is the bare network
     "A `Learner` that teaches `student` what `teacher` knows; raises `ValueError` where they do not fit"
@@ -114,11 +121,11 @@ def distill_learner(
     _tell_frozen(student)
     terms = [o for o in cbs if _is_term(o)]
     _check_terms(teacher, terms)
-    if teacher is not None or terms:
-        listener,lacking = _listener(teacher, dls, tfm, teacher_vocab, precision, compile)
-        if lacking and any(o.taught and o.reads_logits for o in terms): raise ValueError(lacks(lacking))
-        cbs = listener + cbs + ([] if terms else [default_term(listener, student, dls, lacking)])
     known = kwargs.get('loss_func') or getattr(getattr(dls, 'train_ds', None), 'loss_func', None)
+    if teacher is not None or terms:
+        listener,lacking = _listener(teacher, dls, tfm, teacher_vocab, precision, compile, outputs=outputs, axis=axis)
+        if lacking and any(o.taught and o.reads_logits for o in terms): raise ValueError(lacks(lacking))
+        cbs = listener + cbs + ([] if terms else [default_term(listener, student, dls, known, lacking)])
     if not known and not probe_batch(dls)[1]: kwargs['loss_func'] = no_loss
     return Learner(dls, student, cbs=LoaderHint() + cbs, **kwargs)
 

@@ -18,28 +18,10 @@ from ..layers.pairs import last_stages, pair_layers
 from ..losses.core import at_least_float, at_loss, attention_map, check_temperature, hint_loss, kd_loss
 from ..losses.logits import standardize
 from ..teacher.callback import along, DistillCallback
+from ..teacher.task import task_of
 
 # %% ../../nbs/distill/core.ipynb #a8e452f9
 def _in_vocab(y): return isinstance(y, TensorCategory) and y.ndim<2
-
-def told_by(loss, name):
-    "What a loss function, or the one inside it, has as `name` or takes by default; None where it does not tell"
-    if hasattr(loss, name): return getattr(loss, name)
-    if isinstance(loss, nn.Module): return
-    inner = getattr(loss, 'func', None)
-    args = inspect.signature(loss).parameters if inspect.isroutine(loss) or isinstance(loss, partial) else {}
-    default = args[name].default if name in args else inspect.Parameter.empty
-    return default if default is not inspect.Parameter.empty else told_by(inner, name) if inner is not None else None
-
-# %% ../../nbs/distill/core.ipynb #bb378210
-def is_multi_label(loss_func, yb):
-    bce = (nn.BCEWithLogitsLoss, nn.BCELoss)
-    return isinstance(getattr(loss_func, 'func', loss_func), bce) or isinstance(first(yb), TensorMultiCategory)
-
-def _is_float(yb): return isinstance(first(yb), Tensor) and first(yb).is_floating_point()
-
-def _is_cross_entropy(loss_func):
-    return isinstance(getattr(loss_func, 'func', loss_func), nn.CrossEntropyLoss) or loss_func is F.cross_entropy
 
 # %% ../../nbs/distill/core.ipynb #16607f58
 def _name_of(func, default):
@@ -75,8 +57,8 @@ class LogitKD(DistillCallback):
     def column(self): return _name_of(self.func, 'logit') if type(self) is LogitKD else super().column
 
     def prepare(self, probe):
-        self.axis = getattr(self.learn.loss_func, 'axis', 1)
-        self.ignored = told_by(self.learn.loss_func, 'ignore_index')
+        self.task = task_of(self.learn.loss_func, first(probe.yb), probe.pred, self.source.outputs, self.source.axis)
+        self.ignored = self.task.ignored
         if _in_vocab(first(probe.yb)) and not 0<=ifnone(self.ignored, -1)<self.laid(probe.pred).shape[1]: self.ignored = None
         self.check(probe)
         y = first(L(probe.yb).map(lambda o: o[:len(probe.pred)]))
@@ -85,7 +67,7 @@ class LogitKD(DistillCallback):
 
     def laid(self, logits):
         x = logits_of(logits).as_subclass(Tensor)
-        x = x.movedim(self.axis, 1) if x.ndim>1 else x
+        x = x.movedim(self.task.axis, 1) if x.ndim>1 else x
         return standardize(x) if self.standardize else x
 
     def term(self):
@@ -104,9 +86,9 @@ def check(self:LogitKD,
     probe # A `Trial`, what both networks output for zeros
 ):
     "Raises `ValueError` where outputs are no logits of classes"
-    loss,shape = self.learn.loss_func,tuple(self.laid(probe.pred).shape)
-    wrong = ("but these targets are multi-label: use SigmoidKD, AT or FitNet" if is_multi_label(loss, probe.yb)
-        else "but these targets are floating point: use AT or FitNet" if _is_float(probe.yb) and not _is_cross_entropy(loss)
+    kind,shape = self.task.kind,tuple(self.laid(probe.pred).shape)
+    wrong = ("but these targets are multi-label: use SigmoidKD, AT or FitNet" if kind=='labels'
+        else "but these targets are numbers: use Logits, AT or FitNet, or pass outputs='labels' for SigmoidKD" if kind=='numbers'
         else "of at least two classes, but the networks have one output: use AT or FitNet" if shape[1]<2
         else f"one decision per image, but got outputs {shape}: use another method, such as KD" if self.per_image and len(shape)!=2 else '')
     if wrong: raise ValueError(f"{type(self).__name__} compares softmax outputs, {wrong}")

@@ -11,8 +11,7 @@ __all__ = ['DKD_WRN', 'DKD_SMALL', 'NKD_CIFAR', 'DIST_IMAGENET', 'Logits', 'Sigm
 # %% ../../nbs/distill/logits.ipynb #b4e0c9a6
 from functools import partial
 from torch import nn
-from torch.nn import functional as F
-from .core import is_multi_label, LogitKD, phased
+from .core import LogitKD, phased
 from ..layers.pairs import stage_taps
 from ..losses.core import check_temperature
 from ..losses.logits import check_power, dist_loss, dkd_loss, logits_loss, mlkd_loss, nkd_loss, ofa_loss, sigmoid_kd_loss, wttm_loss
@@ -38,9 +37,8 @@ class SigmoidKD(LogitKD):
         super().__init__(partial(sigmoid_kd_loss, T=T), weight)
 
     def check(self, probe):
-        loss = self.learn.loss_func
-        if not (is_multi_label(loss, probe.yb) or loss is F.binary_cross_entropy_with_logits): raise ValueError(
-            "SigmoidKD treats each label separately, but these targets are not multi-label: use KD for classes, Logits for numbers")
+        if self.task.kind!='labels': raise ValueError(f"SigmoidKD treats each label separately, but these outputs are {self.task.kind}, "
+            "not multi-label: use KD for classes, Logits for numbers, or pass outputs='labels'")
 
 # %% ../../nbs/distill/logits.ipynb #43a1a57b
 DKD_WRN = dict(beta=6.)

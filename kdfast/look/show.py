@@ -75,7 +75,9 @@ def show_distill(self:Learner) -> PrettyString: # Sizes are `channels×height×w
     plan = source.setup()
     rows = [o for t in source.terms for o in _told(t, plan)]
     table = pd.DataFrame(rows, columns=['term','weight','student','size','teacher','size','adapter'])
-    return PrettyString(f"Teacher: {_asked(source)}\nStudent: {_named(bare_model(self.model))}\n\n{table.to_string(index=False)}")
+    task = first(t.task for t in source.terms if hasattr(t, 'task'))
+    meant = f"\nOutputs: {task}" if task else ''
+    return PrettyString(f"Teacher: {_asked(source)}\nStudent: {_named(bare_model(self.model))}{meant}\n\n{table.to_string(index=False)}")
 
 # %% ../../nbs/look/show.ipynb #b8b899f9
 def _ends(net, xb):

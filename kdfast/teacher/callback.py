@@ -28,6 +28,8 @@ def check_source(cb, teacher='teacher'):
         f"{type(cb).__name__} has no teacher: use distill_learner, or add TeacherCallback({teacher}) to the learner's callbacks")
 
 # %% ../../nbs/teacher/callback.ipynb #8a57957d
+_settings = 'network','tfm','precision','compile','picks','n_out','about','outputs','axis','run'
+
 class TeacherCallback(Callback):
     "Runs a teacher once on every training batch, for all the `DistillCallback`s of a learner"
     order,run_valid = Recorder.order+1,False
@@ -40,11 +42,14 @@ class TeacherCallback(Callback):
         compile:bool=False, # Compile the copy with `torch.compile`
         picks:list=None, # Numbers of the teacher's outputs that are the student's classes, in their order; by default all
         n_out:int=None, # How many outputs it must have for `picks` to be right, where that is known
-        about:str='' # What is known of the teacher, for `show_distill`
+        about:str='', # What is known of the teacher, for `show_distill`
+        outputs:str=None, # What the outputs mean, 'classes', 'labels' or 'numbers'; by default what loss function and targets tell
+        axis:int=None # That of the classes; by default what loss function and targets tell
     ):
         if not isinstance(teacher, nn.Module): raise TypeError(
             f"The teacher must be a module, got a {type(teacher).__name__}: pass learn.model, or use distill_learner")
-        self.network,self.tfm,self.precision,self.compile,self.picks,self.n_out,self.about = teacher,tfm,precision,compile,picks,n_out,about
+        self.network,self.tfm,self.precision,self.compile = teacher,tfm,precision,compile
+        self.picks,self.n_out,self.about,self.outputs,self.axis = picks,n_out,about,outputs,axis
 
     def after_create(self): self.setup()
     def before_fit(self): self._name_columns()
@@ -67,7 +72,7 @@ class TeacherCallback(Callback):
 
     def __deepcopy__(self, memo):
         memo[id(self)] = new = type(self).__new__(type(self))
-        new.__dict__.update({k:v for k,v in vars(self).items() if k in ('network','tfm','precision','compile','picks','n_out','about','run')})
+        new.__dict__.update({k:v for k,v in vars(self).items() if k in _settings})
         new.learn = deepcopy(self.learn, memo)
         return new
 
