@@ -12,9 +12,8 @@ import inspect
 from fastai.vision.all import *
 from .core import keep_rng, logits_of, probe_batch, probing, seen_by, whole_file
 from .devices import any_device, LoaderHint
-from .distill.core import KD
+from .distill.core import FitNet, KD
 from .distill.logits import Logits, SigmoidKD
-from .distill.similarity import Similarity
 from .layers.adapters import bare_model
 from .layers.pairs import stage_taps, to_classifier
 from .losses.relations import embedding
@@ -63,7 +62,7 @@ def default_term(
     loss, # Its loss function, None where there are no targets
     lacking=() # Classes of the student's that the teacher has not
 ) -> DistillCallback:
-    "`KD` where the networks have the same classes, `SigmoidKD` for labels and `Logits` for numbers, otherwise `Similarity`"
+    "`KD` where the networks have the same classes, `SigmoidKD` for labels and `Logits` for numbers, otherwise `FitNet`"
     xb,yb = probe_batch(dls)
     s,t = _outputs(xb, student, student),cb.picked(_outputs(xb, cb.network, cb.see))
     ours,theirs = (tuple(getattr(o, 'shape', ())[1:]) for o in (s,t))
@@ -72,7 +71,7 @@ def default_term(
     if not (_has_stages(student, xb) and _has_stages(cb.network, seen_by(cb.tfm, xb))): return KD()  # whose error tells both sizes
     why = f"lack {', '.join(map(str, lacking[:5]))}" if lacking else f"are {theirs}, the student's {ours}"
     cb.about += f"\nIt teaches through features, since its outputs {why}"
-    return Similarity()
+    return FitNet(standardize=True)
 
 # %% ../nbs/learner.ipynb #36ebd4b7
 def _listener(teacher, dls, tfm, vocab, precision, compile, **task):
@@ -102,7 +101,7 @@ def distill_learner(
     dls:DataLoaders, # Any fastai `DataLoaders`, with targets or without
     teacher, # As `Teacher` takes a network, a `Teacher`, or the `TeacherCache` of one that is not here; None for the control arm, and for terms that ask none
     student, # A module; a callable that takes `n_out`; an architecture as `vision_learner` takes it; or a `Learner`, for its network and groups
-    cbs=None, # `Callback`s; those that distil, such as `[KD(), AT()]`, are by default `KD()`, for labels `SigmoidKD()`, for numbers `Logits()`, or `Similarity()` where the outputs differ
+    cbs=None, # `Callback`s; those that distil, such as `[KD(), AT()]`, are by default `KD()`, for labels `SigmoidKD()`, for numbers `Logits()`, or `FitNet(standardize=True)` where the outputs differ
     precision='auto', # As for `TeacherCallback`: what the teacher computes in, bfloat16 where the device does so natively
     compile:bool=False, # Compile the teacher with `torch.compile`
     tfm=None, # Applied to the student's inputs before the teacher sees them, after what a teacher's own size and normalization ask for

@@ -347,6 +347,6 @@ def test_tokens_without_their_teacher(tmp_path, quiet):
         return quiet(distill_learner(dls, teacher, resnet(10, width=.25, stem='small'), cbs=[*cbs], precision='float32'), 1, 1e-3)
     plain,first = features(vit),features(vit, TeacherCache(tmp_path/'c', components=64))
     handed = features(TeacherCache(tmp_path/'c'))
-    assert [*first.similarity.layers.items()]==[*handed.similarity.layers.items()]
-    values = [o.recorder.history.similarity[0] for o in (plain,first,handed)]
+    assert [*first.fitnet.layers.items()]==[*handed.fitnet.layers.items()]
+    values = [o.recorder.history.fitnet[0] for o in (plain,first,handed)]
     assert values[1]==pytest.approx(values[2], rel=1e-6) and values[0]==pytest.approx(values[1], rel=.1)

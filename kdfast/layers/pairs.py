@@ -100,7 +100,7 @@ class _Stages:
     def __init__(self, model, x, stem=False):
         calls = calls_of(model, x)
         layouts = layouts_of(calls)
-        self.calls,self.normed,self.tokens = _as_maps(calls),_normed(calls, layouts),bool(layouts)
+        self.calls,self.normed,self.tokens = _as_maps(calls),_normed(calls, layouts),bool(layouts) or getattr(model, 'tokens', False)
         lost = _lost(model, self.calls)
         self.calls.update(lost)
         stages = _stages(self.calls)

@@ -200,7 +200,8 @@ def _meta(self:TeacherCache):
     seen = self.sums(*seen_by(source.tfm, xb[:self._n_inp])).flatten().tolist()
     precision = [getattr(source.precision, '__name__', source.precision), str(autocast_dtype('auto', xb[0].device))]
     how = dict(teacher=fingerprint(source.network), precision=precision, picks=source.picks, seen=seen)
-    return dict(how, data=data, views=self.views, components=self.components, sizes=source.plan.teacher, named=type(source.network).__name__)
+    stands = dict(sizes=source.plan.teacher, named=type(source.network).__name__, tokens=bool(source.plan.layouts))
+    return dict(how, data=data, views=self.views, components=self.components, **stands)
 
 # %% ../../nbs/teacher/cache.ipynb #0d36af25
 def _agreed(flag):
@@ -400,10 +401,11 @@ class Recorded(nn.Module):
     "In place of a teacher whose answers are in a cache: zeros of the sizes that its layers and its output had"
     def __init__(self,
         sizes:dict, # Name to the size of a layer, in the order of the forward, without the batch; `output` is what the network puts out
-        named:str # The teacher's class
+        named:str, # The teacher's class
+        tokens:bool=False # Whether its feature maps were made of tokens
     ):
         super().__init__()
-        self.sizes,self.named = {k:tuple(v) for k,v in sizes.items()},named
+        self.sizes,self.named,self.tokens = {k:tuple(v) for k,v in sizes.items()},named,tokens
         for name in sorted(o.removesuffix(given_mark) for o in sizes if o!='output'):
             *path,last = name.split('.')
             at = self
@@ -426,4 +428,4 @@ def recorded(self:TeacherCache) -> nn.Module: # Raises `ValueError` where there 
     kept,_ = self._read()
     self.views,self.components = kept['views'],kept.get('components')
     if 'sizes' not in kept: raise ValueError(f"The cache in {self.path} was made by an earlier kdfast, which did not note sizes: make it again")
-    with keep_rng(): return Recorded(kept['sizes'], kept['named'])
+    with keep_rng(): return Recorded(**{k:kept[k] for k in ('sizes','named','tokens')})
