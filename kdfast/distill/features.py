@@ -46,7 +46,7 @@ class VID(FeatureKD):
         weight:float=1., # A number, or a fastai schedule over the fit
         per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
         stem:bool=False, # Pair the stems as well, where `pairs` is None
-        pool_first:bool=False # Pool the larger of two feature maps before the regressor, as published
+        pool_first:bool=False # Pool the larger of two feature maps before the regressor, as in RepDistiller
     ):
         super().__init__(_told, pairs, weight, per_stage, stem)
         self.pool_first = pool_first
