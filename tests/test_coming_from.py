@@ -42,7 +42,8 @@ def at_a_step(learn, teacher, x, y):
     if isinstance(student, Heads): o.logits,o.token = student.fc(o.logits),student.token(o.logits)
     with torch.no_grad():
         o.soft,o.t,o.t_pre,o.t_vector,o.t_last = run(deepcopy(teacher).eval(), x)
-        o.t_moving = run(deepcopy(teacher).train(), x)[2]
+        last = torch.channels_last  # as the copy computes, to the last bit: OFD counts what is above zero, however little
+        o.t_moving = run(deepcopy(teacher).train().to(memory_format=last), x.contiguous(memory_format=last))[2]
     o.norms = [teacher.group2[0].bn1,teacher.group3[0].bn1,teacher.bn]
     if o.logits.ndim==2: o.ce = F.cross_entropy(o.logits, y)
     return o
@@ -106,9 +107,9 @@ def ofd(o):
     "The teacher in training mode, the sum over all positions divided by the number of images"
     res = 0.
     for i,(n,norm,t) in enumerate(zip(('group2_0_bn1','group3_0_bn1','bn'), o.norms, o.t_moving)):
-        mean,std,s = norm.bias.detach(),norm.weight.detach().abs(),o.adapters['ofd_'+n](o.s_pre[i])
+        mean,std,s = norm.bias.detach().double(),norm.weight.detach().abs().double(),o.adapters['ofd_'+n](o.s_pre[i])
         cdf = (1+torch.erf(-mean/std/2**.5))/2
-        m = torch.where(cdf>1e-3, mean - std*(-(mean/std)**2/2).exp()/(2*math.pi)**.5/cdf, -3*std)[:,None,None]
+        m = torch.where(cdf>1e-3, mean - std*(-(mean/std)**2/2).exp()/(2*math.pi)**.5/cdf, -3*std).float()[:,None,None]
         loss = (s-m)**2*((s>m)&(t<=m)) + (s-t)**2*((s>t)&(t>m)&(t<=0)) + (s-t)**2*(t>0)
         res = res + loss.sum()/2**(2-i)/o.n
     return res
