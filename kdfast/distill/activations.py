@@ -54,8 +54,11 @@ class OFD(BeforeReLU):
     "Overhaul of feature distillation: what the ReLU passes on, and no more (Heo et al., arXiv:1904.01866)"
     def __init__(self,
         pairs:dict=None, # As for `BeforeReLU`; raises `ValueError` where no norm tells the teacher's margin
-        weight:float=1e-3 # A number, or a fastai schedule over the fit
-    ): super().__init__(partial(ofd_loss, margin=torch.zeros(1)), pairs, weight)
+        weight:float=1e-3, # A number, or a fastai schedule over the fit
+        train_mode:bool=False # Run the teacher, for all terms, in training mode, as published: its norms use the statistics of the batch
+    ):
+        super().__init__(partial(ofd_loss, margin=torch.zeros(1)), pairs, weight)
+        self.train_mode = train_mode
 
     def _margin(self, a):
         norm = self.norms[a] and get_layer(self.source.network, self.norms[a])
@@ -116,13 +119,17 @@ class KDSVD(FlowKD):
     "Singular vectors: how far each channel of a layer is from each of the next (Lee et al., arXiv:1807.06819)"
     def __init__(self,
         pairs:dict=None, # As for `FlowKD`
-        weight:float=1., # A number, or a fastai schedule over the fit
+        weight:float=1., # mdistiller's, for `columns=True`. A number, or a fastai schedule over the fit
         k:int=1, # Singular vectors of the teacher; raises `ValueError` unless positive
         per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=True # Pair the stems as well, where `pairs` is None
+        stem:bool=True, # Pair the stems as well, where `pairs` is None
+        columns:bool=False # Vectors over the columns of feature maps, as in mdistiller, without adapters
     ):
         if k<1: raise ValueError(f"KDSVD compares at least one singular vector, got k={k}")
-        super().__init__(partial(kdsvd_loss, k=k), pairs, weight, per_stage, stem)
+        super().__init__(partial(kdsvd_loss, k=k, columns=columns), pairs, weight, per_stage, stem)
+        self.columns = columns
+
+    def adapter(self, s, t): return None if self.columns else super().adapter(s, t)
 
 # %% ../../nbs/distill/activations.ipynb #7eece07a
 def _words(ni, nf, conv=nn.Conv2d):
@@ -145,7 +152,7 @@ class FactorTransfer(LastStageKD):
     stages = None,1,2
     def __init__(self,
         pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the last stages
-        weight:float=200., # A number, or a fastai schedule over the fit
+        weight:float=200., # RepDistiller's, 500 in the authors' code. A number, or a fastai schedule over the fit
         k:float=.5 # Channels of the factors, as part of the teacher's; raises `ValueError` unless positive
     ):
         if k<=0: raise ValueError(f"k, the factors' channels as a fraction of the teacher's, must be positive, got {k}: .5 is published")

@@ -278,7 +278,11 @@ class FitNet(FeatureKD):
         weight:float=100., # Split over all pairs; a number, or a fastai schedule over the fit
         per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
         stem:bool=False, # Pair the stems as well, where `pairs` is None
-        standardize:bool=False # As for `FeatureKD`
-    ): super().__init__(hint_loss, pairs, weight, per_stage, stem, standardize)
+        standardize:bool=False, # As for `FeatureKD`
+        relu:bool=False, # End the adapter in a ReLU, as published: one with a bias, between equal shapes too
+        norm:bool=True # Batch norm in the adapter, which the paper does without
+    ):
+        super().__init__(hint_loss, pairs, weight, per_stage, stem, standardize)
+        store_attr('relu,norm')
 
-    def adapter(self, s, t): return hint_adapter(s.shape, t.shape)
+    def adapter(self, s, t): return hint_adapter(s.shape, t.shape, self.relu, self.norm)

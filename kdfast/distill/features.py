@@ -11,13 +11,14 @@ __all__ = ['VID', 'ReviewKD', 'SimKD']
 import torch, torch.nn.functional as F
 from copy import deepcopy
 from functools import partial
+from fastcore.basics import store_attr
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from ..core import seen_by
 from .core import FeatureKD, KD, phased
 from ..layers.adapters import ToGrid
-from ..layers.pairs import classifier_map, embedding_layer
-from ..layers.taps import get_layer, layer_sizes
+from ..layers.pairs import before_relu, classifier_map, embedding_layer
+from ..layers.taps import get_layer, given_mark, layer_sizes
 from ..losses.core import hint_loss
 from ..losses.features import pyramid_loss, to_one_size, vid_loss
 from ..losses.relations import embedding
@@ -26,11 +27,11 @@ from ..models.convs import init_he
 # %% ../../nbs/distill/features.ipynb #4fe71dc2
 class _Regressor(nn.Module):
     "What can be told of `nf` channels on a grid from `ni`, and how far off that is"
-    def __init__(self, ni, nf, grid):
+    def __init__(self, ni, nf, grid, pool_first=False):
         super().__init__()
         self.resize = ToGrid(grid)
-        conv = partial(nn.Conv2d, kernel_size=1, bias=False)
-        self.mean = init_he(nn.Sequential(conv(ni, nf), nn.ReLU(), conv(nf, nf), nn.ReLU(), conv(nf, nf)))
+        conv,pool = partial(nn.Conv2d, kernel_size=1, bias=False),[nn.AdaptiveAvgPool2d(grid)] if pool_first else []
+        self.mean = init_he(nn.Sequential(*pool, conv(ni, nf), nn.ReLU(), conv(nf, nf), nn.ReLU(), conv(nf, nf)))
         self.rho = nn.Parameter(torch.full((nf,), 5-1e-5).expm1().log())
 
     def forward(self, x): return self.resize(self.mean(x)),F.softplus(self.rho)+1e-5
@@ -45,10 +46,16 @@ class VID(FeatureKD):
         weight:float=1., # A number, or a fastai schedule over the fit
         per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
         stem:bool=False, # Pair the stems as well, where `pairs` is None
-        standardize:bool=False # As for `FeatureKD`
-    ): super().__init__(_told, pairs, weight, per_stage, stem, standardize)
+        standardize:bool=False, # As for `FeatureKD`
+        pool_first:bool=False # Pool the larger of two feature maps before the regressor, as in RepDistiller
+    ):
+        super().__init__(_told, pairs, weight, per_stage, stem, standardize)
+        self.pool_first = pool_first
 
-    def adapter(self, s, t): return _Regressor(s.shape[1], t.shape[1], t.shape[2:])
+    def adapter(self, s, t):
+        grid = tuple(map(min, s.shape[2:], t.shape[2:])) if self.pool_first else t.shape[2:]
+        return _Regressor(s.shape[1], t.shape[1], grid, self.pool_first)
+
     def scale(self, s, t): return 3.
 
 # %% ../../nbs/distill/features.ipynb #771337da
@@ -87,19 +94,28 @@ class _Review(nn.Module):
 # %% ../../nbs/distill/features.ipynb #fcea9e9c
 class ReviewKD(FeatureKD):
     "Knowledge review: each level of the teacher from all deeper ones of the student, summed over levels (Chen et al., arXiv:2104.09044)"
+    pooled = None
     def __init__(self,
         pairs:dict=None, # Student's layer to teacher's, shallow to deep; by default the ends of the stages, and what the classifiers read
         weight:float=5., # A number, or a fastai schedule over the fit
         ramp:float=1/12, # Part of the fit over which the weight rises
         per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False # Pair the stems as well, where `pairs` is None
-    ): super().__init__(pyramid_loss, pairs, phased(weight, ramp=ramp), per_stage, stem)
+        stem:bool=False, # Pair the stems as well, where `pairs` is None
+        preact:bool=False, # Read the teacher before the ReLU, as published, where `pairs` is None
+        student_preact:bool=False # Read the student before the ReLU, as published for ImageNet, where `pairs` is None
+    ):
+        super().__init__(pyramid_loss, pairs, phased(weight, ramp=ramp), per_stage, stem)
+        store_attr('preact,student_preact')
 
     def choose(self, student, network, tfm, xb):
         super().choose(student, network, tfm, xb)
-        self.pooled = None if self.pairs else embedding_layer(student, xb)
-        if self.pooled in self.layers: self.pooled = None
-        if self.pooled: self.layers[self.pooled] = embedding_layer(network, seen_by(tfm, xb))
+        if self.pairs: return
+        pooled,seen = embedding_layer(student, xb),seen_by(tfm, xb)
+        self.pooled = None if pooled in self.layers else pooled
+        if self.student_preact: self.layers = {before_relu(student, xb, a)[0]:b for a,b in self.layers.items()}
+        if self.preact: self.layers = {a:before_relu(network, seen, b)[0] for a,b in self.layers.items()}
+        self.last_calls = {n for p in self.layers.items() for n in p if n.endswith(given_mark)}
+        if self.pooled: self.layers[self.pooled] = embedding_layer(network, seen)
 
     def level(self, a, x): return embedding(x)[...,None,None] if a==self.pooled else _as_maps(x)
 
@@ -135,13 +151,15 @@ class Reuse(nn.Module):
         body:nn.Module, # Puts out `(bs,ni,h,w)`
         ni:int, # Its channels
         classifier:nn.Linear, # Of the teacher; copied
-        factor:int=2 # The projector's inner width is the teacher's, divided by it
+        factor:int=2, # The projector's inner width is the teacher's, divided by it
+        size:tuple=None # Average-pool the body's output to this `(h,w)` first
     ):
         super().__init__()
         nf,self.ni = classifier.in_features,ni
         layer = lambda a,b,ks: nn.Sequential(nn.Conv2d(a, b, ks, padding=ks//2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
         self.body,self.classifier = body,deepcopy(classifier).requires_grad_(False)
-        self.projector = init_he(nn.Sequential(layer(ni, nf//factor, 1), layer(nf//factor, nf//factor, 3), layer(nf//factor, nf, 1)))
+        pool = [nn.AdaptiveAvgPool2d(size)] if size else []
+        self.projector = init_he(nn.Sequential(*pool, layer(ni, nf//factor, 1), layer(nf//factor, nf//factor, 3), layer(nf//factor, nf, 1)))
 
     def forward(self, x): return self.classifier(self.projector(self.body(x)).mean((2,3)))
 
@@ -155,18 +173,22 @@ class SimKD(FeatureKD):
     "The teacher's classifier on maps that the student imitates; labels count only while its weight is 0 (Chen et al., arXiv:2203.14001)"
     def __init__(self,
         weight:float=1., # A number, or a fastai schedule over the fit
-        factor:int=2 # As for `Reuse`
+        factor:int=2, # As for `Reuse`
+        pool_first:bool=False # Pool student's feature maps that are larger than the teacher's before the projector, as published
     ):
         super().__init__(_pooled_hint, None, weight)
-        self.factor = factor
+        store_attr('factor,pool_first')
 
     def build(self, student, network, tfm, xb):
         "A `Reuse` of `student`, which raises `ValueError` where one of the networks has no map of which its classifier reads the mean"
-        theirs = get_layer(network, classifier_map(network, seen_by(tfm, xb))[1])
-        if isinstance(student, Reuse):
-            return student if _equal(student.classifier, theirs) else Reuse(student.body, student.ni, theirs, self.factor)
-        a,_ = classifier_map(student, xb)
-        return Reuse(_body(student, a), layer_sizes(student, xb)[a][1], theirs, self.factor)
+        seen,again = seen_by(tfm, xb),isinstance(student, Reuse)
+        b,head = classifier_map(network, seen)
+        theirs = get_layer(network, head)
+        if again and _equal(student.classifier, theirs): return student
+        a = 'body' if again else classifier_map(student, xb)[0]
+        _,ni,*size = layer_sizes(student, xb)[a]
+        least = tuple(map(min, size, layer_sizes(network, seen)[b][2:])) if self.pool_first else None
+        return Reuse(student.body if again else _body(student, a), ni, theirs, self.factor, least)
 
     def choose(self, student, network, tfm, xb): self.layers = {'projector': classifier_map(network, seen_by(tfm, xb))[0]}
 

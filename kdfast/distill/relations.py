@@ -37,11 +37,12 @@ class RKD(EmbeddingKD):
         pairs:dict=None, # As for `EmbeddingKD`
         weight:float=1., # A number, or a fastai schedule over the fit
         distance:float=25., # Weight of distances
-        angle:float=50. # Weight of angles, of which there are `bs**3`; with 0 they are not computed
+        angle:float=50., # Weight of angles, of which there are `bs**3`; with 0 they are not computed
+        all_pairs:bool=False # Count pairs of equal embeddings in the mean distance, as published
     ):
         if min(distance, angle)<0 or not distance+angle: raise ValueError(
             f"RKD weighs distances, angles or both, got distance={distance} and angle={angle}: 25 and 50 are published")
-        super().__init__(partial(rkd_loss, distance=distance, angle=angle), pairs, weight)
+        super().__init__(partial(rkd_loss, distance=distance, angle=angle, all_pairs=all_pairs), pairs, weight)
 
 class PKT(EmbeddingKD):
     "Which images are likely neighbours (Passalis and Tefas, arXiv:1803.10837)"

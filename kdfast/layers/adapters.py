@@ -33,17 +33,22 @@ class ToGrid(nn.Module):
 
 def hint_adapter(
     s, # Shape of the student's features, `(bs,c,h,w)` or `(bs,d)`
-    t # Shape of the teacher's; raises `ValueError` for feature maps beside vectors
-) -> nn.Module: # None where the shapes agree
-    "The regressor from the student's features to the teacher's (arXiv:1412.6550)"
-    if s[1:]==t[1:]: return None
+    t, # Shape of the teacher's; raises `ValueError` for feature maps beside vectors
+    relu:bool=False, # End in a ReLU, and adapt features of the same shape too
+    norm:bool=True # Batch norm after the convolution or linear layer
+) -> nn.Module: # None where the shapes agree, unless `relu`
+    "The regressor from the student's features to the teacher's (arXiv:1412.6550), with a bias where `relu`, or no norm, follows"
+    if s[1:]==t[1:] and not relu: return None
     (ni,*si),(nf,*sf) = s[1:],t[1:]
-    if len(s)==len(t)==2: return nn.Sequential(nn.Linear(ni, nf, bias=False), nn.BatchNorm1d(nf))
+    bias,bn = relu or not norm,nn.BatchNorm1d if len(s)==2 else nn.BatchNorm2d
+    ends = ([bn(nf)] if norm else []) + ([nn.ReLU()] if relu else [])
+    if len(s)==len(t)==2: return nn.Sequential(nn.Linear(ni, nf, bias=bias), *ends)
     if not len(s)==len(t)==4: raise ValueError(f"A hint adapts feature maps, or vectors, got {tuple(s)} and {tuple(t)}: choose other pairs")
     r = max(si[0]//sf[0], sf[0]//si[0])
-    if si!=[r*o for o in sf] and sf!=[r*o for o in si]: return nn.Sequential(to_width(ni, nf), ToGrid(sf))
+    if si!=[r*o for o in sf] and sf!=[r*o for o in si]:
+        return nn.Sequential(init_he(nn.Sequential(nn.Conv2d(ni, nf, 1, bias=bias), *ends)), ToGrid(sf))
     conv = nn.Conv2d if si>=sf else nn.ConvTranspose2d
-    return init_he(nn.Sequential(conv(ni, nf, r, stride=r, bias=False), nn.BatchNorm2d(nf)))
+    return init_he(nn.Sequential(conv(ni, nf, r, stride=r, bias=bias), *ends))
 
 # %% ../../nbs/layers/adapters.ipynb #d196db5e
 def _itself(model): return model

@@ -63,8 +63,8 @@ def _computes_in(source):
 
 def _asked(source):
     if isinstance(source.network, NoTeacher): return "none, no term asks one"
-    how = ', itself' if source.precision is None else f', on a copy in {_computes_in(source)}'
-    answers = ', its answers from a cache' if source.cache else how
+    how = 'itself' if source.precision is None else f'on a copy in {_computes_in(source)}'
+    answers = ', its answers from a cache' if source.cache else ', on a copy in training mode' if source.train_mode else f', {how}'
     return _named(source.network) + answers + ('\n' + source.about if source.about else ', whose inputs are transformed by `tfm`' if source.tfm else '')
 
 # %% ../../nbs/look/show.ipynb #2d521cbb

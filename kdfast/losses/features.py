@@ -110,9 +110,10 @@ def fsp_loss(
     return F.mse_loss(fsp_matrix(input, later), fsp_matrix(target, target_later))
 
 # %% ../../nbs/losses/features.ipynb #10802e64
-def _right_vectors(x, k):
+def _right_vectors(x, k, columns):
     "First `k` right singular vectors of positions by channels, `(bs,c,k)`, largest entries positive, and values of unit length, `(bs,k)`"
-    x = at_least_float(x).flatten(2)
+    x = at_least_float(x)
+    x = x.flatten(1, 2).mT if columns else x.flatten(2)
     values,vectors = torch.linalg.eigh(x@x.mT)
     v = vectors.flip(2)[:,:,:k]
     return v*v.gather(1, v.abs().argmax(1, keepdim=True)).sign(),F.normalize(values.flip(1)[:,:k].clamp(min=0).sqrt(), dim=1)
@@ -140,12 +141,14 @@ def kdsvd_loss(
     later:Tensor, # Student's of a later one, `(bs,c2,h2,w2)`
     target:Tensor, # Teacher's, `(bs,c,h3,w3)`
     target_later:Tensor, # Teacher's, `(bs,c2,h4,w4)`
-    k:int=1 # Singular vectors of the teacher
+    k:int=1, # Singular vectors of the teacher
+    columns:bool=False # Vectors over the columns of feature maps, as in mdistiller, whatever the channels; by default over channels
 ) -> Tensor: # A scalar: summed over pairs of channels, the mean over images
     "Squared difference of a radial basis function of singular vectors of consecutive layers (Lee et al., arXiv:1807.06819)"
     def both(s, t):
-        check_channels(s, t, "use `KDSVD`, which learns adapters")
-        (v,_),(w,values) = _right_vectors(_FiniteGrad.apply(s), k+3),_right_vectors(t, k)
+        if columns: s,t = to_one_size(s, t)
+        else: check_channels(s, t, "use `KDSVD`, which learns adapters")
+        (v,_),(w,values) = _right_vectors(_FiniteGrad.apply(s), k+3, columns),_right_vectors(t, k, columns)
         return [o*values[:,None] for o in (_aligned(v, w),w)]
     (s1,t1),(s2,t2) = both(input, target),both(later, target_later)
     return (_rbf(s1, s2)-_rbf(t1, t2)).square().sum()/len(input)

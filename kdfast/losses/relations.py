@@ -9,6 +9,7 @@ __all__ = ['embedding', 'sp_loss', 'pkt_loss', 'cc_loss', 'rkd_loss', 'nst_loss'
 
 # %% ../../nbs/losses/relations.ipynb #a70313f1
 import torch, torch.nn.functional as F
+from functools import partial
 from torch import Tensor
 from .core import at_least_float, check_channels, check_maps, full_precision
 
@@ -64,9 +65,10 @@ def cc_loss(
     return F.mse_loss(_gaussians(input, gamma), _gaussians(target, gamma))
 
 # %% ../../nbs/losses/relations.ipynb #9cd33ce3
-def _distances(x):
+def _distances(x, all_pairs):
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
-    return d/(d.sum()/(d>0).sum().clamp(min=1)).clamp(min=1e-12)
+    n = max(1, len(x)*(len(x)-1)) if all_pairs else (d>0).sum().clamp(min=1)
+    return d/(d.sum()/n).clamp(min=1e-12)
 
 def _angles(x):
     "Cosines of the angles at each image between each two others, `(bs,bs,bs)`"
@@ -79,11 +81,12 @@ def rkd_loss(
     input:Tensor, # Student's features, `(bs,d,...)`
     target:Tensor, # Teacher's, `(bs,d2,...)`
     distance:float=25., # Weight of distances
-    angle:float=50. # Weight of angles, of which there are `bs**3`
+    angle:float=50., # Weight of angles, of which there are `bs**3`
+    all_pairs:bool=False # Count pairs of equal embeddings in the mean distance, as the paper and the authors' code do
 ) -> Tensor: # A scalar
     "Smooth L1 of distances and of angles between the images of a batch (Park et al., arXiv:1904.05068)"
-    s,t = embedding(input),embedding(target)
-    return sum((w*F.smooth_l1_loss(f(s), f(t)) for w,f in ((distance,_distances),(angle,_angles)) if w), s.new_zeros(()))
+    s,t,distances = embedding(input),embedding(target),partial(_distances, all_pairs=all_pairs)
+    return sum((w*F.smooth_l1_loss(f(s), f(t)) for w,f in ((distance,distances),(angle,_angles)) if w), s.new_zeros(()))
 
 # %% ../../nbs/losses/relations.ipynb #7ca08241
 def _kernel(a, b): return torch.bmm(a, b.mT).square().mean((1,2))
@@ -123,6 +126,6 @@ def crd_loss(
     "Noise contrastive estimation of contrastive representation distillation (Tian et al., arXiv:1910.10699)"
     positive,negatives = at_least_float(positive),at_least_float(negatives)
     valid = torch.ones_like(negatives, dtype=torch.bool) if valid is None else valid
-    noise = (valid.sum(1)/n).to(positive).log()  # -inf, which counts for nothing, where there are none
+    noise = (valid.sum(1).to(positive)/n).log()  # -inf, which counts for nothing, where there are none
     wrong = F.softplus(negatives-noise.clamp(min=-1e4)[:,None]).where(valid, 0).sum(1)
     return (F.softplus(noise-positive) + wrong).mean()

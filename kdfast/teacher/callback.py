@@ -130,7 +130,7 @@ def freeze(self:TeacherCallback,
     xb = self.plan.xb if self.plan else probe_batch(self.dls)[0]
     xb = seen_by(self.tfm, to_device(xb, device or next(bare_model(self.learn.model).parameters()).device))
     if callable(self.precision): return self.precision(self, layers, outputs, xb)
-    return Frozen(self.network, xb, layers, outputs, self.precision, self.compile)
+    return Frozen(self.network, xb, layers, outputs, self.precision, self.compile, self.train_mode)
 
 # %% ../../nbs/teacher/callback.ipynb #0e28fa7a
 @patch
@@ -175,7 +175,7 @@ def refreeze(self:TeacherCallback):
     layers,outputs = sorted({n for t in watched for n in t.asked}),any(t.reads_logits for t in watched)
     device = next(bare_model(self.learn.model).parameters()).device
     loaders = callable(self.precision) and id(self.dls)
-    key = (fingerprint(self.network), layers, outputs, device, self.precision, self.compile, id(self.tfm), loaders)
+    key = (fingerprint(self.network), layers, outputs, device, self.precision, self.compile, self.train_mode, id(self.tfm), loaders)
     if key!=self.frozen_key: self.frozen,self.frozen_key = self.freeze(layers, outputs),key
 
 # %% ../../nbs/teacher/callback.ipynb #590444db
@@ -222,6 +222,16 @@ def watched(self:TeacherCallback):
     "The terms that read the teacher and weigh something, or may in the course of the fit"
     return [t for t in self.terms if t.taught and (callable(t.weight) or t.acts(t.weight))]
 
+# %% ../../nbs/teacher/callback.ipynb #c30bd0f5
+@patch(as_prop=True)
+def train_mode(self:TeacherCallback) -> bool:
+    "Whether a term wants the teacher in training mode; raises `ValueError` where its outputs may not depend on the batch"
+    wanted = [t.label for t in self.watched if t.train_mode]
+    fixed = 'a TeacherCache' if self.cache else f'precision={self.precision.__name__}' if callable(self.precision) else ''
+    if wanted and fixed: raise ValueError(f"{wanted[0]} runs the teacher in training mode, which {fixed} cannot: leave out one of the two")
+    return bool(wanted)
+
+# %% ../../nbs/teacher/callback.ipynb #431d740f
 @patch
 def _forget(self:TeacherCallback):
     self.out,self.taps = None,{}
@@ -235,7 +245,7 @@ def _watch(self:TeacherCallback):
     shared = any(t.learn is not self.learn for t in self.terms)
     if shared: raise ValueError("A term belongs to one learner: make new ones, such as KD(), for each")
     plan,student = self.setup(),bare_model(self.learn.model)
-    if not self.cache and self.watched: self.refreeze()
+    if (self.train_mode or not self.cache) and self.watched: self.refreeze()
     if self.frozen and any(isinstance(cb, ModelResetter) for cb in self.learn.cbs): getattr(self.frozen.net, 'reset', noop)()
     self.finite = torch.ones((), dtype=torch.bool, device=next(student.parameters()).device)
     layers = {n for t in self.watched for n in t.layers}
@@ -251,7 +261,7 @@ def along(weight):
 class DistillCallback(Callback):
     "Adds `weight` times what `term` computes to the loss of every training batch"
     order,run_valid,layers,reads_logits,label,now,value,total,count = 1,False,{},True,None,None,None,0.,0
-    taught,stage,stages,reuses,last_calls = True,None,(None,2),True,()
+    taught,train_mode,stage,stages,reuses,last_calls = True,False,None,(None,2),True,()
     def __init__(self,
         weight:float=1. # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`
     ):

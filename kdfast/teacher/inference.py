@@ -101,13 +101,14 @@ class Frozen:
         layers=(), # Names of the layers to read; a wrong one raises `ValueError`
         outputs:bool=True, # Without them it stops at the last of `layers`
         precision:str='auto', # As for `autocast_dtype`, for a `model` in float32; None runs `model` itself, in the precision around it
-        compile:bool=False # Compile the copy, if there is one, with `torch.compile`, which takes its time at the first batch
+        compile:bool=False, # Compile the copy, if there is one, with `torch.compile`, which takes its time at the first batch
+        train_mode:bool=False # A copy in training mode, whose norms use the statistics of the batch and are not folded
     ):
-        store_attr('layers,outputs,compile')
+        store_attr('layers,outputs,compile,train_mode')
         self.device,floats = xb[0].device,{p.dtype for p in model.parameters() if p.is_floating_point()}
         dtype = autocast_dtype(precision, self.device) if precision and floats<={torch.float32} else None
-        own,last = precision is not None,self.device.type=='cpu' or dtype in (torch.bfloat16,torch.float16)
-        ways = [(dtype, own, last and own), (dtype, own, False)] + [(None, True, False), (None, False, False)]*(precision=='auto')
+        own,last = precision is not None or train_mode,self.device.type=='cpu' or dtype in (torch.bfloat16,torch.float16)
+        ways = [(dtype, own, last and own), (dtype, own, False)] + [(None, True, False), (None, False, False)][:2-train_mode]*(precision=='auto')
         for i,(self.dtype,self.own,self.last) in enumerate(ways):
             try: self._make(model, xb)
             except Exception as e:
@@ -175,6 +176,7 @@ def _make(self:Frozen, model, xb):
 @patch
 def _copy(self:Frozen, model, xb, half):
     there = to_device(xb, next(model.parameters(), xb[0]).device)
-    net = fold_norms(model, there, self.layers).requires_grad_(False).to(self.device)
+    net = deepcopy(model).train() if self.train_mode else fold_norms(model, there, self.layers)
+    net.requires_grad_(False).to(self.device)
     if half: _cast(net, self.dtype)
     return net.to(memory_format=torch.channels_last) if self.last else net
