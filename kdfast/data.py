@@ -146,24 +146,23 @@ class TensorDL(TfmdDL):
     "Makes a batch of a `FromMemory` dataset in one indexing, and anything else, like test files, item by item"
     def create_batches(self, samps):
         tls = getattr(self.dataset, 'tls', ())
-        if len(tls)!=2 or not isinstance(first(tls[0].items), int): yield from super().create_batches(samps)
+        if not isinstance(first(tls and tls[0].items), int): yield from super().create_batches(samps)
         else:
-            images,rows,y = self._tensors
+            images,rows,*ys = self._tensors
             for idxs in chunked(samps, self.bs, self.drop_last):
                 i = rows[idxs]
-                yield TensorImage(images[i]),TensorCategory(y[i])
+                yield TensorImage(images[i]),*(TensorCategory(y[i]) for y in ys)
 
     @functools.cached_property
     def _tensors(self):
-        xs,ys = self.dataset.tls
-        labels,cat = ys.tfms.fs
-        return xs.tfms.fs[0].images,tensor(xs.items),tensor(cat.vocab.map_objs(labels.labels))
+        xs,*ys = self.dataset.tls
+        return xs.tfms.fs[0].images,tensor(xs.items),*(tensor(cat.vocab.map_objs(o.labels)) for o,cat in (y.tfms.fs for y in ys))
 
 # %% ../nbs/data.ipynb #74daa8e1
 def _check_images(stats, *parts):
     for x,y in parts:
-        if len(x)!=len(y) or not len(x): raise ValueError(
-            f"Got {len(x)} images and {len(y)} labels: pass at least one, and a label for each")
+        if not len(x) or y is not None and len(x)!=len(y): raise ValueError(
+            f"Got {len(x)} images and {len(y or ())} labels: pass at least one, and a label for each, or None for labels")
         if x.dtype!=torch.uint8 or x.ndim!=4: raise ValueError(
             f"Images must be a uint8 tensor (n,c,h,w), got a {type(x).__name__} of {x.dtype} {tuple(x.shape)}: "
             "pass tensor(x), or (255*tensor(x)).round().byte() where they are in [0,1]")
@@ -172,7 +171,7 @@ def _check_images(stats, *parts):
 
 # %% ../nbs/data.ipynb #7dec458a
 def tensor_dls(
-    train:tuple, # uint8 images `(n,c,h,w)` and their n labels
+    train:tuple, # uint8 images `(n,c,h,w)` and their n labels, or None in place of the labels
     valid:tuple, # The same for validation
     bs:int=64, # Batch size
     tfms=None, # Transforms of uint8 batches, such as `BatchShift()`
@@ -183,13 +182,13 @@ def tensor_dls(
     device=None # fastai's default device
 ) -> DataLoaders: # The classes are the sorted labels
     "`DataLoaders` over images in memory, augmented a batch at a time on the device"
-    train,valid = ((x, y.tolist() if hasattr(y, 'tolist') else list(y)) for x,y in (train,valid))
+    train,valid = ((x, y.tolist() if hasattr(y, 'tolist') else y and list(y)) for x,y in (train,valid))
     _check_images(stats, train, valid)
-    vocab = sorted({*train[1],*valid[1]})
+    vocab = sorted({*(train[1] or ()),*(valid[1] or ())})
     after = [IntToFloatTensor, *L(tfms), NormalizeInPlace.from_stats(*stats, cuda=False)]
     def loader(i, x, y):
         rows = [*range(len(x))]*(1 if i else repeat)
-        pipes = [FromMemory(x, resize)],[LabelOf(y), Categorize(vocab, sort=False)]
+        pipes = [[FromMemory(x, resize)], *([] if y is None else [[LabelOf(y), Categorize(vocab, sort=False)]])]
         tls = [TfmdLists(rows, tfms)._new(rows, split_idx=i) for tfms in pipes]
         drop_last = not i and len(rows)>=bs*max(1, num_distrib())
         return TensorDL(Datasets(tls=tls), bs=bs, shuffle=not i, drop_last=drop_last, num_workers=0, after_batch=after)
@@ -281,20 +280,28 @@ def _dataset(path, url, parts):
     if root!=path: shutil.rmtree(root)  # unpacked for nothing
     raise ValueError(f"{path} must hold the folders {' and '.join(parts)}, each with a folder per class; it holds {held}")
 
+def _folders(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] not in '.@')  # hidden
+
 def _images(folder):
-    files = {p.name: get_image_files(p).sorted() for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] not in '.@'}  # hidden
+    files = {p.name: get_image_files(p).sorted() for p in _folders(folder)}
     empty = [c for c,fs in files.items() if not fs] or ([] if files else ['any class'])
     if empty: raise ValueError(f"{folder} has no images of {', '.join(empty)}: each class needs a folder with at least one")
     return files
 
 # %% ../nbs/data.ipynb #63c20ff2
-def _split(root, parts, pct, seed):
-    train,valid = (_images(root/p) for p in parts)
-    if set(train)!=set(valid): raise ValueError(
-        f"{root}: the classes of {' and '.join(parts)} differ: {sorted(set(train)^set(valid))}, so give each a folder in both")
-    train,valid = (sum(map(list, o.values()), []) for o in (train,valid))
-    return [train[i] for i in stratified([f.parent.name for f in train], pct, seed=seed)],valid
+def _labels_of(folder): return {f:c for c,fs in _images(folder).items() for f in fs}
 
+def _some(files, labels, pct=1., per_class=None, seed=0):
+    "A part of `files`, the same of each class"
+    return [files[i] for i in stratified([labels and labels[f] for f in files], pct, per_class, seed)]
+
+def _split(root, parts, pct, seed):
+    train,valid = (_labels_of(root/p) for p in parts)
+    odd = sorted({*train.values()} ^ {*valid.values()})
+    if odd: raise ValueError(f"{root}: the classes of {' and '.join(parts)} differ: {odd}, so give each a folder in both")
+    return _some([*train], train, pct, seed=seed),[*valid],{**train, **valid}
+
+# %% ../nbs/data.ipynb #629012bf
 def _load(files, resize):
     "All of `files` as one uint8 tensor, decoded in parallel"
     resize = resize or noop
@@ -302,16 +309,19 @@ def _load(files, resize):
     images = torch.stack([*parallel(load, files, threadpool=True, n_workers=defaults.cpus, progress=False)])
     return images.contiguous(memory_format=torch.channels_last)  # twice as fast to crop and resize
 
-# %% ../nbs/data.ipynb #629012bf
-def _file_dls(train, valid, bs, item_tfms, batch_tfms, stats, device, num_workers):
-    image = TransformBlock(type_tfms=open_image, batch_tfms=IntToFloatTensor)
-    block = DataBlock((image,CategoryBlock), splitter=IndexSplitter(range(len(train), len(train)+len(valid))), get_y=parent_label,
-        item_tfms=item_tfms, batch_tfms=[*batch_tfms, Normalize.from_stats(*stats, cuda=False)])
-    return block.dataloaders(train+valid, bs=bs, device=device, num_workers=num_workers)
-
-def _memory_dls(train, valid, bs, store, resize, tfms, stats, device):
-    parts = [(_load(fs, tfm), [f.parent.name for f in fs]) for fs,tfm in ((train,store),(valid,resize))]
+def _memory_dls(train, valid, labels, bs, store, resize, tfms, stats, device):
+    parts = [(_load(fs, tfm), labels and [labels[f] for f in fs]) for fs,tfm in ((train,store),(valid,resize))]
     return tensor_dls(*parts, bs=bs, tfms=tfms, stats=stats, resize=resize, device=device)
+
+# %% ../nbs/data.ipynb #37fa2117
+def _label(o): return o.parent.name if isinstance(o, Path) else o
+
+def _file_dls(train, valid, labels, bs, item_tfms, batch_tfms, stats, device, num_workers):
+    files,n = [*train,*valid],len(train)
+    pipes = [(files, [open_image]), *([([labels[f] for f in files], [_label, Categorize()])] if labels else [])]
+    tls = [TfmdLists(items, tfms, splits=[range(n), range(n, len(files))]) for items,tfms in pipes]
+    after_batch = [IntToFloatTensor, *batch_tfms, Normalize.from_stats(*stats, cuda=False)]
+    return Datasets(tls=tls).dataloaders(bs=bs, device=device, num_workers=num_workers, after_item=[*L(item_tfms), ToTensor], after_batch=after_batch)
 
 # %% ../nbs/data.ipynb #3816f5c6
 @data_set(size=32, classes=10, images=(50_000,10_000), cifar10=URLs.CIFAR)
@@ -326,12 +336,17 @@ def cifar10_dls(
 ) -> DataLoaders: # 50,000 images to train on, 10,000 to validate, 32 px
     "CIFAR-10 with 4-pixel shifts and flips; raises `ValueError` for a folder that is not like it"
     parts = ('train','test')
-    train,valid = _split(_dataset(path, URLs.CIFAR, parts), parts, pct, seed)
-    tfms = [BatchShift(4), BatchFlip()]
-    if in_memory: return _memory_dls(train, valid, bs, None, None, tfms, cifar_stats, device)
-    return _file_dls(train, valid, bs, None, tfms, cifar_stats, device, num_workers)
+    images,tfms = _split(_dataset(path, URLs.CIFAR, parts), parts, pct, seed),[BatchShift(4), BatchFlip()]
+    if in_memory: return _memory_dls(*images, bs, None, None, tfms, cifar_stats, device)
+    return _file_dls(*images, bs, None, tfms, cifar_stats, device, num_workers)
 
 # %% ../nbs/data.ipynb #3ebfc8ff
+def _photo_dls(images, size, bs, in_memory, device, num_workers):
+    crop = RandomResizedCrop(size, min_scale=.35)
+    tfms = [BatchResizedCrop(size), BatchFlip()]
+    if in_memory: return _memory_dls(*images, bs, Resize(round(1.25*size)), crop, tfms, imagenet_stats, device)
+    return _file_dls(*images, bs, crop, [BatchFlip()], imagenet_stats, device, num_workers)
+
 def _imagenette_url(size, woof):
     side = '_160' if size<=160 else '_320' if size<=320 else ''
     return getattr(URLs, ('IMAGEWOOF' if woof else 'IMAGENETTE') + side)
@@ -351,11 +366,8 @@ def imagenette_dls(
 ) -> DataLoaders: # 9,469 images to train on, 3,925 to validate
     "Imagenette with random resized crops and flips; raises `ValueError` for a folder that is not like it"
     parts = ('train','val')
-    train,valid = _split(_dataset(path, _imagenette_url(size, woof), parts), parts, pct, seed)
-    crop = RandomResizedCrop(size, min_scale=.35)
-    tfms = [BatchResizedCrop(size), BatchFlip()]
-    if in_memory: return _memory_dls(train, valid, bs, Resize(round(1.25*size)), crop, tfms, imagenet_stats, device)
-    return _file_dls(train, valid, bs, crop, [BatchFlip()], imagenet_stats, device, num_workers)
+    images = _split(_dataset(path, _imagenette_url(size, woof), parts), parts, pct, seed)
+    return _photo_dls(images, size, bs, in_memory, device, num_workers)
 
 # %% ../nbs/data.ipynb #31d4b83b
 @data_set(size=224, classes=1000, images=(1_281_167,50_000))
@@ -371,5 +383,5 @@ def imagenet_dls(
     "ImageNet with random resized crops and flips, from files; raises `ValueError` for a folder that is not like it"
     if path is None: raise ValueError("ImageNet cannot be downloaded: pass the folder that holds its train and val")
     parts = ('train','val')
-    train,valid = _split(_dataset(path, None, parts), parts, pct, seed)
-    return _file_dls(train, valid, bs, RandomResizedCrop(size, min_scale=.08), [BatchFlip()], imagenet_stats, device, num_workers)
+    images = _split(_dataset(path, None, parts), parts, pct, seed)
+    return _file_dls(*images, bs, RandomResizedCrop(size, min_scale=.08), [BatchFlip()], imagenet_stats, device, num_workers)
