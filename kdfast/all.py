@@ -1,7 +1,7 @@
 "What a user writes: `from kdfast.all import *`, after `from fastai.vision.all import *`. Losses, layers and experiments have more in their own `all`"
 from .core import probing  # chkstyle: ignore
 from .data import *
-from .devices import BF16, LoaderHint, all_processes  # chkstyle: ignore
+from .devices import BF16, all_processes  # chkstyle: ignore
 from .models.all import *
 from .layers.all import Taps, layer_sizes, pair_layers, stage_taps  # chkstyle: ignore
 from .teacher.all import *

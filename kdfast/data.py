@@ -6,7 +6,7 @@ Docs: https://kdfast.github.io/kdfast/data.html.md"""
 
 # %% auto #0
 __all__ = ['digits_stats', 'BatchShift', 'BatchFlip', 'BatchResizedCrop', 'tensor_dls', 'digits_dls', 'cifar10_dls',
-           'imagenette_dls', 'imagenet_dls']
+           'imagenette_dls', 'imagenet_dls', 'folder_dls']
 
 # %% ../nbs/data.ipynb #8f4c7da6
 import functools, hashlib, tarfile, tempfile, zlib
@@ -385,3 +385,132 @@ def imagenet_dls(
     parts = ('train','val')
     images = _split(_dataset(path, None, parts), parts, pct, seed)
     return _file_dls(*images, bs, RandomResizedCrop(size, min_scale=.08), [BatchFlip()], imagenet_stats, device, num_workers)
+
+# %% ../nbs/data.ipynb #2d3e30ad
+def _few(names): return ', '.join(map(str, names[:5])) + ' and more'*(len(names)>5)
+
+def _parts(root):
+    "Folders of the images to train on and to validate with, the second None where there is none"
+    folders = {p.name:p for p in _folders(root)}
+    only = first(folders.values()) if len(folders)==1 and not get_image_files(root, recurse=False) else None
+    if only and (only.name=='train' or _folders(only)): return _parts(only)
+    valid = first(folders[o] for o in ('valid','val') if o in folders)
+    return (folders['train'],valid) if 'train' in folders and (valid or {*folders}<={'train','test'}) else (root,None)
+
+def _in_folder(folder):
+    "Files to their labels, which are None where there are no folders of classes"
+    loose = get_image_files(folder, recurse=False).sorted()
+    if loose and len(loose)<len(get_image_files(folder)): raise ValueError(
+        f"{folder} has images beside its folders, such as {loose[0].name}: move them into the folder of a class, or elsewhere")
+    return dict.fromkeys(loose) if loose else _labels_of(folder)
+
+# %% ../nbs/data.ipynb #12091235
+_valid = {**dict.fromkeys(('1','true','yes','valid','val'), True), **dict.fromkeys(('','0','false','no','train'), False)}
+
+def _wrong_in(csv, table):
+    "What is wrong with a table of images, '' if nothing is"
+    if not {'file','label'}<={*table}: return f"has the columns {_few([*table])}: it needs file and label, and may have valid"
+    missing = [o for o in table['file'] if not (csv.parent/o).is_file()]
+    twice,blank = table['file'][table['file'].duplicated()],table['file'][table['label']=='']
+    if missing: return f"lists {len(missing)} files that do not exist, {_few(missing)}: write their paths relative to {csv.parent}"
+    if len(twice) or len(blank): return f"lists {_few([*twice, *blank])} {'twice' if len(twice) else 'without a label'}: give each file one row and one label"
+    held = {_valid.get(o.lower()) for o in table.get('valid', ())}
+    return '' if held in (set(), {True,False}) else "has a column valid without both 0 and 1, or with other words: write 1 or 0 in it, or leave it out"
+
+def _in_csv(csv):
+    "Files to their labels, and those of them to validate with"
+    try: table = pd.read_csv(csv, dtype=str, keep_default_na=False)
+    except ValueError as e: table,wrong = None,f"cannot be read ({e}): write the columns file and label"
+    else: wrong = _wrong_in(csv, table)
+    if wrong: raise ValueError(f"{csv} {wrong}")
+    table = table.sort_values('file')
+    files = dict(zip((csv.parent/o for o in table['file']), table['label']))
+    held = [f for f,o in zip(files, table['valid']) if _valid[o.lower()]] if 'valid' in table else []
+    return files,held
+
+# %% ../nbs/data.ipynb #8f341bb1
+def _hold_out(labels):
+    n = Counter(labels.values())
+    several = [f for f in labels if n[labels[f]]>1]
+    return _some(several, labels, .2) if several else []
+
+def _in_folders(root):
+    if not get_image_files(root): raise ValueError(f"{root} holds no images: pass a folder or an archive of some, or a CSV that lists them")
+    train,valid = (o and _in_folder(o) for o in _parts(root))
+    return {**train, **(valid or {})},[*(valid or ())]
+
+def _wrong_classes(train, valid):
+    "What is wrong with the classes of images, None standing for no label"
+    new = sorted(map(str, {*valid}-{*train}))
+    if not valid: return "has one image of each class: add some, so that one of each can be held out"
+    if new: return f"has no images of {_few(new)} to train on: add some, or leave the class out of those to validate with"
+    one = len({*train})==1 and first(train)
+    return f"has one class, {one}: add a second one, or take its images out of their folder to distil without labels" if one else ''
+
+# %% ../nbs/data.ipynb #cb0fc2f5
+class ImageFiles:
+    "Images in folders, in an archive or listed in a CSV"
+    def __init__(self,
+        path # A folder, an archive or a CSV; raises `ValueError` where the images cannot be told from each other
+    ):
+        self.path = Path(path).expanduser()
+        csv = self.path.suffix.lower()=='.csv'
+        self.root = self.path.parent if csv else _unpack(self.path) if self.path.is_file() else self.path
+        labels,held = _in_csv(self.path) if csv else _in_folders(self.root)
+        held = dict.fromkeys(held or _hold_out(labels))
+        self.train,self.valid = [f for f in labels if f not in held],[*held]
+        if wrong := _wrong_classes(*([labels[f] for f in fs] for fs in (self.train,self.valid))): raise ValueError(f"{self.path} {wrong}")
+        self.labels = labels if any(o is not None for o in labels.values()) else None
+
+    @functools.cached_property
+    def facts(self): return Facts(None, len({*(self.labels or {}).values()}), (len(self.train),len(self.valid)), {})
+
+    def __repr__(self):
+        n = Counter((self.labels or {}).values()).most_common()
+        of = f"in {len(n)} classes, from {n[-1][1]:,} of {n[-1][0]} to {n[0][1]:,} of {n[0][0]}" if n else "without labels"
+        return f"{sum(self.facts.images):,} images {of}; {len(self.train):,} to train on, {len(self.valid):,} to validate with"
+
+# %% ../nbs/data.ipynb #c489e4ba
+def _each(f, items): return [*parallel(f, items, threadpool=True, n_workers=defaults.cpus, progress=False)]
+
+def _sides(file):
+    "Width and height of an image, None if it is broken"
+    try: return open_image(file).size
+    except ValueError: return None
+
+# %% ../nbs/data.ipynb #5166b61a
+@patch(as_prop=True)
+def name(self:ImageFiles) -> str: # As `pets-1a2b3c4d`
+    "What they are called in records, on every machine"
+    files,held = [*self.train,*self.valid],{*self.valid}
+    told = zip((os.path.relpath(f, self.root).replace(os.sep, '/') for f in files), files, _each(_content, files))
+    rows = sorted(f"{o}\t{self.labels and self.labels[f]}\t{f in held}\t{content}" for o,f,content in told)
+    digest = hashlib.blake2b('\n'.join(rows).encode(errors='surrogateescape'), digest_size=4).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', self.path.resolve().name.split('.')[0]) or 'images'}-{digest}"
+
+@patch
+def survey(self:ImageFiles) -> str: # A line
+    "Open every image and tell what there is; raises `ValueError` naming those that cannot be read"
+    files = [*self.train,*self.valid]
+    sizes = dict(zip(files, _each(_sides, files)))
+    broken = [os.path.relpath(f, self.root) for f,o in sizes.items() if not o]
+    if broken: raise ValueError(f"{len(broken)} of {len(files):,} images in {self.path} cannot be read, {_few(broken)}: remove or replace them")
+    sides = sorted(o for size in sizes.values() for o in size)
+    return f"{self}; sides from {sides[0]:,} to {sides[-1]:,} pixels, median {sides[len(sides)//2]:,}; no broken files"
+
+# %% ../nbs/data.ipynb #470211b3
+def folder_dls(
+    path, # A folder of images, with folders of classes or without; an archive of it; or a CSV with columns `file`, `label` and perhaps `valid`
+    size:int=128, # Side of the images, pixels
+    bs:int=64, # Batch size
+    pct:float=1., # Fraction of each class to train on
+    per_class:int=None, # Images of each class to train on, instead of `pct`
+    seed:int=0, # Picks the part
+    in_memory:bool=False, # Keep the images as uint8 tensors of 1.25 times `size`: as accurate, many times faster
+    device=None, # fastai's default device
+    num_workers:int=None # Processes that load files
+) -> DataLoaders: # A fifth is held out where the folder has no `valid` or `val`; batches of images alone where there are no classes
+    "Your own images, with random resized crops and flips; raises `ValueError` for what is no data set"
+    images = path if isinstance(path, ImageFiles) else ImageFiles(path)
+    train = _some(images.train, images.labels, pct, per_class, seed)
+    return _photo_dls((train,images.valid,images.labels), size, bs, in_memory, device, num_workers)
