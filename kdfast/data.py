@@ -465,6 +465,8 @@ class ImageFiles:
     @functools.cached_property
     def facts(self): return Facts(None, len({*(self.labels or {}).values()}), (len(self.train),len(self.valid)), {})
 
+    def is_large(self, size): return sum(self.facts.images)*3*(1.25*(size or 128))**2>2**32
+
     def __repr__(self):
         n = Counter((self.labels or {}).values()).most_common()
         of = f"in {len(n)} classes, from {n[-1][1]:,} of {n[-1][0]} to {n[0][1]:,} of {n[0][0]}" if n else "without labels"
