@@ -37,10 +37,10 @@ from .look.plots import plot_history, save_figure
 from .models.measure import compare
 
 # %% ../nbs/cli.ipynb #24f742b7
-def _bare(o): return Path(o).name if Path(str(o)).is_absolute() else o  # a record is read elsewhere
-
 def _command(f, settings):
-    given = {k.replace('_', '-'):_bare(v) for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
+    "As records have it, with names alone in place of absolute paths: they are read elsewhere"
+    bare = lambda o: Path(o).name if Path(str(o)).is_absolute() else o
+    given = {k.replace('_', '-'):bare(v) for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
     return shlex.join(['kdfast', f.__name__, *(o for k,v in given.items() for o in (f'--{k}', *([] if v is True else [str(v)])))])
 
 def _check_numbers(least=1, /, **numbers):
@@ -68,9 +68,10 @@ def _carry_out(f, given, runs, files=None, path=None, notes={}, **kwargs):
 def _own(data, path=None):
     "Images of one's own; None for a data set that has a name"
     if data in data_sets(): return
-    if path: raise ValueError(f"--path is for a data set with a name, which {data} is not: pass the folder of images as --data alone")
-    if Path(data).expanduser().exists(): return ImageFiles(data)
-    raise ValueError(f"Unknown data set {data!r}: choose from {', '.join(data_sets())}, or pass a folder, an archive or a CSV of images that exists")
+    if not Path(data).expanduser().exists(): raise ValueError(
+        f"Unknown data set {data!r}: choose from {', '.join(data_sets())}, or pass a folder, an archive or a CSV of images")
+    if path: raise ValueError(f"--path is for data sets with a name, {data} is a place: pass it as --data alone")
+    return ImageFiles(data)
 
 def _surveyed(images, out):
     "What there is, by the name of the images"
@@ -80,14 +81,6 @@ def _surveyed(images, out):
     return {images.name:text}
 
 # %% ../nbs/cli.ipynb #f8ffe504
-def _alike(run, **kwargs): return replace(run, method='control', teacher=None, seed=0, **kwargs)
-
-def _on_record(sweep):
-    "Results of the sweep's student and teacher"
-    known,needed = sweep.records.results(),{o for r in sweep.runs for o in r.needs}
-    kinds = {_alike(o, chain=None) for o in sweep.runs if o not in needed}
-    return {r:o for r,o in known.items() if r in needed or _alike(r, chain=None) in kinds and {*r.needs}<=needed}
-
 class _Fed(nn.Module):
     "A teacher that is given images of the student's size"
     def __init__(self, teacher):
@@ -96,7 +89,18 @@ class _Fed(nn.Module):
 
     def forward(self, x): return self.network(*self.resize(x))
 
-def _network(sweep, run): return _Fed(sweep.files[run]) if isinstance(sweep.files.get(run), Teacher) else sweep.network(run)
+def _network(sweep, run):
+    given = sweep.files.get(run)
+    return _Fed(given) if isinstance(given, Teacher) else sweep.network(run)
+
+# %% ../nbs/cli.ipynb #2ea6fb7c
+def _alike(run, **kwargs): return replace(run, method='control', teacher=None, seed=0, **kwargs)
+
+def _on_record(sweep):
+    "Results of the sweep's student and teacher"
+    known,needed = sweep.records.results(),{o for r in sweep.runs for o in r.needs}
+    kinds = {_alike(o, chain=None) for o in sweep.runs if o not in needed}
+    return {r:o for r,o in known.items() if r in needed or _alike(r, chain=None) in kinds and {*r.needs}<=needed}
 
 def _timed(sweep, results):
     "The same with milliseconds an image"
@@ -138,9 +142,10 @@ def _verdicts(results):
         if names and 'worse' in verdicts: say("What to look at: https://kdfast.github.io/kdfast/howto/debug.html")
 
 _legend = "Accuracy ± standard deviation over the seeds, differences ± standard error."
-_unlabelled = ("Without labels the accuracy is not known: these are the last values of the terms, which tell nothing about classes; --probe adds what "
-    "does. Next, train a student's head on labelled images: classifier_learner(dls, load_learner(file))")
+_unlabelled = """Without labels the accuracy is not known: the table has the last value of each term. --probe FOLDER adds the accuracy of
+nearest neighbours on labelled images. Next, train a head on such images: classifier_learner(dls, load_learner(file))"""
 
+# %% ../nbs/cli.ipynb #ea08ec64
 def _columns(curves):
     "What all arms have curves of"
     histories = [o for runs in curves.values() for o in runs]
@@ -197,7 +202,7 @@ def _from_file(file, run, path):
 def _source(teacher, file, path, weights=None, **kwargs):
     "The teacher's run, and the files of a sweep"
     if teacher.startswith('timm:') and not file and not kwargs.get('pretrained'): return _as_it_is(teacher, weights, **kwargs)
-    if weights: raise ValueError(f"--teacher-weights are those of a network of timm, which {teacher} is not: pass --teacher timm:NAME, or --teacher-file")
+    if weights: raise ValueError(f"--teacher-weights is for a network of timm, not for {teacher}: pass --teacher timm:NAME")
     run = Run(student=teacher, **kwargs)
     if not file: return run,{}
     run = _from_file(file, run, path)
@@ -221,9 +226,11 @@ def _check_unlabelled(method, source, images):
     "Refuse what needs labels where there are none"
     if images is None or images.labels: return
     reads = [o for o in _arms(method) if schedule_of(o) is not None or any(t.reads_logits or not t.taught for t in terms_of(o))]
-    if reads: raise ValueError(f"{images.path} has no labels, and {', '.join(reads)} reads labels or outputs: choose a method on features, such as similarity")
-    if not source.weights: raise ValueError(f"{images.path} has no labels to train {source.student} on: pass --teacher timm:NAME, or a learner as --teacher-file")
+    what = f"which {', '.join(reads)} would read: choose a method on features, such as similarity" if reads else \
+        f"which {source.student} would be trained on: pass --teacher timm:NAME, or a learner as --teacher-file"
+    if reads or not source.weights: raise ValueError(f"{images.path} has no labels, {what}")
 
+# %% ../nbs/cli.ipynb #e7efa82e
 def _arms(method): return [o for o in re.split(r',(?![^(]*\))', method) if o!='control']  # but not within (2,4)
 
 def _check(data, from_files, **numbers):
@@ -233,29 +240,29 @@ def _check(data, from_files, **numbers):
 
 # %% ../nbs/cli.ipynb #fe468519
 def distill(
-    data:str='digits', # A data set that `kdfast doctor` lists, or your own images: a folder, an archive, or a CSV with columns file and label
+    data:str='digits', # A data set that `kdfast doctor` lists, or images: a folder, an archive, or a CSV with columns file and label
     path:Path=None, # Folder or archive of a data set that has a name, downloaded if left out
     size:int=None, # Side of the images, pixels, 128 if left out; digits and cifar10 have 32
     pct:float=1., # Part of the training images for the students, the same of each class
-    teacher:str='wrn-16-2', # resnet34, wrn-40-2 and the like, a classifier of torchvision's, or timm:NAME, which teaches with its pretrained weights
-    student:str='wrn-10-1', # The same
+    teacher:str='wrn-16-2', # resnet34, wrn-40-2 and the like, a classifier of torchvision's; or timm:NAME, pretrained and not trained
+    student:str='wrn-10-1', # The same, from random weights
     pretrained_student:bool=False, # Start the student from its pretrained weights and fine-tune it
     conv:str=None, # What the student's convolutions are made of, ordinary ones if left out: separable, grouped:groups=4, ...
     params:int=None, # Budget of the student's parameters, met by the ratio of a convolution that has one, by the width otherwise
-    method:str=None, # Those of `kdfast methods`, or blocks, blocks-parallel, simultaneous, joined by +; commas separate arms; kd+at if left out, features alone for a teacher with other classes
+    method:str=None, # Of `kdfast methods`, or blocks, blocks-parallel, simultaneous; + joins, commas separate arms; kd+at, or what fits
     epochs:int=10, # Epochs of a student
     teacher_epochs:int=None, # Epochs of the teacher, by default as many
     seeds:int=1, # Runs of each arm
     teacher_file:Path=None, # A trained teacher: weights, or a learner that was exported, whose name ends in .pkl
     teacher_weights:Path=None, # Weights of a teacher of timm, downloaded if left out
-    probe:str=None, # Labelled images, as for data: adds a column, how many of their labels the nearest neighbours tell by a student's features
+    probe:str=None, # A folder of labelled images: adds the accuracy of nearest neighbours by a student's features on them
     pretrained:bool=False, # Start the teacher from the pretrained weights of torchvision's or timm's network and fine-tune it
     bs:int=64, # Batch size, of all processes together
     lr:float=3e-3, # Highest learning rate of the one-cycle schedule
     wd:float=None, # Weight decay of the students, the optimizer's default of 0.01 if left out
     wd_groups:bool=False, # Scale the weight decay of compressed layers by their compression
     bf16:bool=False, # Train in bfloat16
-    from_files:bool=False, # Read images as they are needed instead of keeping them in memory, as is done where your own would take more than 4 GB
+    from_files:bool=False, # Read images as they are needed instead of keeping them in memory; also done with a folder of more than 4 GB
     out:Path=Path('distill') # Folder for the results; what it holds is gone on with
 ):
     "Train a teacher, or load it; then students with its help and without; write table, curves and students"

@@ -320,8 +320,8 @@ def _file_dls(train, valid, labels, bs, item_tfms, batch_tfms, stats, device, nu
     files,n = [*train,*valid],len(train)
     pipes = [(files, [open_image]), *([([labels[f] for f in files], [_label, Categorize()])] if labels else [])]
     tls = [TfmdLists(items, tfms, splits=[range(n), range(n, len(files))]) for items,tfms in pipes]
-    after_batch = [IntToFloatTensor, *batch_tfms, Normalize.from_stats(*stats, cuda=False)]
-    return Datasets(tls=tls).dataloaders(bs=bs, device=device, num_workers=num_workers, after_item=[*L(item_tfms), ToTensor], after_batch=after_batch)
+    tfms = dict(after_item=[*L(item_tfms), ToTensor], after_batch=[IntToFloatTensor, *batch_tfms, Normalize.from_stats(*stats, cuda=False)])
+    return Datasets(tls=tls).dataloaders(bs=bs, device=device, num_workers=num_workers, **tfms)
 
 # %% ../nbs/data.ipynb #3816f5c6
 @data_set(size=32, classes=10, images=(50_000,10_000), cifar10=URLs.CIFAR)
@@ -411,11 +411,12 @@ def _wrong_in(csv, table):
     "What is wrong with a table of images, '' if nothing is"
     if not {'file','label'}<={*table}: return f"has the columns {_few([*table])}: it needs file and label, and may have valid"
     missing = [o for o in table['file'] if not (csv.parent/o).is_file()]
-    twice,blank = table['file'][table['file'].duplicated()],table['file'][table['label']=='']
     if missing: return f"lists {len(missing)} files that do not exist, {_few(missing)}: write their paths relative to {csv.parent}"
-    if len(twice) or len(blank): return f"lists {_few([*twice, *blank])} {'twice' if len(twice) else 'without a label'}: give each file one row and one label"
+    twice,blank = ([*table['file'][o]] for o in (table['file'].duplicated(), table['label']==''))
+    if twice or blank: return f"lists {_few(twice or blank)} {'twice' if twice else 'without a label'}: give each file one row and a label"
     held = {_valid.get(o.lower()) for o in table.get('valid', ())}
-    return '' if held in (set(), {True,False}) else "has a column valid without both 0 and 1, or with other words: write 1 or 0 in it, or leave it out"
+    odd = held not in (set(), {True,False})
+    return f"has the values {_few([*table['valid'].unique()])} as valid: write 0 and 1, or leave it out" if odd else ''
 
 def _in_csv(csv):
     "Files to their labels, and those of them to validate with"
@@ -496,13 +497,14 @@ def survey(self:ImageFiles) -> str: # A line
     files = [*self.train,*self.valid]
     sizes = dict(zip(files, _each(_sides, files)))
     broken = [os.path.relpath(f, self.root) for f,o in sizes.items() if not o]
-    if broken: raise ValueError(f"{len(broken)} of {len(files):,} images in {self.path} cannot be read, {_few(broken)}: remove or replace them")
+    if broken: raise ValueError(
+        f"{len(broken)} of {len(files):,} images in {self.path} cannot be read, {_few(broken)}: remove or replace them")
     sides = sorted(o for size in sizes.values() for o in size)
     return f"{self}; sides from {sides[0]:,} to {sides[-1]:,} pixels, median {sides[len(sides)//2]:,}; no broken files"
 
 # %% ../nbs/data.ipynb #470211b3
 def folder_dls(
-    path, # A folder of images, with folders of classes or without; an archive of it; or a CSV with columns `file`, `label` and perhaps `valid`
+    path, # A folder of images, in folders of classes or not; an archive of it; or a CSV with columns `file`, `label` and perhaps `valid`
     size:int=128, # Side of the images, pixels
     bs:int=64, # Batch size
     pct:float=1., # Fraction of each class to train on

@@ -274,19 +274,19 @@ def new_in_valid(root):
     return root
 
 bad = dict(
-    empty=(empty, [], 'holds no images'), nothing=(lambda root: root, [], 'Unknown data set'), path=(classes, ['--path','x'], 'pass the folder of images as --data alone'),
+    empty=(empty, [], 'holds no images'), nothing=(lambda root: root, [], 'Unknown data set'), path=(classes, ['--path','x'], 'pass it as --data alone'),
     broken=(broken, [], r'7 of 30 images in .*pets cannot be read, cat.cat0.png, cat.cat1.png, .* and more: remove or replace them'),
     one_class=(of_one_class, [], 'has one class, cat'), beside=(beside, [], 'such as stray.png'), new=(new_in_valid, [], 'has no images of yak to train on'),
     columns=(partial(csv_of, text='name,label\na.png,cat\n'), [], 'has the columns name, label: it needs file and label'),
     missing=(partial(csv_of, text='file,label\na.png,cat\nb.png,dog\n'), [], 'lists 1 files that do not exist, b.png'),
     twice=(partial(csv_of, text='file,label\na.png,cat\na.png,dog\n'), [], 'lists a.png twice'),
     blank=(partial(csv_of, text='file,label\na.png,\n'), [], 'lists a.png without a label'),
-    no_table=(partial(csv_of, text=''), [], 'cannot be read'), valid=(partial(csv_of, text='file,label,valid\na.png,cat,perhaps\n'), [], 'write 1 or 0 in it'),
+    no_table=(partial(csv_of, text=''), [], 'cannot be read'), valid=(partial(csv_of, text='file,label,valid\na.png,cat,perhaps\n'), [], 'has the values perhaps as valid'),
     few=(partial(csv_of, text='file,label\na.png,cat\n'), [], 'has one image of each class'),
-    kd=(loose, ['--method','kd,similarity'], 'has no labels, and kd reads labels or outputs'), cskd=(loose, ['--method','cskd'], 'cskd reads labels'),
-    blocks=(loose, ['--method','blocks'], 'blocks reads labels'), nobody=(loose, ['--teacher','wrn-10-1'], 'has no labels to train wrn-10-1 on'),
+    kd=(loose, ['--method','kd,similarity'], 'has no labels, which kd would read'), cskd=(loose, ['--method','cskd'], 'which cskd would read'),
+    blocks=(loose, ['--method','blocks'], 'which blocks would read'), nobody=(loose, ['--teacher','wrn-10-1'], 'which wrn-10-1 would be trained on'),
     teacher=(classes, ['--teacher','timm:test_vitt'], "did you mean 'test_vit'"), student=(classes, ['--student','timm:resnet18x'], "did you mean 'resnet18'"),
-    unknown=(classes, ['--teacher','resnet11'], "Unknown network 'resnet11'"), not_timm=(classes, ['--teacher','wrn-10-1'], 'which wrn-10-1 is not'),
+    unknown=(classes, ['--teacher','resnet11'], "Unknown network 'resnet11'"), not_timm=(classes, ['--teacher','wrn-10-1'], 'not for wrn-10-1'),
     pretrained=(classes, ['--pretrained-student'], "Unknown network 'wrn-10-1': choose from torchvision's"),
     probe=(loose, ['--probe','{root}'], 'Probe takes DataLoaders with labels'), no_probe=(loose, ['--probe','nowhere'], "Unknown data set 'nowhere'"))
 

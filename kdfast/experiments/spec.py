@@ -140,7 +140,7 @@ def _by_name():
 def _known_networks(): return [*(f'resnet{d}' for d in nets.resnet_depths), *_by_name(), 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
 
 def network_of(
-    name:str, # 'resnet10', 'wrn-16-1', 'timm:resnet10t', or a classifier of torchvision, with or without 'torchvision.'; raises `ValueError` otherwise
+    name:str, # 'resnet10', 'wrn-16-1', 'timm:resnet10t', or torchvision's, with or without 'torchvision.'; raises `ValueError` otherwise
     size:int=32 # Side of the images, pixels: up to 32 a resnet gets the small stem
 ): # As `distill_learner` takes a student: called with `n_out`, or an architecture
     "The network that `name` stands for, with random weights"
@@ -156,11 +156,9 @@ def network_of(
     return getattr(torchvision.models, name)
 
 # %% ../../nbs/experiments/spec.ipynb #a2974b14
-def _takes(arch): return {} if isinstance(arch, str) else inspect.signature(arch).parameters
-
 def _in_full(arch, conv):
     "`arch` made of `conv`: by its argument, or by swapping"
-    if 'conv' in _takes(arch): return partial(arch, conv=conv)
+    if 'conv' in inspect.signature(arch).parameters: return partial(arch, conv=conv)
     def made(n_out): return swap_convs(student_of(arch, SimpleNamespace(c=n_out)), conv)[0]
     return made
 
@@ -186,8 +184,10 @@ def student_at(
     n_out:int=10 # Number of classes
 ) -> tuple: # A function of `n_out`, and what has been varied, with its value
     "A student of an architecture, a convolution and a budget; raises `ValueError` where the budget is out of reach"
-    if params is None: return (arch if conv is None else _in_full(arch, conv)),{}
-    conv = conv or getattr(_takes(arch).get('conv'), 'default', convs.Full)
+    if params is None and conv is None: return arch,{}
+    if isinstance(arch, str): return student_at(lambda n_out: student_of(arch, SimpleNamespace(c=n_out)), conv, params, n_out)
+    if params is None: return _in_full(arch, conv),{}
+    conv = conv or getattr(inspect.signature(arch).parameters.get('conv'), 'default', convs.Full)
     amounts,given = {'ratio','budget','rank'},{*getattr(conv, 'keywords', ())}
     by_ratio = amounts & {*inspect.signature(conv).parameters} and not amounts & given
     make = (lambda r: _in_full(arch, partial(conv, ratio=r))) if by_ratio else _in_width(arch, conv)
@@ -200,15 +200,15 @@ def images_at(name, path):
     "The images that are called `name`"
     if path is None: raise ValueError(f"{name} names images of your own: pass the folder that holds them as path")
     images = ImageFiles(path)
-    if images.name!=name: raise ValueError(f"{path} holds {images.name}, not {name}, so images or labels differ: start again with what it holds")
+    if images.name!=name: raise ValueError(f"{path} holds {images.name}, not {name}, so images or labels differ: run that in its place")
     return images
 
 @delegates(folder_dls)
 def _own_dls(name, path=None, **kwargs): return folder_dls(images_at(name, path), **kwargs)
 
-# %% ../../nbs/experiments/spec.ipynb #ea18680e
 def _is_own(name): return re.fullmatch('.+-[0-9a-f]{8}', name)
 
+# %% ../../nbs/experiments/spec.ipynb #ea18680e
 def _func_of(name): return partial(_own_dls, name) if _is_own(name) else data_sets()[one_of('data set', name, data_sets())]
 
 def facts_of(name, path=None): return images_at(name, path and str(path)).facts if _is_own(name) else data_sets()[name].facts

@@ -114,7 +114,8 @@ def ready(self:Sweep,
 ) -> bool:
     "Whether `run` is on record, with its network where others wait for it"
     if self.records.get(run) is None: return False
-    return isinstance(file := self.file_of(run), Teacher) or file.exists() or not any(run in o.needs for o in self.runs if self.records.get(o) is None)
+    file = self.file_of(run)
+    return isinstance(file, Teacher) or file.exists() or not any(run in o.needs for o in self.runs if self.records.get(o) is None)
 
 # %% ../../nbs/experiments/sweep.ipynb #d54574e8
 @patch
@@ -148,9 +149,10 @@ def _measured(self:Sweep, run):
     if whole: teacher_of(teacher, dls)  # all classes, in this order
     teacher = Teacher(teacher) if whole else teacher
     (picks,lacking),net = teacher.picks(dls),self.network(run).to(dls.device)
-    known = vocab_of(dls) and not lacking and (whole or teacher.vocab)
+    acc = accuracy_of(net, dls, teacher.tfm(dls), picks) if vocab_of(dls) and not lacking and (whole or teacher.vocab) else None
     costs = dict(parameters=count_params(net), MACs=count_macs(net, (3,*teacher.size) if teacher.size else image_shape(dls)))
-    return dict(accuracy=accuracy_of(net, dls, teacher.tfm(dls), picks) if known else None, **costs, seconds=0., history={}, losses={}, images=images_of(dls), **origin_of())
+    return dict(accuracy=acc, **costs, seconds=0., history={}, losses={}, images=images_of(dls), **origin_of())
+
 
 @patch
 def _taught_by(self:Sweep, run):
