@@ -59,7 +59,7 @@ def _carry_out(f, given, runs, files=None, path=None, notes={}, **kwargs):
     learners = {r:f for r,f in files.items() if isinstance(f, Teacher) or Path(f).suffix=='.pkl'}
     for o in dict.fromkeys(replace(o, seed=0) for o in runs): rehearse(o, path, learners.get(first(o.needs)))
     sweep = Sweep(f.__name__, runs, given['out'], path, files, command=_command(f, given), **kwargs)
-    for name,text in notes.items(): (sweep.folder/f'{name}.txt').write_text(text)
+    for name,text in ({} if rank_distrib() else notes).items(): (sweep.folder/f'{name}.txt').write_text(text)
     say(f"{sweep} in {sweep.folder}")
     _sweep(sweep, quiet=f is demo)
     return sweep
@@ -226,6 +226,7 @@ def _check_unlabelled(method, source, images):
     "Refuse what needs labels where there are none"
     if images is None or images.labels: return
     reads = [o for o in _arms(method) if schedule_of(o) is not None or any(t.reads_logits or not t.taught for t in terms_of(o))]
+    reads = reads if _arms(method) else [method]
     what = f"which {', '.join(reads)} would read: choose a method on features, such as similarity" if reads else \
         f"which {source.student} would be trained on: pass --teacher timm:NAME, or a learner as --teacher-file"
     if reads or not source.weights: raise ValueError(f"{images.path} has no labels, {what}")
