@@ -38,8 +38,8 @@ from .models.measure import compare
 
 # %% ../nbs/cli.ipynb #24f742b7
 def _command(f, settings):
-    "As records have it, with names alone in place of absolute paths: they are read elsewhere"
-    bare = lambda o: Path(o).name if Path(str(o)).is_absolute() else o
+    "As records have it, which are read elsewhere: without the folders of absolute paths"
+    bare = lambda o: f'./{Path(o).name}' if Path(str(o)).is_absolute() else o
     given = {k.replace('_', '-'):bare(v) for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
     return shlex.join(['kdfast', f.__name__, *(o for k,v in given.items() for o in (f'--{k}', *([] if v is True else [str(v)])))])
 
@@ -246,11 +246,11 @@ def distill(
     size:int=None, # Side of the images, pixels, 128 if left out; digits and cifar10 have 32
     pct:float=1., # Part of the training images for the students, the same of each class
     teacher:str='wrn-16-2', # resnet34, wrn-40-2 and the like, a classifier of torchvision's; or timm:NAME, pretrained and not trained
-    student:str='wrn-10-1', # The same, from random weights
+    student:str='wrn-10-1', # The same names, with random weights
     pretrained_student:bool=False, # Start the student from its pretrained weights and fine-tune it
     conv:str=None, # What the student's convolutions are made of, ordinary ones if left out: separable, grouped:groups=4, ...
     params:int=None, # Budget of the student's parameters, met by the ratio of a convolution that has one, by the width otherwise
-    method:str=None, # Of `kdfast methods`, or blocks, blocks-parallel, simultaneous; + joins, commas separate arms; kd+at, or what fits
+    method:str=None, # Of `kdfast methods`, blocks, blocks-parallel, simultaneous; + joins, commas separate arms; by default kd+at or what fits
     epochs:int=10, # Epochs of a student
     teacher_epochs:int=None, # Epochs of the teacher, by default as many
     seeds:int=1, # Runs of each arm

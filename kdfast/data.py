@@ -411,7 +411,7 @@ def _wrong_in(csv, table):
     "What is wrong with a table of images, '' if nothing is"
     if not {'file','label'}<={*table}: return f"has the columns {_few([*table])}: it needs file and label, and may have valid"
     missing = [o for o in table['file'] if not (csv.parent/o).is_file()]
-    if missing: return f"lists {len(missing)} files that do not exist, {_few(missing)}: write their paths relative to {csv.parent}"
+    if missing: return f"lists files that do not exist ({len(missing)}), {_few(missing)}: write their paths relative to {csv.parent}"
     twice,blank = ([*table['file'][o]] for o in (table['file'].duplicated(), table['label']==''))
     if twice or blank: return f"lists {_few(twice or blank)} {'twice' if twice else 'without a label'}: give each file one row and a label"
     held = {_valid.get(o.lower()) for o in table.get('valid', ())}
@@ -470,7 +470,8 @@ class ImageFiles:
 
     def __repr__(self):
         n = Counter((self.labels or {}).values()).most_common()
-        of = f"in {len(n)} classes, from {n[-1][1]:,} of {n[-1][0]} to {n[0][1]:,} of {n[0][0]}" if n else "without labels"
+        least,most = ('{} with {:,}'.format(*o) for o in (n[-1],n[0])) if n else ('','')
+        of = f"in {len(n)} classes, the smallest {least}, the largest {most}" if n else "without labels"
         return f"{sum(self.facts.images):,} images {of}; {len(self.train):,} to train on, {len(self.valid):,} to validate with"
 
 # %% ../nbs/data.ipynb #c489e4ba
