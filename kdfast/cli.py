@@ -26,7 +26,7 @@ from .experiments.records import Records
 from .experiments.research import table_of
 from .experiments.results import arms_of, beside_control, by_arm, described, label_of, result_table, versus
 from .experiments.run import dls_of, network_at, pretrained_at, rehearse, Run, vocab_of
-from .experiments.spec import data_of, method_table, schedule_of, steps_of, terms_of
+from .experiments.spec import data_of, method_table, network_of, schedule_of, steps_of, terms_of
 from .experiments.sweep import Sweep, with_controls
 from .experiments.tables import estimate
 from .learner import distill_learner
@@ -279,6 +279,7 @@ def distill(
     how = dict(shared, student=student, conv=conv, params=params, pct=pct, epochs=epochs, wd=wd, wd_groups=wd_groups,
         pretrained=pretrained_student, probe=probed.name if probed else probe)
     control = Run(**how)
+    if not teacher_file: network_of(teacher)  # before all images are opened
     notes = merge(*(_surveyed(o, out) for o in (own,probed) if o))
     source,files = _source(teacher, teacher_file, path, teacher_weights, **shared, epochs=teacher_epochs or epochs, pretrained=pretrained)
     method = method or _default(control, files.get(source), path)
