@@ -17,6 +17,7 @@ from fastai.vision.all import *
 from fastcore.script import anno_parser
 from filelock import FileLock
 from .core import digest, image_shape, import_extra, on_interrupt, whole_file
+from .data import data_sets, ImageFiles
 from .devices import in_turn, say
 from .distill.core import FitNet
 from .doctor import doctor
@@ -24,18 +25,22 @@ from .experiments.arm import load_network
 from .experiments.records import Records
 from .experiments.research import table_of
 from .experiments.results import arms_of, beside_control, by_arm, described, label_of, result_table, versus
-from .experiments.run import dls_of, network_at, rehearse, Run
-from .experiments.spec import data_of, method_table, schedule_of, steps_of, terms_of
+from .experiments.run import dls_of, network_at, pretrained_at, rehearse, Run, vocab_of
+from .experiments.spec import data_of, method_table, network_of, schedule_of, steps_of, terms_of
 from .experiments.sweep import Sweep, with_controls
 from .experiments.tables import estimate
-from .teacher.source import teacher_of
+from .learner import distill_learner
+from .teacher.callback import DistillCallback
+from .teacher.source import ResizedTo, Teacher, teacher_of
 from .look.compare import show_attention
 from .look.plots import plot_history, save_figure
 from .models.measure import compare
 
 # %% ../nbs/cli.ipynb #24f742b7
 def _command(f, settings):
-    given = {k.replace('_', '-'):v for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
+    "As records have it, which are read elsewhere: without the folders of absolute paths"
+    bare = lambda o: f'./{Path(o).name}' if Path(str(o)).is_absolute() else o
+    given = {k.replace('_', '-'):bare(v) for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
     return shlex.join(['kdfast', f.__name__, *(o for k,v in given.items() for o in (f'--{k}', *([] if v is True else [str(v)])))])
 
 def _check_numbers(least=1, /, **numbers):
@@ -47,18 +52,48 @@ def _sweep(sweep, **kwargs):
     except RuntimeError as e: raise ValueError(f"{e}\n\n{first(sweep.errors().values()) or ''}") from e
 
 # %% ../nbs/cli.ipynb #f8ae6a55
-def _carry_out(f, given, runs, files=None, **kwargs):
+def _carry_out(f, given, runs, files=None, path=None, notes={}, **kwargs):
     "The sweep of the command `f`, done"
-    path,files = given.get('path'),files or {}
+    files = files or {}
     with in_turn(): dls_of(runs[-1], path)
-    learners = {r:f for r,f in files.items() if Path(f).suffix=='.pkl'}
+    learners = {r:f for r,f in files.items() if isinstance(f, Teacher) or Path(f).suffix=='.pkl'}
     for o in dict.fromkeys(replace(o, seed=0) for o in runs): rehearse(o, path, learners.get(first(o.needs)))
     sweep = Sweep(f.__name__, runs, given['out'], path, files, command=_command(f, given), **kwargs)
+    for name,text in ({} if rank_distrib() else notes).items(): (sweep.folder/f'{name}.txt').write_text(text)
     say(f"{sweep} in {sweep.folder}")
     _sweep(sweep, quiet=f is demo)
     return sweep
 
+# %% ../nbs/cli.ipynb #f825b99a
+def _own(data, path=None):
+    "Images of one's own; None for a data set that has a name"
+    if data in data_sets(): return
+    if not Path(data).expanduser().exists(): raise ValueError(
+        f"Unknown data set {data!r}: choose from {', '.join(data_sets())}, or pass a folder, an archive or a CSV of images")
+    if path: raise ValueError(f"--path is for data sets with a name, {data} is a place: pass it as --data alone")
+    return ImageFiles(data)
+
+def _surveyed(images, out):
+    "What there is, by the name of the images"
+    note = Path(out)/f'{images.name}.txt'
+    text = note.read_text() if note.is_file() else images.survey()
+    say(f'{images.name}: {text}')
+    return {images.name:text}
+
 # %% ../nbs/cli.ipynb #f8ffe504
+class _Fed(nn.Module):
+    "A teacher that is given images of the student's size"
+    def __init__(self, teacher):
+        super().__init__()
+        self.network,self.resize = teacher.network,ResizedTo(teacher.size, teacher.mode) if teacher.size else tuplify
+
+    def forward(self, x): return self.network(*self.resize(x))
+
+def _network(sweep, run):
+    given = sweep.files.get(run)
+    return _Fed(given) if isinstance(given, Teacher) else sweep.network(run)
+
+# %% ../nbs/cli.ipynb #2ea6fb7c
 def _alike(run, **kwargs): return replace(run, method='control', teacher=None, seed=0, **kwargs)
 
 def _on_record(sweep):
@@ -72,7 +107,7 @@ def _timed(sweep, results):
     if all('ms per image' in o for o in results.values()): return results
     kind = lambda run: replace(run, seed=0) if run.remade else _alike(run)
     kinds,dls = groupby(results, kind),dls_of(sweep.runs[-1], sweep.path)
-    networks = {k.key:sweep.network(runs[0]).to(dls.device) for k,runs in kinds.items()}
+    networks = {k.key:_network(sweep, runs[0]).to(dls.device) for k,runs in kinds.items()}
     took = compare(networks, image_shape(dls))['ms per image']
     for k,runs in kinds.items():
         for r in runs: sweep.records.add(r, {**results[r], 'ms per image':float(took[k.key])}, again=True)
@@ -106,16 +141,28 @@ def _verdicts(results):
         if names: say(f"{word}: {', '.join(names)}")
         if names and 'worse' in verdicts: say("What to look at: https://kdfast.github.io/kdfast/howto/debug.html")
 
+_legend = "Accuracy ± standard deviation over the seeds, differences ± standard error."
+_unlabelled = """Without labels the accuracy is not known: the table has the last value of each term. --probe FOLDER adds the accuracy of
+nearest neighbours on labelled images. Next, train a head on such images: classifier_learner(dls, load_learner(file))"""
+
+# %% ../nbs/cli.ipynb #ea08ec64
+def _columns(curves):
+    "What all arms have curves of"
+    histories = [o for runs in curves.values() for o in runs]
+    shared = [k for k in first(histories) or () if all(k in o for o in histories)]
+    if 'accuracy' in shared: return [k for k in shared if k in ('valid_loss','accuracy','knn')]
+    return [k for k in shared if k not in ('train_loss','valid_loss','stage','epoch')]
+
 def _report(sweep, *files):
     "Show what is on record, and write curves and students"
     if rank_distrib(): return
     results = _timed(sweep, _on_record(sweep))
     sweep.records.export()
-    say(f"\n{described(results)}\n\n{result_table(results).to_string()}\n\n"
-        "Accuracy ± standard deviation over the seeds, differences ± standard error.")
+    table,labelled = result_table(results),bool(vocab_of(dls_of(sweep.runs[-1], sweep.path)))
+    say(f"\n{described(results)}\n\n{table.to_string()}\n\n{_legend if labelled else _unlabelled}")
     _verdicts(results)
     curves = {arm:drawn for arm,runs in by_arm(results, 'history').items() if (drawn := [o for o in runs if o])}
-    drawn = [_save(plot_history(curves), sweep.folder/'curves.png')] if curves else []
+    drawn = [_save(plot_history(curves, columns), sweep.folder/'curves.png')] if (columns := _columns(curves)) else []
     ours = [r for r in arms_of(sweep.results()) if not r.seed]
     say('\n'.join(map(str, ['', sweep.records.exported, *drawn, *files, *(o for r in ours for o in _exported(sweep, r))])))
 
@@ -149,17 +196,42 @@ def _from_file(file, run, path):
     with in_turn(): dls = dls_of(run, path)
     name = Path(file).name if Path(file).suffix=='.pkl' else run.student
     if name!=run.student: network = teacher_of(file, dls)[0]
-    else: load_network(network := network_at(run, dls), file, dls.vocab)
+    else: load_network(network := network_at(run, dls), file, vocab_of(dls))
     return Run(data=run.data, size=run.size, bs=run.bs, from_files=run.from_files, student=name, weights=digest(network))
 
-def _source(teacher, file, path, **kwargs):
+def _source(teacher, file, path, weights=None, **kwargs):
     "The teacher's run, and the files of a sweep"
+    if teacher.startswith('timm:') and not file and not kwargs.get('pretrained'): return _as_it_is(teacher, weights, **kwargs)
+    if weights: raise ValueError(f"--teacher-weights is for a network of timm, not for {teacher}: pass --teacher timm:NAME")
     run = Run(student=teacher, **kwargs)
     if not file: return run,{}
     run = _from_file(file, run, path)
     return run,{run:file}
 
+def _as_it_is(name, weights, data, size, bs, from_files, **kwargs):
+    "The same for a network of timm that nobody trains here"
+    teacher = Teacher(name.removeprefix('timm:'), weights=weights)
+    run = Run(data=data, size=size, bs=bs, from_files=from_files, student=name, weights=digest(teacher.network))
+    return run,{run:teacher}
+
 # %% ../nbs/cli.ipynb #953a5734
+def _default(control, teacher, path):
+    "The method that `distill_learner` chooses"
+    dls = dls_of(control, path)
+    if not vocab_of(dls): return 'similarity'
+    if not isinstance(teacher, Teacher): return 'kd+at'
+    return first(cb.column for cb in distill_learner(dls, teacher, network_at(control, dls)).cbs if isinstance(cb, DistillCallback))
+
+def _check_unlabelled(method, source, images):
+    "Refuse what needs labels where there are none"
+    if images is None or images.labels: return
+    reads = [o for o in _arms(method) if schedule_of(o) is not None or any(t.reads_logits or not t.taught for t in terms_of(o))]
+    reads = reads if _arms(method) else [method]
+    what = f"which {', '.join(reads)} would read: choose a method on features, such as similarity" if reads else \
+        f"which {source.student} would be trained on: pass --teacher timm:NAME, or a learner as --teacher-file"
+    if reads or not source.weights: raise ValueError(f"{images.path} has no labels, {what}")
+
+# %% ../nbs/cli.ipynb #e7efa82e
 def _arms(method): return [o for o in re.split(r',(?![^(]*\))', method) if o!='control']  # but not within (2,4)
 
 def _check(data, from_files, **numbers):
@@ -169,40 +241,53 @@ def _check(data, from_files, **numbers):
 
 # %% ../nbs/cli.ipynb #fe468519
 def distill(
-    data:str='digits', # A data set: `kdfast doctor` lists them
-    path:Path=None, # Folder or archive of the data, downloaded if left out
-    size:int=None, # Side of the images of imagenette, pixels, 128 if left out
+    data:str='digits', # A data set that `kdfast doctor` lists, or images: a folder, an archive, or a CSV with columns file and label
+    path:Path=None, # Folder or archive of a data set that has a name, downloaded if left out
+    size:int=None, # Side of the images, pixels, 128 if left out; digits and cifar10 have 32
     pct:float=1., # Part of the training images for the students, the same of each class
-    teacher:str='wrn-16-2', # resnet34, wrn-40-2 and the like, or a classifier of torchvision's
-    student:str='wrn-10-1', # The same
+    teacher:str='wrn-16-2', # resnet34, wrn-40-2 and the like, a classifier of torchvision's; or timm:NAME, pretrained and not trained
+    student:str='wrn-10-1', # The same names, with random weights
+    pretrained_student:bool=False, # Start the student from its pretrained weights and fine-tune it
     conv:str=None, # What the student's convolutions are made of, ordinary ones if left out: separable, grouped:groups=4, ...
     params:int=None, # Budget of the student's parameters, met by the ratio of a convolution that has one, by the width otherwise
-    method:str='kd+at', # Those of `kdfast methods`, or blocks, blocks-parallel, simultaneous, joined by +; commas separate arms
+    method:str=None, # Of `kdfast methods`, blocks, blocks-parallel, simultaneous; + joins, commas separate arms; default kd+at, or what fits
     epochs:int=10, # Epochs of a student
     teacher_epochs:int=None, # Epochs of the teacher, by default as many
     seeds:int=1, # Runs of each arm
     teacher_file:Path=None, # A trained teacher: weights, or a learner that was exported, whose name ends in .pkl
-    pretrained:bool=False, # Start the teacher from torchvision's ImageNet weights and fine-tune it
+    teacher_weights:Path=None, # Weights of a teacher of timm, downloaded if left out
+    probe:str=None, # A folder of labelled images: adds the accuracy of nearest neighbours by a student's features on them
+    pretrained:bool=False, # Start the teacher from the pretrained weights of torchvision's or timm's network and fine-tune it
     bs:int=64, # Batch size, of all processes together
     lr:float=3e-3, # Highest learning rate of the one-cycle schedule
     wd:float=None, # Weight decay of the students, the optimizer's default of 0.01 if left out
     wd_groups:bool=False, # Scale the weight decay of compressed layers by their compression
     bf16:bool=False, # Train in bfloat16
-    from_files:bool=False, # Read images as they are needed instead of keeping them in memory
+    from_files:bool=False, # Read images as they are needed instead of keeping them in memory; also done with a folder of more than 4 GB
     out:Path=Path('distill') # Folder for the results; what it holds is gone on with
 ):
     "Train a teacher, or load it; then students with its help and without; write table, curves and students"
     given = dict(locals())
     if pretrained and teacher_file: raise ValueError(
         "--pretrained trains a teacher from ImageNet weights, --teacher-file passes a trained one: leave one out")
+    own,probed = _own(data, path),probe and _own(probe)
+    if own: data,from_files = own.name,from_files or own.is_large(size)
+    path = {data:path, **{o.name:o.path for o in (own,probed) if o}}
     _check(data, from_files, epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size, params=params)
     _check_numbers(0, wd=wd)
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files)
-    how = dict(shared, student=student, conv=conv, params=params, pct=pct, epochs=epochs, wd=wd, wd_groups=wd_groups)
+    how = dict(shared, student=student, conv=conv, params=params, pct=pct, epochs=epochs, wd=wd, wd_groups=wd_groups,
+        pretrained=pretrained_student, probe=probed.name if probed else probe)
     control = Run(**how)
-    source,files = _source(teacher, teacher_file, path, **shared, epochs=teacher_epochs or epochs, pretrained=pretrained)
-    arms = [control, *(Run(**how, method=o, teacher=source) for o in _arms(method))]
-    _report(_carry_out(distill, given, [replace(o, seed=seed) for seed in range(seeds) for o in arms], files, exports=True))
+    if not teacher_file: network_of(teacher)  # before all images are opened
+    notes = merge(*(_surveyed(o, out) for o in (own,probed) if o))
+    source,files = _source(teacher, teacher_file, path, teacher_weights, **shared, epochs=teacher_epochs or epochs, pretrained=pretrained)
+    method = method or _default(control, files.get(source), path)
+    _check_unlabelled(method, source, own)
+    if pretrained_student: pretrained_at(control, dls_of(control, path))
+    arms = [*([control] if own is None or own.labels else []), *(Run(**how, method=o, teacher=source) for o in _arms(method))]
+    runs = [replace(o, seed=seed) for seed in range(seeds) for o in arms]
+    _report(_carry_out(distill, given, runs, files, path, notes, exports=True, controls=control in arms))
 
 # %% ../nbs/cli.ipynb #6a403408
 def _to_file(chain): return chain if chain.endswith('onnx') else f'{chain},onnx'
@@ -247,7 +332,7 @@ def compress(
     source,files = _source(teacher, teacher_file, path, **shared, epochs=teacher_epochs)
     how = dict(shared, student=source.student, start=source, pct=pct, epochs=epochs, method=method, teacher=None if method=='control' else source)
     runs = [Run(**how, chain=_to_file(o), seed=seed) for seed in range(seeds) for o in chains]
-    sweep = _carry_out(compress, given, runs, files, exports=True, controls=False)
+    sweep = _carry_out(compress, given, runs, files, path, exports=True, controls=False)
     _report(sweep, *_tell_chains(sweep))
 
 # %% ../nbs/cli.ipynb #90cb69b3

@@ -175,14 +175,16 @@ def plain_curves(history):
 def accuracy_of(
     model:nn.Module, # Gives logits `(bs,c)`
     dls:DataLoaders, # With validation data
-    tfm=None # Applied to the inputs first, as `TeacherCallback` does
+    tfm=None, # Applied to the inputs first, as `TeacherCallback` does
+    picks:list=None # Numbers of the outputs that are the classes of `dls`, by default all
 ) -> float: # Between 0 and 1
     "Part of the validation data that `model` gets right"
     right,n = 0,0
     with probing(model):
         for *xb,y in dls.valid:
             xb = seen_by(tfm, tuple(xb))
-            pred = model(*to_device(xb, next(model.parameters(), torch.empty(0)).device)).argmax(1)
+            pred = logits_of(model(*to_device(xb, next(model.parameters(), torch.empty(0)).device)))
+            pred = (pred if picks is None else pred[:,picks]).argmax(1)
             right,n = right+(pred==y.to(pred.device)).sum().item(),n+len(y)
     return right/n
 

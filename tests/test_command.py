@@ -264,7 +264,7 @@ def test_a_learner_or_weights_from_file_teach(done, tmp_path):
         results = results_of(tmp_path/file[:5])
         runs[file],(teacher,told) = [o['accuracy'] for o in arms_of(results).values()],teacher_of_all(results)
         assert told['accuracy']==pytest.approx(teacher_of_all(results_of(done[1]))[1]['accuracy'], abs=1e-6)
-        assert told['weights']==teacher.weights==digest(learn.model) and str(tmp_path/file) in told['command'] and not (tmp_path/file[:5]/'teachers').exists()
+        assert told['weights']==teacher.weights==digest(learn.model) and f'--teacher-file ./{file}' in told['command'] and not (tmp_path/file[:5]/'teachers').exists()
     assert runs['learner.pkl']==runs['state.pth']==runs['saved.pth']==[by_arm(results_of(done[1]), 'accuracy')[o][0] for o in ('control','kd')]
 
 def test_results_of_other_settings_stay(done, tmp_path, capsys):

@@ -58,7 +58,7 @@ def _trained(learn, dls):
         f"Nothing was trained: {len(dls.train_ds)} images make no batch of {dls.bs} for each process, so take smaller batches")
     history = learn.recorder.history
     # fastai averages over processes whose last batches differ in size
-    acc = accuracy_of(learn.student, dls) if num_distrib()>1 else history['accuracy'].iloc[-1]
+    acc = None if 'accuracy' not in history else accuracy_of(learn.student, dls) if num_distrib()>1 else history['accuracy'].iloc[-1]
     return dict(accuracy=acc, history=plain_curves(history))
 
 # %% ../../nbs/experiments/arm.ipynb #effe4328

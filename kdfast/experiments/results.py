@@ -55,7 +55,21 @@ def beside_control(
     seeds = [o for o in ours if o in control]
     return [ours[o] for o in seeds],[control[o] for o in seeds]
 
-def _spread(xs): return f"{mean(xs):.1%} ± {stdev(xs):.1%}" if len(xs)>1 else f"{mean(xs):.1%}"
+def _spread(xs, form='.1%'):
+    "Mean and standard deviation of what is known"
+    xs = [o for o in xs if o is not None]
+    return ' ± '.join(f'{f(xs):{form}}' for f in (mean,stdev)[:len(xs)])
+
+# %% ../../nbs/experiments/results.ipynb #6e29465a
+def _lasts(result):
+    "Last values of what stands in place of an unknown accuracy, and of a probe"
+    unknown = result['accuracy'] is None
+    return {k:v for k,v in result.get('losses', {}).items() if k in ('knn','linear') or unknown and k not in ('train_loss','valid_loss')}
+
+def score_of(result):
+    "The accuracy of a result, or what is known in its place"
+    if result['accuracy'] is not None: return f"{result['accuracy']:.1%}"
+    return ', '.join(f'{k} {v:.3g}' for k,v in _lasts(result).items()) or 'accuracy not known'
 
 # %% ../../nbs/experiments/results.ipynb #90dca4a8
 def _against(accs, control):
@@ -69,7 +83,7 @@ def _row(seeds, accuracy, against, costs, seconds):
     scores = {'seeds':seeds, 'accuracy':accuracy, 'against control (points)':against}
     return {**scores, **costs, 'seconds a run':f'{seconds:.0f}' if seconds else ''}
 
-# %% ../../nbs/experiments/results.ipynb #6e29465a
+# %% ../../nbs/experiments/results.ipynb #cc1f1de7
 def teachers_of(
     results:dict # `Run` to result, of one student
 ) -> dict: # The same of its teachers alone, or of the network that was compressed
@@ -82,13 +96,16 @@ def result_table(
     "The results of a set of runs, one row an arm"
     accs,seconds,before = (by_arm(results, o) for o in ('accuracy','seconds','before'))
     costs = {label_of(r):_costs(o) for r,o in reversed(arms_of(results).items())}
-    rows = {'teacher': _row(1, f"{o['accuracy']:.1%}", '', _costs(o), o['seconds']) for o in teachers_of(results).values()}
+    rows = {'teacher': _row(1, _spread([o['accuracy']]), '', _costs(o), o['seconds']) for o in teachers_of(results).values()}
     for arm,xs in accs.items():
         against = '' if arm=='control' else _against(*beside_control(results, arm))
         rows[arm] = _row(len(xs), _spread(xs), against, costs[arm], min(seconds[arm]))
         if arm in before: rows[arm]['before training'] = _spread(before[arm])
+        lasts = [_lasts(o) for r,o in arms_of(results).items() if label_of(r)==arm]
+        rows[arm].update({k: _spread([o.get(k) for o in lasts], '.1%' if k=='knn' else '.3g') for k in merge(*lasts)})
     table = pd.DataFrame.from_dict(rows, orient='index')
-    return (table if 'control' in accs else table.drop(columns='against control (points)')).fillna('')
+    unused = [] if 'control' in accs else ['against control (points)']
+    return table.drop(columns=unused if any(table['accuracy']) else [*unused,'accuracy']).fillna('')
 
 # %% ../../nbs/experiments/results.ipynb #02f54e44
 def described(
@@ -98,7 +115,7 @@ def described(
     told = [*dict.fromkeys(o['command'] for o in arms_of(results).values() if 'command' in o)]
     for run,o in teachers_of(results).items():
         trained = '' if run.weights else f" after {run.epochs} epoch{'s'*(run.epochs>1)} on {o['images']['training']:,} images"
-        told.append(f"Teacher {run.student}: {o['accuracy']:.1%}{trained}")
+        told.append(f"Teacher {run.student}: {score_of(o)}{trained}")
     seen = {o['images']['training']//(r.repeat or 1) for r,o in arms_of(results).items()}
     return '\n'.join([*told, f"Students on {' or '.join(f'{o:,}' for o in sorted(seen))} images"])
 

@@ -15,12 +15,12 @@ from datetime import datetime, timezone
 from fastai.vision.all import *
 from ..compress.pipeline import compressing
 from ..core import image_shape
-from ..data import data_sets
 from ..distill.core import KD
 from .arm import machine_facts, run_arm
 from .checkpoint import EpochCheckpoint
-from .spec import comes_in_memory, conv_of, data_of, network_of, only, schedule_of, steps_of, student_at, terms_of
+from .spec import comes_in_memory, conv_of, data_of, facts_of, network_of, only, schedule_of, steps_of, student_at, terms_of
 from ..learner import distill_learner, student_of
+from ..look.probe import Probe
 from ..teacher.source import teacher_of
 from ..models.measure import count_macs, count_params
 from ..teacher.callback import DistillCallback, TeacherCallback
@@ -55,12 +55,14 @@ class Run:
     wd_groups:bool=False # Scale the weight decay of compressed layers by their compression
     bf16:bool=False # bfloat16, channels last
     seed:int=0 # Decides weights, order and augmentation
-    pretrained:bool=False # Start from torchvision's ImageNet weights and fine-tune, the new head first
+    pretrained:bool=False # Start from the pretrained weights of torchvision's or timm's network and fine-tune, the new head first
     weights:str=None # `digest` of a network that was trained elsewhere: nothing is trained, and the `Sweep` is told its file
+    probe:str=None # Labelled images, as for `data`: after each epoch, how well the student's features tell their labels
 
     def __post_init__(self):
         self._check_numbers()
-        if self.pretrained: object.__setattr__(self, 'student', f"torchvision.{self.student.removeprefix('torchvision.')}")
+        theirs = self.student if self.student.startswith('timm:') else f"torchvision.{self.student.removeprefix('torchvision.')}"
+        if self.pretrained: object.__setattr__(self, 'student', theirs)
         if not self.weights: network_of(self.student)
         terms_of(self.method),schedule_of(self.method),self.conv and conv_of(self.conv)
         remedy = 'has no teacher: leave it out' if self.teacher else 'needs a teacher: pass a Run'
@@ -74,8 +76,9 @@ class Run:
             f"A run that starts from {self.start.student} trains that network: give it the same student, conv, params and size")
         if self.steps and (self.chain or schedule_of(self.method) is not None): raise ValueError(
             "Stages and steps of compression have one-cycle schedules: leave steps out")
-        if (self.pretrained or self.weights) and (self.teacher or self.start or self.conv or self.params or self.steps): raise ValueError(
-            "A network with weights from elsewhere keeps its layers and is not taught: leave teacher, start, conv, params and steps out")
+        changed = self.start or self.conv or self.params or self.steps
+        if changed and self.pretrained or self.weights and (changed or self.teacher): raise ValueError(
+            "A network with weights from elsewhere keeps its layers: leave start, conv, params, steps out, and with `weights` teacher")
 
     def __str__(self): return f'{_titled(self)}, seed {self.seed}'
 
@@ -202,19 +205,24 @@ def learner_of(dls, teacher, student, method, by_compression=False, cbs=None, **
     return learn.remove_cbs(asker)
 
 # %% ../../nbs/experiments/run.ipynb #f63b3d58
-@functools.lru_cache(2)
+@functools.lru_cache(3)  # of a teacher, its students and what probes them
 def _dls(data, path, size, bs, pct, per_class, repeat, from_files):
     in_memory = not from_files if comes_in_memory(data) else None
     return data_of(data, path=path, size=size, bs=bs, per_class=per_class, repeat=repeat, in_memory=in_memory)(pct=pct)
 
 def dls_of(
     run:Run, # What it trains on
-    path=None # Folder or archive of the data
+    path=None # Folder or archive of the data, or a dictionary of them by the names of the data
 ) -> DataLoaders: # The same ones for the same arguments, images in memory where they fit
     "The data of a run"
-    n = max(1, num_distrib())
+    n,path = max(1, num_distrib()),path.get(run.data) if isinstance(path, dict) else path
     if run.bs%n: raise ValueError(f"A batch of {run.bs} cannot be shared by {n} processes: launch a number that divides it")
     return _dls(run.data, path and str(path), run.size, run.bs//n, run.pct, run.per_class, run.repeat, run.from_files)
+
+# %% ../../nbs/experiments/run.ipynb #e94d9b22
+def vocab_of(dls): return [*(getattr(dls, 'vocab', None) or ())]  # none of images without labels
+
+def _n_out(dls): return get_c(dls) or 10  # without labels nothing reads the outputs
 
 # %% ../../nbs/experiments/run.ipynb #63f71c56
 def network_at(
@@ -222,15 +230,27 @@ def network_at(
     dls:DataLoaders # Tell the size of the images and the number of classes
 ) -> nn.Module: # With random weights; what a chain of compression makes of it is not this
     "The network that a run trains"
-    return student_of(_made(run, dls)[0], dls)
+    return student_of(_made(run, dls)[0], SimpleNamespace(c=_n_out(dls)))
 
 def _made(run, dls):
-    return student_at(network_of(run.student, min(image_shape(dls)[1:])), run.conv and conv_of(run.conv), run.params, dls.c)
+    return student_at(network_of(run.student, min(image_shape(dls)[1:])), run.conv and conv_of(run.conv), run.params, _n_out(dls))
+
+# %% ../../nbs/experiments/run.ipynb #31b8a01c
+def pretrained_at(run, dls):
+    "The learner whose network a pretrained run begins with"
+    try: return vision_learner(dls, network_of(run.student), normalize=False, n_out=_n_out(dls))
+    except Exception as e: raise ValueError(
+        f"The pretrained weights of {run.student} cannot be loaded ({type(e).__name__}: {str(e)[:200]}): "
+        "connect to download them, choose a network that has some, or start from random weights") from e
+
+def _probes(run, path):
+    kwargs = {k:getattr(run, k) for k in ('size','bs','from_files')}
+    return [Probe(dls_of(Run(data=run.probe, **kwargs), path))] if run.probe else []
 
 # %% ../../nbs/experiments/run.ipynb #14c4985d
-def images_in(run):
+def images_in(run, path=None):
     "Training images of one of its epochs, as the facts of its data set have them"
-    facts = data_sets()[run.data].facts
+    facts = facts_of(run.data, path.get(run.data) if isinstance(path, dict) else path)
     part = facts.classes*run.per_class if run.per_class else run.pct*facts.images[0]
     return part*(run.repeat or 1)
 
@@ -264,9 +284,9 @@ def _result(learn, run, told, dls, seconds):
     costs = ({k:told[k] for k in ('parameters','MACs')} if run.chain else
         dict(parameters=count_params(learn.student), MACs=count_macs(learn.student, shape)))
     if run.params: costs['setting'] = _made(run, dls)[1]
-    best = max([told['accuracy'], *(o for o in history.get('accuracy', ()) if o is not None)])
+    best = max((o for o in (told['accuracy'], *history.get('accuracy', ())) if o is not None), default=None)
     more = {k:v for k,v in told.items() if k not in ('arm','seed','seconds','accuracy','history',*costs)}
-    of_five,rate = first(history.get('top5', [])[-1:]),len(dls.train_ds)*len(history.get('accuracy', ()))/seconds
+    of_five,rate = first(history.get('top5', [])[-1:]),len(dls.train_ds)*len(history.get('accuracy') or history['train_loss'])/seconds
     scores = dict(accuracy=told['accuracy'], best=best, top5=None if run.chain else of_five, losses=last, history=history)
     speed = dict(costs, seconds=round(seconds, 1), images_per_second=round(rate, 1))
     return dict(scores, **speed, images=images_of(dls), **more, **origin_of())
@@ -286,18 +306,17 @@ def do_run(
     if run.weights: raise ValueError(f"{run} has its weights from elsewhere, so there is nothing to train: pass its network as teacher or start")
     dls,kept = dls_of(run, path),EpochCheckpoint(checkpoint, run.key) if checkpoint else None
     if not len(dls.train): raise ValueError(f"{run.pct:g} of the images make no batch of {run.bs}: take more of them, or a smaller batch")
-    began = time.perf_counter()
+    began,metrics = time.perf_counter(),[accuracy,top5] if vocab_of(dls) else []
     with tempfile.TemporaryDirectory() as tmp:
         files = Path(files or Path(tmp)/'student')
-        make = partial(_learner, run, dls, teacher, start, path=files.parent, metrics=[accuracy,top5], cbs=[*L(kept), *L(cbs)])
+        make = partial(_learner, run, dls, teacher, start, path=files.parent, metrics=metrics, cbs=[*L(kept), *_probes(run, path), *L(cbs)])
         learn,told = run_arm(make, _fitter(run, files.name), dls, _titled(run), run.seed, quiet)
     return learn,_result(learn, run, told, dls, kept.seconds if kept else time.perf_counter()-began)
 
 def _learner(run, dls, teacher=None, start=None, **kwargs):
     "The learner that `run` fits"
-    if run.pretrained: return vision_learner(dls, network_of(run.student), normalize=False, wd=run.wd, **kwargs)
     if run.steps: kwargs.update(opt_func=published_sgd, wd_bn_bias=True)
-    student = deepcopy(start) if run.start else network_at(run, dls)
+    student = deepcopy(start) if run.start else pretrained_at(run, dls) if run.pretrained else network_at(run, dls)
     return learner_of(dls, teacher, student, run.method, run.wd_groups, wd=run.wd, **kwargs)
 
 def _fitter(run, stem):
@@ -316,7 +335,7 @@ def rehearse(run, path=None, teacher=None):
         start = run.start and (teacher_of(teacher, dls)[0] if teacher else network_at(run.start, dls))
         teacher = run.teacher and (teacher or network_at(run.teacher, dls))
         with tempfile.TemporaryDirectory() as tmp:
-            learn = _learner(replace(run, pretrained=False), dls, teacher, start, metrics=accuracy, path=Path(tmp))
+            learn = _learner(replace(run, pretrained=False), dls, teacher, start, metrics=accuracy, path=Path(tmp), cbs=_probes(run, path))
             if schedule_of(run.method) is not None: epochs_of(learn, run.epochs, **schedule_of(run.method))
             for step in steps_of(run.chain) if run.chain else ():
                 for change in (step.change,step.finish): (change or noop)(learn)

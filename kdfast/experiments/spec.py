@@ -12,7 +12,7 @@ __all__ = ['schedules', 'methods', 'method_table', 'terms_of', 'schedule_of', 'c
 import ast, functools, inspect
 import torchvision
 from fastai.vision.all import *
-from ..data import data_sets
+from ..data import data_sets, folder_dls, ImageFiles
 from ..distill import activations, core, features, logits, online, relations, similarity
 from ..models import convs, nets, structured
 from ..compress.export import export_onnx, export_program
@@ -26,6 +26,7 @@ from ..learner import student_of
 from ..models.measure import fit_budget
 from ..models.swap import swap_convs
 from ..teacher.callback import DistillCallback
+from ..teacher.source import timm_name
 
 # %% ../../nbs/experiments/spec.ipynb #6e1f0c52
 def one_of(kind, name, known):
@@ -139,10 +140,11 @@ def _by_name():
 def _known_networks(): return [*(f'resnet{d}' for d in nets.resnet_depths), *_by_name(), 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
 
 def network_of(
-    name:str, # 'resnet10', 'wrn-16-1', or a classifier of torchvision, with or without 'torchvision.'; raises `ValueError` otherwise
+    name:str, # 'resnet10', 'wrn-16-1', 'timm:resnet10t', or torchvision's, with or without 'torchvision.'; raises `ValueError` otherwise
     size:int=32 # Side of the images, pixels: up to 32 a resnet gets the small stem
 ): # As `distill_learner` takes a student: called with `n_out`, or an architecture
     "The network that `name` stands for, with random weights"
+    if name.startswith('timm:'): return timm_name(name.removeprefix('timm:'))
     name,ours = name.removeprefix('torchvision.'),not name.startswith('torchvision.')
     wide,plain = (ours and re.fullmatch(o, name) for o in (r'wrn-(\d+)-((?=.*[1-9])\d+\.?\d*)', r'resnet-?(\d+)'))
     if wide: return partial(nets.wrn, int(wide[1]), float(wide[2]))
@@ -157,7 +159,7 @@ def network_of(
 def _in_full(arch, conv):
     "`arch` made of `conv`: by its argument, or by swapping"
     if 'conv' in inspect.signature(arch).parameters: return partial(arch, conv=conv)
-    def made(n_out): return swap_convs(create_vision_model(arch, n_out, pretrained=False), conv)[0]
+    def made(n_out): return swap_convs(student_of(arch, SimpleNamespace(c=n_out)), conv)[0]
     return made
 
 def _divisor(conv):
@@ -182,7 +184,9 @@ def student_at(
     n_out:int=10 # Number of classes
 ) -> tuple: # A function of `n_out`, and what has been varied, with its value
     "A student of an architecture, a convolution and a budget; raises `ValueError` where the budget is out of reach"
-    if params is None: return (arch if conv is None else _in_full(arch, conv)),{}
+    if params is None and conv is None: return arch,{}
+    if isinstance(arch, str): return student_at(lambda n_out: student_of(arch, SimpleNamespace(c=n_out)), conv, params, n_out)
+    if params is None: return _in_full(arch, conv),{}
     conv = conv or getattr(inspect.signature(arch).parameters.get('conv'), 'default', convs.Full)
     amounts,given = {'ratio','budget','rank'},{*getattr(conv, 'keywords', ())}
     by_ratio = amounts & {*inspect.signature(conv).parameters} and not amounts & given
@@ -190,17 +194,34 @@ def student_at(
     setting = fit_budget(lambda s: make(s)(n_out=n_out), params=params, over=(1e-3,1.) if by_ratio else (1,4096)).setting
     return make(setting),dict(ratio=setting) if by_ratio else dict(width=setting/64)
 
-# %% ../../nbs/experiments/spec.ipynb #5081e539
-def comes_in_memory(name): return 'in_memory' in inspect.signature(data_sets().get(name, noop)).parameters
+# %% ../../nbs/experiments/spec.ipynb #1d4e4a23
+@functools.lru_cache
+def images_at(name, path):
+    "The images that are called `name`"
+    if path is None: raise ValueError(f"{name} names images of your own: pass the folder that holds them as path")
+    images = ImageFiles(path)
+    if images.name!=name: raise ValueError(f"{path} holds {images.name}, not {name}, so images or labels differ: run that in its place")
+    return images
 
-# %% ../../nbs/experiments/spec.ipynb #f1284772
+@delegates(folder_dls)
+def _own_dls(name, path=None, **kwargs): return folder_dls(images_at(name, path), **kwargs)
+
+def _is_own(name): return re.fullmatch('.+-[0-9a-f]{8}', name)
+
+# %% ../../nbs/experiments/spec.ipynb #ea18680e
+def _func_of(name): return partial(_own_dls, name) if _is_own(name) else data_sets()[one_of('data set', name, data_sets())]
+
+def facts_of(name, path=None): return images_at(name, path and str(path)).facts if _is_own(name) else data_sets()[name].facts
+
+def comes_in_memory(name): return 'in_memory' in inspect.signature(_func_of(name)).parameters
+
+# %% ../../nbs/experiments/spec.ipynb #5081e539
 def data_of(
-    name:str, # One of `data_sets`; raises `ValueError` with the list of names for an unknown one
+    name:str, # One of `data_sets`, or that of a folder, with its digest; raises `ValueError` with the list of names for an unknown one
     **kwargs # For its function; those that are None are left out, and `ValueError` is raised for those that it does not have
 ): # Gives `DataLoaders`
     "The function of the data set that `name` stands for, with arguments"
-    funcs = data_sets()
-    func = funcs[one_of('data set', name, funcs)]
+    func = _func_of(name)
     kwargs = {k:v for k,v in kwargs.items() if v is not None}
     only(f'data set {name}', kwargs, inspect.signature(func).parameters, 'leave it out')
     return partial(func, **kwargs)

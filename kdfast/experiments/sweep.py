@@ -17,10 +17,11 @@ from filelock import FileLock, Timeout
 from ..core import digest, image_shape, on_interrupt
 from ..devices import from_first, in_turn, say
 from .records import Records
+from .results import score_of
 from .arm import load_network, save_network
-from .run import dls_of, do_run, images_in, images_of, learner_of, network_at, origin_of, Run, run_of
+from .run import dls_of, do_run, images_in, images_of, learner_of, network_at, origin_of, Run, run_of, vocab_of
 from ..learner import accuracy_of
-from ..teacher.source import teacher_of
+from ..teacher.source import Teacher, teacher_of
 from ..models.measure import count_macs, count_params
 
 # %% ../../nbs/experiments/sweep.ipynb #bafad89c
@@ -41,8 +42,8 @@ class Sweep:
         name:str, # For what is shown
         runs:list, # `Run`s; their controls and teachers are added
         folder:Path, # For records and networks; goes on with what it holds
-        path:Path=None, # Folder or archive of the data
-        files:dict=None, # `Run` with `weights` to its file: weights, or an exported learner, whose name ends in .pkl
+        path:Path=None, # Folder or archive of the data, or a dictionary of them by the names of the data
+        files:dict=None, # `Run` with `weights` to a `Teacher`, or to its file: weights, or an exported learner, whose name ends in .pkl
         exports:bool=False, # Keep networks that are remade as exported learners, and what steps of compression write
         controls:bool=True, # Do the control of each run that is taught as well
         command:str=None # That does all of it, for the records
@@ -70,9 +71,9 @@ def _claimed(self:Sweep, run):
 @patch
 def file_of(self:Sweep,
     run:Run # One of the sweep's, or its teacher
-) -> Path:
+) -> Path: # Or a `Teacher`
     "Where the network of a run is kept"
-    if run in self.files: return Path(self.files[run])
+    if run in self.files: return self.files[run] if isinstance(self.files[run], Teacher) else Path(self.files[run])
     kind = 'teachers' if any(run in o.needs for o in self.runs) else 'students'
     name = f"{run.data}-{run.student}-{run.key}{'.pkl' if run.remade else '.pth'}"
     files = [self.folder/o/name for o in (kind,'teachers','students')]
@@ -84,8 +85,9 @@ def network(self:Sweep,
 ) -> nn.Module: # In eval mode; raises `ValueError` where a file has changed
     "The trained network of a run"
     dls,file = dls_of(run, self.path),self.file_of(run)
-    if file.suffix=='.pkl': net = teacher_of(file, dls)[0]
-    else: load_network(net := network_at(run, dls), file, dls.vocab)
+    if isinstance(file, Teacher): net = file.network
+    elif file.suffix=='.pkl': net = teacher_of(file, dls)[0]
+    else: load_network(net := network_at(run, dls), file, vocab_of(dls))
     known = run.weights or (self.records.get(run) or {}).get('weights')
     if known and digest(net)!=known: raise ValueError(
         f"{file} holds other weights than those on record, so it is damaged or of another run: remove it, and it is trained again")
@@ -95,16 +97,16 @@ def network(self:Sweep,
 @patch
 def _teacher(self:Sweep, run):
     "As `distill_learner` takes it: of an exported learner the file, which tells its normalization"
-    file = self.files.get(run)
-    return Path(file) if file and Path(file).suffix=='.pkl' else self.network(run)
+    file = self.file_of(run) if run in self.files else None
+    return file if isinstance(file, Teacher) or file and file.suffix=='.pkl' else self.network(run)
 
 @patch
 def learner(self:Sweep,
     run:Run # Done in this folder
 ) -> Learner: # Its student trained, its teacher and terms attached
     "The learner of a run, to look at and to export"
-    teacher = self._teacher(run.teacher) if run.teacher else None
-    return learner_of(dls_of(run, self.path), teacher, self.network(run), run.method, metrics=accuracy, path=self.folder)
+    teacher,dls = self._teacher(run.teacher) if run.teacher else None,dls_of(run, self.path)
+    return learner_of(dls, teacher, self.network(run), run.method, metrics=[accuracy] if vocab_of(dls) else [], path=self.folder)
 
 @patch
 def ready(self:Sweep,
@@ -112,7 +114,8 @@ def ready(self:Sweep,
 ) -> bool:
     "Whether `run` is on record, with its network where others wait for it"
     if self.records.get(run) is None: return False
-    return self.file_of(run).exists() or not any(run in o.needs for o in self.runs if self.records.get(o) is None)
+    file = self.file_of(run)
+    return isinstance(file, Teacher) or file.exists() or not any(run in o.needs for o in self.runs if self.records.get(o) is None)
 
 # %% ../../nbs/experiments/sweep.ipynb #d54574e8
 @patch
@@ -121,7 +124,8 @@ def _same_images(self:Sweep, run, dls):
     ours = images_of(dls)
     for other in self.records.runs():
         theirs = self.records.get(other).get('images', ours)
-        if (other.data,other.size)==(run.data,run.size) and any(theirs[k]!=ours[k] for k in ('validation','first')): raise ValueError(
+        alike = all(getattr(other, k)==getattr(run, k) for k in ('data','size','from_files'))
+        if alike and any(theirs[k]!=ours[k] for k in ('validation','first')): raise ValueError(
             f"{self.folder} holds results of other images of {run.data} (validation {theirs['validation']} {theirs['first']}, "
             f"here {ours['validation']} {ours['first']}): choose another folder")
 
@@ -140,11 +144,15 @@ def _do(self:Sweep, run, quiet, cbs):
 @patch
 def _measured(self:Sweep, run):
     "What is to be known of a network from elsewhere"
-    dls = dls_of(run, self.path)
-    tfm = teacher_of(self._teacher(run), dls)[1]
-    net = self.network(run).to(dls.device)
-    costs = dict(parameters=count_params(net), MACs=count_macs(net, image_shape(dls)))
-    return dict(accuracy=accuracy_of(net, dls, tfm), **costs, seconds=0., history={}, losses={}, images=images_of(dls), **origin_of())
+    dls,teacher = dls_of(run, self.path),self._teacher(run)
+    whole = not isinstance(teacher, Teacher)
+    if whole: teacher_of(teacher, dls)  # all classes, in this order
+    teacher = Teacher(teacher) if whole else teacher
+    (picks,lacking),net = teacher.picks(dls),self.network(run).to(dls.device)
+    acc = accuracy_of(net, dls, teacher.tfm(dls), picks) if vocab_of(dls) and not lacking and (whole or teacher.vocab) else None
+    costs = dict(parameters=count_params(net), MACs=count_macs(net, (3,*teacher.size) if teacher.size else image_shape(dls)))
+    return dict(accuracy=acc, **costs, seconds=0., history={}, losses={}, images=images_of(dls), **origin_of())
+
 
 @patch
 def _taught_by(self:Sweep, run):
@@ -157,7 +165,7 @@ def _keep(self:Sweep, run, network, result):
     if self.command: result['command'] = self.command
     if run.weights: result['weights'] = run.weights
     elif not run.remade:
-        vocab,file = [str(o) for o in dls_of(run, self.path).vocab],self.file_of(run)
+        vocab,file = [str(o) for o in vocab_of(dls_of(run, self.path))],self.file_of(run)
         save_network(network, file, network=run.student, vocab=vocab, key=run.key)
         result['weights'] = digest(network)
     self.records.add(run, result, again=True)
@@ -182,7 +190,7 @@ def _failed(self:Sweep, run, e):
 def _told(self:Sweep, run):
     if rank_distrib(): return
     result,who = self.records.get(run),f'Teacher {run.student}' if any(run in o.needs for o in self.runs) else run
-    print(f"{who}: {result['accuracy']:.1%} in {result['seconds']:.0f} s{self._left()}", flush=True)
+    print(f"{who}: {score_of(result)} in {result['seconds']:.0f} s{self._left()}", flush=True)
 
 @patch
 def errors(self:Sweep) -> dict: # Run to traceback
@@ -190,8 +198,6 @@ def errors(self:Sweep) -> dict: # Run to traceback
     return {o:e for o in self.runs if (e := self.records.error(o) or self.broken.get(o))}
 
 # %% ../../nbs/experiments/sweep.ipynb #70c29d10
-def _work_of(run): return run.epochs*images_in(run)
-
 @patch
 def _left(self:Sweep):
     "How many runs, and about how long they will take one after another"
@@ -199,8 +205,9 @@ def _left(self:Sweep):
     done = {o:r['seconds'] for o,r in results.items() if r}
     left = [o for o in self.runs if o not in done]
     if not left: return ''
-    rate = lambda runs: sum(done[o] for o in runs)/sum(map(_work_of, runs))
-    seconds = sum(rate([o for o in done if o.student==run.student] or [*done])*_work_of(run) for run in left)
+    work = {o:o.epochs*images_in(o, self.path) for o in self.runs}
+    rate = lambda runs: sum(done[o] for o in runs)/sum(work[o] for o in runs)
+    seconds = sum(rate([o for o in done if o.student==run.student] or [*done])*work[run] for run in left)
     return f"; {len(left)} of {len(self.runs)} left, about {f'{seconds/60:.0f} min' if seconds>99 else f'{seconds:.0f} s'}"
 
 # %% ../../nbs/experiments/sweep.ipynb #316e6af4

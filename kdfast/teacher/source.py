@@ -121,7 +121,7 @@ def _made(name, weights, size):
     except Exception as e:
         what = "downloaded" if weights is None else f"read from {weights}"
         raise ValueError(f"The weights of {name} cannot be {what} ({type(e).__name__}: {str(e)[:300]}): "
-            "pass a file of this architecture's weights as `weights`") from e
+            "pass a file of this architecture's weights as `weights`, or --teacher-weights") from e
 
 # %% ../../nbs/teacher/source.ipynb #5677b2f3
 def _of_torchvision(weights):
