@@ -218,16 +218,18 @@ def _as_it_is(name, weights, data, size, bs, from_files, **kwargs):
 def _default(control, teacher, path):
     "The method that `distill_learner` chooses"
     dls = dls_of(control, path)
-    if not vocab_of(dls): return 'similarity'
-    if not isinstance(teacher, Teacher): return 'kd+at'
-    return first(cb.column for cb in distill_learner(dls, teacher, network_at(control, dls)).cbs if isinstance(cb, DistillCallback))
+    if vocab_of(dls) and not isinstance(teacher, Teacher): return 'kd+at'
+    hints = 'fitnet:standardize'
+    if not vocab_of(dls): return hints
+    term = first(cb for cb in distill_learner(dls, teacher, network_at(control, dls)).cbs if isinstance(cb, DistillCallback))
+    return hints if isinstance(term, FitNet) else term.column
 
 def _check_unlabelled(method, source, images):
     "Refuse what needs labels where there are none"
     if images is None or images.labels: return
     reads = [o for o in _arms(method) if schedule_of(o) is not None or any(t.reads_logits or not t.taught for t in terms_of(o))]
     reads = reads if _arms(method) else [method]
-    what = f"which {', '.join(reads)} would read: choose a method on features, such as similarity" if reads else \
+    what = f"which {', '.join(reads)} would read: choose a method on features, such as fitnet" if reads else \
         f"which {source.student} would be trained on: pass --teacher timm:NAME, or a learner as --teacher-file"
     if reads or not source.weights: raise ValueError(f"{images.path} has no labels, {what}")
 

@@ -179,10 +179,10 @@ def test_a_network_of_timm_teaches_as_it_is(tmp_path, weights, capsys):
     "With its own weights, normalization and size; its classes are others, so features teach"
     path = classes(tmp_path/'pets')
     results = distilled('--data', path, *of_timm(weights), out=tmp_path/'out')
-    assert labels(results)==['control','similarity']
+    assert labels(results)==['control','fitnet:standardize']
     (run,teacher),net = first(teachers_of(results).items()),timm.create_model('test_vit')
     net.load_state_dict(torch.load(weights/'test_vit.pth'))
-    assert run.weights==teacher['weights']==digest(net)=={r.method:o for r,o in results.items()}['similarity']['teacher weights']
+    assert run.weights==teacher['weights']==digest(net)=={r.method:o for r,o in results.items()}['fitnet:standardize']['teacher weights']
     assert teacher['accuracy'] is None and teacher['parameters']==count_params(net) and teacher['MACs']==count_macs(net, 160)
     assert 'Teacher timm:test_vit: accuracy not known' in capsys.readouterr().out and not (tmp_path/'out/teachers').exists()
     assert results==distilled('--data', path, *of_timm(weights), out=tmp_path/'out')
@@ -199,7 +199,7 @@ def test_a_teacher_that_knows_the_classes(tmp_path, weights):
 
 def test_students_of_timm(tmp_path, weights):
     results = distilled('--data', classes(tmp_path/'pets'), *of_timm(weights), '--student', 'timm:test_efficientnet', out=tmp_path/'out')
-    net = load_learner(tmp_path/'out/student-similarity.pkl').model
+    net = load_learner(tmp_path/'out/student-fitnet-standardize.pkl').model
     assert count_params(net)==first(arms_of(results).values())['parameters'] and net(torch.zeros(2,3,32,32)).shape==(2,3)
 
 def test_pretrained_students(tmp_path, weights, monkeypatch):
@@ -211,8 +211,8 @@ def test_pretrained_students(tmp_path, weights, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     args = '--student','resnet18','--pretrained-student','--lr','1e-7'
     results = distilled('--data', classes(tmp_path/'pets'), *of_timm(weights), *args, out=tmp_path/'out')
-    assert labels(results)==['control','similarity'] and all(o.pretrained and o.student=='torchvision.resnet18' for o in arms_of(results))
-    for o in ('control','similarity'):
+    assert labels(results)==['control','fitnet:standardize'] and all(o.pretrained and o.student=='torchvision.resnet18' for o in arms_of(results))
+    for o in ('control','fitnet-standardize'):
         conv = first(m for m in load_learner(tmp_path/f'out/student-{o}.pkl').model.modules() if isinstance(m, nn.Conv2d))
         assert (conv.weight-net.conv1.weight).abs().max()<1e-4
 
@@ -238,13 +238,13 @@ def test_images_without_labels(tmp_path, weights, capsys):
     learn = classifier_learner(folder_dls(labelled, size=32, bs=8, in_memory=True), load_learner(tmp_path/'out/student-at.pkl'), metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
     assert learn.model(torch.zeros(2,3,32,32)).shape==(2,3)
-    assert labels(distilled('--data', path, *of_timm(weights), '--from-files', out=tmp_path/'files'))==['similarity']
+    assert labels(distilled('--data', path, *of_timm(weights), '--from-files', out=tmp_path/'files'))==['fitnet:standardize']
 
 def test_a_learner_teaches_images_without_labels(tmp_path):
     learn = Learner(folder_dls(classes(tmp_path/'pets'), size=32, bs=8, in_memory=True), wrn(10, 2, n_out=3), path=tmp_path)
     learn.export('teacher.pkl')
     results = distilled('--data', loose(tmp_path/'loose'), '--teacher-file', tmp_path/'teacher.pkl', out=tmp_path/'out')
-    assert labels(results)==['similarity'] and first(teachers_of(results).values())['weights']==digest(learn.model)
+    assert labels(results)==['fitnet:standardize'] and first(teachers_of(results).values())['weights']==digest(learn.model)
 
 def broken(root):
     classes(root)

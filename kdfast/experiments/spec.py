@@ -84,8 +84,9 @@ def _check_kind(name, key, value):
     if number(usual) and not (number(value) and math.isfinite(value)): raise ValueError(f"{name} takes a finite number as {key}, got {value}")
 
 def _term(name, *args):
-    takes = [o for o in inspect.signature(methods()[name]).parameters if o!='pairs']
-    given = {k:_number(k, v) for k,_,v in (o.partition('=') for o in args)}
+    params = {k:o.default for k,o in inspect.signature(methods()[name]).parameters.items() if k!='pairs'}
+    takes,flags = [*params],[k for k,o in params.items() if isinstance(o, bool)]
+    given = {k:True if k in flags and not eq else _number(k, v) for k,eq,v in (o.partition('=') for o in args)}
     only(f'method {name}', given, dict.fromkeys([*takes,*_phases]))
     for k,v in given.items(): _check_kind(name, k, v)
     phase = {k:given.pop(k) for k in _phases if k in given and k not in takes}
