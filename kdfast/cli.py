@@ -252,7 +252,7 @@ def distill(
     pretrained_student:bool=False, # Start the student from its pretrained weights and fine-tune it
     conv:str=None, # What the student's convolutions are made of, ordinary ones if left out: separable, grouped:groups=4, ...
     params:int=None, # Budget of the student's parameters, met by the ratio of a convolution that has one, by the width otherwise
-    method:str=None, # Of `kdfast methods`, blocks, blocks-parallel, simultaneous; + joins, commas separate arms; default kd+at, or what fits
+    method:str=None, # Of `kdfast methods`, blocks, blocks-parallel, simultaneous; + joins, commas separate arms; default kd+at or as fits
     epochs:int=10, # Epochs of a student
     teacher_epochs:int=None, # Epochs of the teacher, by default as many
     seeds:int=1, # Runs of each arm
