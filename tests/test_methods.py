@@ -525,6 +525,14 @@ def test_standardized_features(make, trained, tmp_path, quiet):
     assert learn.seen.given[0].var((0,2,3), correction=0).mean().item()==pytest.approx(1, rel=1e-3)
     assert learn.seen.raw[0].var((0,2,3), correction=0).mean().sqrt()>2*std
 
+def test_standardized_features_after_lr_find(trained, tmp_path, quiet):
+    "It restores weights from before the first batch, and with them that nothing was measured"
+    learn = distill_learner(few_digits(), trained, wrn(10, 1), cbs=FitNet(standardize=True), path=tmp_path)
+    with learn.no_bar(): learn.lr_find(num_it=5, show_plot=False)
+    scales = [m.std for n,m in learn.fitnet.adapters.items() if n.startswith('target_')]
+    assert len(scales)==3 and not any(scales)
+    assert 0<quiet(learn, 1, 1e-3).recorder.history.fitnet[0]<math.inf and all(scales)
+
 def test_standardized_features_from_a_cache(trained, tmp_path, quiet):
     def values(*cbs):
         set_seed(0)

@@ -172,6 +172,10 @@ class Standardized(nn.Module):
         self.register_buffer('mean', torch.zeros(nf))
         self.register_buffer('std', torch.zeros(()))  # 0 before the first batch
 
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.known = False  # lr_find goes back to where nothing was measured
+
     def measure(self, x):
         var,mean = torch.var_mean(maybe_gather(x.detach()), [0,*range(2, x.ndim)], correction=0)
         self.mean.copy_(mean)
