@@ -13,11 +13,12 @@ def test_every_method_shows_itself(name, trained):
     rng,mode = torch.get_rng_state(),learn.model.training
     told,fig = learn.show_distill(),learn.show_pairs()
     lines = [o.split() for o in told.splitlines() if o.split()[:1]==[name]]
-    for a,b in (term.layers or {'output':'output'}).items(): assert any(a in o and (b in o or not term.taught) for o in lines)
+    pairs = {**term.layers, **({'output':'output'} if term.reads_logits or not term.layers else {})}  # exits are compared with the output
+    for a,b in pairs.items(): assert any(a in o and (ifnone(b, 'output') in o or not term.taught) for o in lines)
     assert all(f'{count_params(m):,} parameters' in told for m in adapters_of(learn.model).values())
-    assert len(lines)>=len(term.layers) and ('none, no term' in told)!=term.taught
+    assert len(lines)>=len(pairs) and ('none, no term' in told)!=term.taught
     boxes = {o.get_text().split('\n')[0] for o in fig.axes[0].texts}
-    assert {'output',*term.layers} <= boxes and len(fig.axes[0].lines)==len(term.layers or [1])+1
+    assert {'output',*term.layers} <= boxes and len(fig.axes[0].lines)==len(pairs)+1
     assert torch.equal(rng, torch.get_rng_state()) and learn.model.training==mode and not n_hooks(learn.model, trained)
 
 def test_sizes_are_those_of_the_layers(teacher, dls):
