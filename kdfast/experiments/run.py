@@ -286,7 +286,7 @@ def _result(learn, run, told, dls, seconds):
     if run.params: costs['setting'] = _made(run, dls)[1]
     best = max((o for o in (told['accuracy'], *history.get('accuracy', ())) if o is not None), default=None)
     more = {k:v for k,v in told.items() if k not in ('arm','seed','seconds','accuracy','history',*costs)}
-    of_five,rate = first(history.get('top5', [])[-1:]),len(dls.train_ds)*len(history.get('accuracy') or history['train_loss'])/seconds
+    of_five,rate = first(history.get('top5', [])[-1:]),len(dls.train_ds)*len(history.get('accuracy') or history.get('train_loss', ()))/seconds
     scores = dict(accuracy=told['accuracy'], best=best, top5=None if run.chain else of_five, losses=last, history=history)
     speed = dict(costs, seconds=round(seconds, 1), images_per_second=round(rate, 1))
     return dict(scores, **speed, images=images_of(dls), **more, **origin_of())
