@@ -77,7 +77,9 @@ def default_term(
 def _listener(teacher, dls, tfm, vocab, precision, compile, **task):
     "The teacher's callback, and the student's classes that it lacks"
     if teacher is None: return TeacherCallback(NoTeacher(), **task),[]
-    if isinstance(teacher, TeacherCache): return TeacherCallback(teacher.recorded(), **task),[]
+    if isinstance(teacher, TeacherCache):
+        stand_in = teacher.recorded()
+        return TeacherCallback(stand_in, about=f"It stands in for a {stand_in.named}, whose answers are in {teacher.path}", **task),[]
     if not isinstance(teacher, Teacher): teacher = Teacher(teacher, vocab)
     elif vocab is not None: raise ValueError("A Teacher has its classes: pass teacher_vocab to it, as vocab")
     picks,lacking = teacher.picks(dls)
