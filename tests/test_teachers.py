@@ -326,3 +326,9 @@ def test_vkds_projection_stays_orthogonal(width, quiet):
     w = first(learn.vkd.adapters.values()).linear.weight
     w = w.T@w if w.shape[0]>w.shape[1] else w@w.T
     torch.testing.assert_close(w, torch.eye(len(w)), rtol=0, atol=1e-4)
+
+def test_no_way_to_pair_lists_the_layers_of_both():
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, 10))
+    with pytest.raises(ValueError, match='the teacher has no convolutional stages') as e: distill_learner(image_dls(), flat, wrn(10, 1), cbs=FitNet(), loss_func=CrossEntropyLossFlat())
+    told = str(e.value)
+    assert '(layers of the student: stem 16×64×64, ' in told and 'group3 64×16×16' in told and 'of the teacher: 0 12288, 1 10)' in told

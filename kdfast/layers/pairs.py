@@ -114,6 +114,10 @@ class _Stages:
         names = self.units[size][-1:] if size in self.stems else _spread(self.calls, self.units[size], n)
         return [*names[:-1], self.normed.get(names[-1], names[-1])] if size==last(self.units) else names
 
+    def __str__(self):
+        sizes = [f"{n} {'×'.join(map(str, o[1:]))}" for n,(_,_,o) in self.calls.items() if n.count('.')<2]
+        return ', '.join(sizes[:12]) + f' and {len(sizes)-12} more'*(len(sizes)>12)
+
     def room(self): return sum(len(_blocks(self.calls, o)) for o in self.units.values())
 
 # %% ../../nbs/layers/pairs.ipynb #5a444ac9
@@ -129,10 +133,10 @@ def stage_taps(
 
 def _is_traced(net): return any(isinstance(m, torch.fx.GraphModule) for m in net.modules())
 
-def _with_stages(net, role, stages):
+def _with_stages(net, role, stages, layers=''):
     if len(stages): return stages
     why = 'lost its stages to tracing' if _is_traced(net) else 'has no convolutional stages'
-    raise ValueError(f"No layers to pair, since the {role} {why}: use KD, or pass pairs={{'student.layer': 'teacher.layer'}}")
+    raise ValueError(f"No layers to pair, since the {role} {why}: use KD, or pass pairs={{'student.layer': 'teacher.layer'}}{layers}")
 
 # %% ../../nbs/layers/pairs.ipynb #65d16efe
 def _same_sizes(s, t, ratio):
@@ -161,14 +165,16 @@ def pair_layers(
 ) -> dict: # Student's layer to teacher's layer; raises `ValueError` if a network has no stages
     "The layers of two networks at which stages of one size end, or, where no sizes agree, of one depth"
     xs,xt = tuplify(x),seen_by(tfm, tuplify(x))
-    s,t = (_with_stages(net, role, _Stages(net, o, stem)) for net,role,o in ((student,'student',xs), (teacher,'teacher',xt)))
+    s,t = _Stages(student, xs, stem),_Stages(teacher, xt, stem)
+    layers = f" (layers of the student: {s}; of the teacher: {t})"
+    for net,role,o in ((student,'student',s), (teacher,'teacher',t)): _with_stages(net, role, o, layers)
     same = _same_sizes(s, t, [b/a for a,b in zip(xs[0].shape[2:], xt[0].shape[2:])])
     ends = xs[0].shape==xt[0].shape or same.get(last(s.units))==last(t.units)  # another input, and sizes may agree by chance
     by_depth = not same or not ends or len(s)!=len(t) and any(o.tokens and len(o)==1 for o in (s,t))
     if not by_depth: return {a:b for i,j in same.items() for a,b in zip(s.taps(i, per_stage), t.taps(j, per_stage))}
     if pairs := _by_depth(s, t, per_stage): return pairs
     raise ValueError(f"No layers to pair, since the student's stages have maps of {[*s.units]}, the teacher's of {[*t.units]}: "
-        "pass pairs={'student.layer': 'teacher.layer'}")
+        f"pass pairs={{'student.layer': 'teacher.layer'}}{layers}")
 
 # %% ../../nbs/layers/pairs.ipynb #ce7793ea
 def _last_stage(net, role, x): return [*_with_stages(net, role, stage_taps(net, x)).values()][-1][-1]
