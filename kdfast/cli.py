@@ -13,6 +13,7 @@ from argparse import ArgumentParser
 from dataclasses import replace
 from importlib.metadata import version
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # fastai's import, nothing that a user could mend
+warnings.filterwarnings('ignore', message='load_learner')  # said once, by _from_file
 from fastai.vision.all import *
 from fastcore.script import anno_parser
 from filelock import FileLock
@@ -44,12 +45,22 @@ def _command(f, settings):
     return shlex.join(['kdfast', f.__name__, *(o for k,v in given.items() for o in (f'--{k}', *([] if v is True else [str(v)])))])
 
 def _check_numbers(least=1, /, **numbers):
-    low = [k for k,v in numbers.items() if v is not None and not least<=v<math.inf]
-    if low: raise ValueError(f"--{low[0].replace('_', '-')} is at least {least}, got {numbers[low[0]]}")
+    odd = [k for k,v in numbers.items() if v is not None and not least<=v<=1e9]
+    if odd: raise ValueError(f"--{odd[0].replace('_', '-')} is at least {least} and at most 1e9, got {numbers[odd[0]]}")
+
+def _check_given(args):
+    empty = [k for k,v in args.items() if v=='']
+    if empty: sys.exit(f"kdfast: --{empty[0].replace('_', '-')} is empty: give it a value, or leave it out")
+
+# %% ../nbs/cli.ipynb #3ac4e7d2
+def _why(trace):
+    "A traceback, or its last line where that says what to do"
+    last = (trace.strip().splitlines() or [''])[-1]
+    return last.partition(': ')[2] if re.match(r'([\w.]*\.)?(Value|OS|Import|Image|FileNotFound|Permission)Error: ', last) else trace
 
 def _sweep(sweep, **kwargs):
     try: sweep.run(**kwargs)
-    except RuntimeError as e: raise ValueError(f"{e}\n\n{first(sweep.errors().values()) or ''}") from e
+    except RuntimeError as e: raise ValueError(f"{e}\n\n{_why(first(sweep.errors().values()) or '')}") from e
 
 # %% ../nbs/cli.ipynb #f8ae6a55
 def _carry_out(f, given, runs, files=None, path=None, notes={}, **kwargs):
@@ -183,7 +194,9 @@ def demo(
     taught = [replace(control, method=o, teacher=teacher) for o in demo_arms[1:]]
     say("A WRN-16-2 learns from 1,198 digits; then WRN-10-1 students learn from 5 labelled digits a class, "
         f"with its help and without: {1+seeds*len(demo_arms)} trainings, a line each.\n")
-    sweep = _carry_out(demo, given, [replace(o, seed=seed) for seed in range(seeds) for o in (control,*taught)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='.*of the gradient')  # the table tells whether a weight is too large
+        sweep = _carry_out(demo, given, [replace(o, seed=seed) for seed in range(seeds) for o in (control,*taught)])
     if rank_distrib(): return
     at = first(o for o in taught if o.method=='at')
     if not all(sweep.file_of(o).exists() for o in (teacher,at,control)): return _report(sweep)  # their records alone were given
@@ -195,6 +208,7 @@ def _from_file(file, run, path):
     "The run that stands for a network on file; `run`, which would have trained it, tells data and architecture"
     with in_turn(): dls = dls_of(run, path)
     name = Path(file).name if Path(file).suffix=='.pkl' else run.student
+    if name!=run.student: say(f"{file} is a program, which is run to open it: see https://kdfast.github.io/kdfast/howto/trust.html")
     if name!=run.student: network = teacher_of(file, dls)[0]
     else: load_network(network := network_at(run, dls), file, vocab_of(dls))
     return Run(data=run.data, size=run.size, bs=run.bs, from_files=run.from_files, student=name, weights=digest(network))
@@ -245,7 +259,7 @@ def _check(data, from_files, **numbers):
 def distill(
     data:str='digits', # A data set that `kdfast doctor` lists, or images: a folder, an archive, or a CSV with columns file and label
     path:Path=None, # Folder or archive of a data set that has a name, downloaded if left out
-    size:int=None, # Side of the images, pixels, 128 if left out; digits and cifar10 have 32
+    size:int=None, # Side of the images, pixels, 128 if left out, 32 for digits; cifar10 has 32
     pct:float=1., # Part of the training images for the students, the same of each class
     teacher:str='wrn-16-2', # resnet34, wrn-40-2 and the like, a classifier of torchvision's; or timm:NAME, pretrained and not trained
     student:str='wrn-10-1', # The same names, with random weights
@@ -256,7 +270,7 @@ def distill(
     epochs:int=10, # Epochs of a student
     teacher_epochs:int=None, # Epochs of the teacher, by default as many
     seeds:int=1, # Runs of each arm
-    teacher_file:Path=None, # A trained teacher: weights, or a learner that was exported, whose name ends in .pkl
+    teacher_file:Path=None, # A trained teacher: weights, or an exported learner, .pkl, which runs code: open only what you trust
     teacher_weights:Path=None, # Weights of a teacher of timm, downloaded if left out
     probe:str=None, # A folder of labelled images: adds the accuracy of nearest neighbours by a student's features on them
     pretrained:bool=False, # Start the teacher from the pretrained weights of torchvision's or timm's network and fine-tune it
@@ -307,7 +321,7 @@ def _tell_chains(sweep):
 def compress(
     data:str='digits', # A data set: `kdfast doctor` lists them
     path:Path=None, # Folder or archive of the data, downloaded if left out
-    size:int=None, # Side of the images of imagenette, pixels, 128 if left out
+    size:int=None, # Side of the images, pixels, 128 if left out, 32 for digits
     pct:float=1., # Part of the training images for the training after each step, the same of each class
     teacher:str='wrn-16-2', # The network: resnet34, wrn-40-2 and the like, or a classifier of torchvision's
     steps:str='prune:.5,factorize:.7,int8', # Also swap:separable, distill, int8:aware, onnx, program; a semicolon separates chains
@@ -315,12 +329,12 @@ def compress(
     epochs:int=3, # Epochs after each step
     teacher_epochs:int=10, # Epochs of the network before
     seeds:int=1, # Runs of each chain
-    teacher_file:Path=None, # The network, trained: weights, or a learner that was exported, whose name ends in .pkl
+    teacher_file:Path=None, # The network, trained: weights, or an exported learner, .pkl, which runs code: open only what you trust
     bs:int=64, # Batch size
     lr:float=3e-3, # Highest learning rate of the one-cycle schedule
     bf16:bool=False, # Train in bfloat16
     from_files:bool=False, # Read images as they are needed instead of keeping them in memory
-    out:Path=Path('compress') # Folder for the results; what it holds is gone on with
+    out:Path=Path('compress') # Folder for the results; what it holds is gone on with, and its .pkl files run code
 ):
     "Train or load a network, then compress it step by step, distilled from the original; write a report and each network, also as ONNX"
     given,chains = dict(locals()),[*dict.fromkeys(steps.split(';'))]
@@ -359,7 +373,7 @@ def _tell_table(research, records, schedule, out):
 
 # %% ../nbs/cli.ipynb #919fcb59
 def table(
-    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, imagenet, substitutions, stagewise, compression, teachers, budget-1mb or pruning; several with commas between
+    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares or shares-cifar10; several with commas between
     schedule:str='short', # full: as published; short: 15 epochs; cpu: 12 to 20 epochs of a fifth; smoke: minutes on digits
     rows:str=None, # Some of the rows, with commas between
     arms:str=None, # Some of the columns, with commas between; the controls are always run
@@ -383,9 +397,11 @@ def table(
 
 # %% ../nbs/cli.ipynb #ed624f3d
 def _fill(name, runs, out, data, workers, cluster, retry):
+    client = _client(cluster) if cluster else None
+    if not (Path(out)/'records.db').exists():
+        with in_turn(): dls_of(runs[0], data)  # before there is a folder
     sweep = Sweep(name, runs, out, data)
     say(f"{sweep} in {sweep.folder}")
-    client = _client(cluster) if cluster else None
     _sweep(sweep, workers=workers, retry=retry, client=client)
 
 def _client(address): return import_extra('sweep', 'distributed').Client(address)
@@ -438,6 +454,8 @@ def main(
     _choose_device()
     _as_interrupts()
     try:
+        _check_given(args)
         with on_interrupt(lambda: "The same command resumes with what it has kept."): command(**args)
+    except PermissionError as e: sys.exit(f"kdfast: {e.filename or e} may not be read or written: choose another place, such as --out, or change its permissions")
     except (ValueError,OSError,ImportError) as e: sys.exit(f'kdfast: {e}')
     except KeyboardInterrupt: sys.exit(130)

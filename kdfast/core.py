@@ -8,8 +8,8 @@ Docs: https://kdfast.github.io/kdfast/core.html.md"""
 __all__ = ['eval_mode', 'probing', 'keep_rng']
 
 # %% ../nbs/core.ipynb #803488f0
-import glob, hashlib, os, pickle, shutil, sys, time
-from contextlib import contextmanager, suppress
+import errno, glob, hashlib, os, pickle, shutil, sys, time
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from importlib import import_module
 from secrets import token_hex
@@ -33,6 +33,15 @@ def probing(
 ):
     "A block without gradients in which `models` can be run without changing them"
     with eval_mode(*models), torch.no_grad(): yield
+
+# %% ../nbs/core.ipynb #38e408d6
+def is_compiled(model): return any(m._compiled_call_impl is not None or '_orig_mod' in m._modules for m in model.modules())
+
+def eagerly(
+    *models:nn.Module # Compiled or not
+): # A context manager
+    "A block in which compiled `models` run as they were written, so that every hook is called"
+    return torch.compiler.set_stance('force_eager') if any(map(is_compiled, models)) else nullcontext()
 
 # %% ../nbs/core.ipynb #655669d7
 @contextmanager
@@ -102,12 +111,30 @@ def seen_by(
     "Inputs as a teacher sees them"
     return xb if tfm is None else tuplify(tfm(*xb))
 
+# %% ../nbs/core.ipynb #3ad576eb
+@contextmanager
+def run_as(
+    name:str, # 'student' or 'teacher'
+    model:nn.Module, # What is run in the block
+    xb:tuple # On which inputs
+):
+    "A block in which `model` is tried out; raises `ValueError` with what it received and the remedy where it stops"
+    try: yield
+    except ValueError: raise
+    except Exception as e:
+        kinds = lambda os: ', '.join({str(o.dtype).removeprefix('torch.'):1 for o in os if o.is_floating_point()})
+        ours,given = kinds(model.parameters()),' and '.join(f"{tuple(o.shape)}" for o in xb)
+        remedy = f"call .float() on the {name}" if ours!=kinds(xb) and 'float32'==kinds(xb) else \
+            "pass tfm=, or size= to Teacher, to change what it receives" if name=='teacher' else "build it for such inputs, for instance with n_in=1"
+        raise ValueError(f"The {name}, in {ours or 'no'} weights, cannot run on {kinds(xb)} inputs {given} ({str(e).strip().splitlines()[0]}): {remedy}") from e
+
+# %% ../nbs/core.ipynb #289f88db
 def logits_of(
-    out # What a network outputs: a tensor, a tuple or list that begins with it, as in language models, or a dictionary, as in Hugging Face's
+    out # What a network outputs: a tensor, a tuple or list that begins with it, as in language models, a dictionary, as in Hugging Face's, or an object with `logits`
 ): # The first, of a dictionary its `logits` if it has any
     "The part of a network's outputs that is compared with labels"
     if isinstance(out, dict): return out.get('logits', first(out.values()))
-    return out[0] if isinstance(out, (tuple,list)) else out
+    return out[0] if isinstance(out, (tuple,list)) else getattr(out, 'logits', out)
 
 def random_like(
     xb:tuple # Inputs of a network
@@ -118,6 +145,8 @@ def random_like(
     return tuple(numbers(o).to(o) if o.is_floating_point() or o.dtype==torch.uint8 else o for o in xb)
 
 # %% ../nbs/core.ipynb #318adf93
+def _no_room(e): return getattr(e, 'errno', None) in (errno.ENOSPC,errno.EDQUOT) or 'inline_container.cc' in str(e)
+
 def _parts_of(dest): return dest.parent.glob(f'.{glob.escape(dest.name)}.*.part')
 
 @contextmanager
@@ -135,6 +164,9 @@ def whole_file(
         yield part
         with part.open('rb+') as f: os.fsync(f.fileno())  # on disk before it has the name
         os.replace(part, dest)
+    except (OSError,RuntimeError) as e:  # torch raises the second on a full disk
+        if _no_room(e): raise OSError(f"{dest} cannot be written, as on a full disk: free some space, and run again") from e
+        raise
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/core.ipynb #d1082d58

@@ -105,12 +105,16 @@ def _rgb(image):
         image = Image.fromarray((pixels/257).round().astype(np.uint8))
     return image if image.mode=='RGB' else PILImage(image.convert('RGB'))
 
+class ImageError(ValueError):
+    "An image that cannot be read"
+    def __init__(self, text): super().__init__(text.split('ImageError: ')[-1].strip())  # torch puts a worker's traceback before it
+
 def open_image(
     o # A file, or anything else that `PILImage.create` takes
 ):
     "`o` as an RGB image; raises `ValueError` naming the file if it cannot be read"
     try: return _rgb(PILImage.create(o, mode=None))
-    except Exception as e: raise ValueError(f"{o} is no readable image ({e}): remove it or replace it") from e
+    except Exception as e: raise ImageError(f"{o} is no readable image ({e}): remove it or replace it") from e
 
 # %% ../nbs/data.ipynb #90362c9b
 class FromMemory(Transform):
@@ -167,7 +171,7 @@ def _check_images(stats, *parts):
             f"Images must be a uint8 tensor (n,c,h,w), got a {type(x).__name__} of {x.dtype} {tuple(x.shape)}: "
             "pass tensor(x), or (255*tensor(x)).round().byte() where they are in [0,1]")
         if x.shape[1]!=len(stats[0]): raise ValueError(
-            f"The images have {x.shape[1]} channels, stats {len(stats[0])}: pass stats=([mean, ...], [std, ...]), one each per channel")
+            f"Images of {tuple(x.shape)} have {x.shape[1]} channels, stats {len(stats[0])}: permute them to (n,c,h,w), or pass stats=([mean, ...], [std, ...])")
 
 # %% ../nbs/data.ipynb #7dec458a
 def tensor_dls(
@@ -224,17 +228,20 @@ def digits_dls(
     per_class:int=None, # Images of each class to train on, instead of `pct`
     seed:int=0, # Picks the part
     repeat:int=1, # Passes over the part that make an epoch
-    pad:int=4, # Training images are shifted by up to so many pixels
+    pad:int=None, # Training images are shifted by up to so many pixels, an eighth of `size` by default
+    size:int=32, # Side of the images, pixels
+    valid:int=None, # Validate on the first so many of the 599 images
     device=None # fastai's default device
 ) -> DataLoaders: # 1,198 images to train on, 599 to validate
-    "Scikit-learn's digits at 32 px, embedded in the installed package: nothing is downloaded"
+    "Scikit-learn's digits, embedded in the installed package: nothing is downloaded"
     raw = load_digits()
     x = tensor(raw.images)[:,None].float()*255/16
-    x = F.interpolate(x, (32,32), mode='bilinear', align_corners=False).round().byte().expand(-1,3,-1,-1)
+    x = F.interpolate(x, (size,size), mode='bilinear', align_corners=False).round().byte().expand(-1,3,-1,-1)
     y,held = [str(o) for o in raw.target],[i%3==2 for i in range(len(raw.target))]
-    train,valid = ([i for i,h in enumerate(held) if h==o] for o in (False,True))
+    train,test = ([i for i,h in enumerate(held) if h==o] for o in (False,True))
     train = [train[i] for i in stratified([y[i] for i in train], pct, per_class, seed)]
-    parts = [(x[o].contiguous(), [y[i] for i in o]) for o in (train,valid)]
+    pad = size//8 if pad is None else pad
+    parts = [(x[o].contiguous(), [y[i] for i in o]) for o in (train,test[:valid])]
     return tensor_dls(*parts, bs=bs, tfms=BatchShift(pad) if pad else None, stats=digits_stats, repeat=repeat, device=device)
 
 # %% ../nbs/data.ipynb #c8af7e68
@@ -267,6 +274,14 @@ def _unpack(archive):
     return dest
 
 # %% ../nbs/data.ipynb #1d223ff0
+@contextmanager
+def _if_usable(path, root):
+    "A block after whose `ValueError` nothing is left of the archive `path`, unpacked as `root`"
+    try: yield
+    except ValueError:
+        if path.is_file() and root!=path.parent: shutil.rmtree(root, ignore_errors=True)
+        raise
+
 def _dataset(path, url, parts):
     "The folder that holds the folders `parts`: `path`, what is in it or in the archive, or what `url` gives"
     try: path = untar_data(url) if path is None else path
@@ -277,13 +292,31 @@ def _dataset(path, url, parts):
     for o in (root,*sorted(p for p in root.iterdir() if p.is_dir())):
         if all((o/p).is_dir() for p in parts): return o
     held = sorted(p.name for p in root.iterdir())[:8]
-    if root!=path: shutil.rmtree(root)  # unpacked for nothing
-    raise ValueError(f"{path} must hold the folders {' and '.join(parts)}, each with a folder per class; it holds {held}")
+    with _if_usable(path, root): raise ValueError(
+        f"{path} must hold the folders {' and '.join(parts)}, each with a folder per class; it holds {held}")
 
-def _folders(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] not in '.@')  # hidden
+# %% ../nbs/data.ipynb #5b0f3c11
+def _shown(name): return name[0] not in '.@'  # as .ipynb_checkpoints and @eaDir are
+
+def _folders(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and _shown(p.name))
+
+def _files(folder, **kwargs):
+    "Images, but for those in hidden folders"
+    return get_image_files(folder, **kwargs).filter(lambda f: all(map(_shown, f.relative_to(folder).parts))).sorted()
+
+# %% ../nbs/data.ipynb #7d21aa90
+def _few(names): return ', '.join(map(str, names[:5])) + ' and more'*(len(names)>5)
+
+def _wrong_classes(train, valid):
+    "What is wrong with the classes of images, None standing for no label"
+    new = sorted(map(str, {*valid}-{*train}))
+    if not valid: return "has one image of each class: add some, so that one of each can be held out"
+    if new: return f"has no images of {_few(new)} to train on: add some, or leave the class out of those to validate with"
+    one = len({*train})==1 and first(train)
+    return f"has one class, {one}: add a second one, or take its images out of their folder to distil without labels" if one else ''
 
 def _images(folder):
-    files = {p.name: get_image_files(p).sorted() for p in _folders(folder)}
+    files = {p.name: _files(p) for p in _folders(folder)}
     empty = [c for c,fs in files.items() if not fs] or ([] if files else ['any class'])
     if empty: raise ValueError(f"{folder} has no images of {', '.join(empty)}: each class needs a folder with at least one")
     return files
@@ -298,7 +331,9 @@ def _some(files, labels, pct=1., per_class=None, seed=0):
 def _split(root, parts, pct, seed):
     train,valid = (_labels_of(root/p) for p in parts)
     odd = sorted({*train.values()} ^ {*valid.values()})
-    if odd: raise ValueError(f"{root}: the classes of {' and '.join(parts)} differ: {odd}, so give each a folder in both")
+    wrong = f"has classes in {' and '.join(parts)} that differ: {odd}, so give each a folder in both" if odd else \
+        _wrong_classes(train.values(), valid.values())
+    if wrong: raise ValueError(f"{root} {wrong}")
     return _some([*train], train, pct, seed=seed),[*valid],{**train, **valid}
 
 # %% ../nbs/data.ipynb #629012bf
@@ -387,20 +422,18 @@ def imagenet_dls(
     return _file_dls(*images, bs, RandomResizedCrop(size, min_scale=.08), [BatchFlip()], imagenet_stats, device, num_workers)
 
 # %% ../nbs/data.ipynb #2d3e30ad
-def _few(names): return ', '.join(map(str, names[:5])) + ' and more'*(len(names)>5)
-
 def _parts(root):
     "Folders of the images to train on and to validate with, the second None where there is none"
     folders = {p.name:p for p in _folders(root)}
-    only = first(folders.values()) if len(folders)==1 and not get_image_files(root, recurse=False) else None
+    only = first(folders.values()) if len(folders)==1 and not _files(root, recurse=False) else None
     if only and (only.name=='train' or _folders(only)): return _parts(only)
     valid = first(folders[o] for o in ('valid','val') if o in folders)
     return (folders['train'],valid) if 'train' in folders and (valid or {*folders}<={'train','test'}) else (root,None)
 
 def _in_folder(folder):
     "Files to their labels, which are None where there are no folders of classes"
-    loose = get_image_files(folder, recurse=False).sorted()
-    if loose and len(loose)<len(get_image_files(folder)): raise ValueError(
+    loose = _files(folder, recurse=False)
+    if loose and len(loose)<len(_files(folder)): raise ValueError(
         f"{folder} has images beside its folders, such as {loose[0].name}: move them into the folder of a class, or elsewhere")
     return dict.fromkeys(loose) if loose else _labels_of(folder)
 
@@ -436,17 +469,9 @@ def _hold_out(labels):
     return _some(several, labels, .2) if several else []
 
 def _in_folders(root):
-    if not get_image_files(root): raise ValueError(f"{root} holds no images: pass a folder or an archive of some, or a CSV that lists them")
+    if not _files(root): raise ValueError(f"{root} holds no images: pass a folder or an archive of some, or a CSV that lists them")
     train,valid = (o and _in_folder(o) for o in _parts(root))
     return {**train, **(valid or {})},[*(valid or ())]
-
-def _wrong_classes(train, valid):
-    "What is wrong with the classes of images, None standing for no label"
-    new = sorted(map(str, {*valid}-{*train}))
-    if not valid: return "has one image of each class: add some, so that one of each can be held out"
-    if new: return f"has no images of {_few(new)} to train on: add some, or leave the class out of those to validate with"
-    one = len({*train})==1 and first(train)
-    return f"has one class, {one}: add a second one, or take its images out of their folder to distil without labels" if one else ''
 
 # %% ../nbs/data.ipynb #cb0fc2f5
 class ImageFiles:
@@ -457,10 +482,11 @@ class ImageFiles:
         self.path = Path(path).expanduser()
         csv = self.path.suffix.lower()=='.csv'
         self.root = self.path.parent if csv else _unpack(self.path) if self.path.is_file() else self.path
-        labels,held = _in_csv(self.path) if csv else _in_folders(self.root)
-        held = dict.fromkeys(held or _hold_out(labels))
-        self.train,self.valid = [f for f in labels if f not in held],[*held]
-        if wrong := _wrong_classes(*([labels[f] for f in fs] for fs in (self.train,self.valid))): raise ValueError(f"{self.path} {wrong}")
+        with _if_usable(self.path, self.root):
+            labels,held = _in_csv(self.path) if csv else _in_folders(self.root)
+            held = dict.fromkeys(held or _hold_out(labels))
+            self.train,self.valid = [f for f in labels if f not in held],[*held]
+            if wrong := _wrong_classes(*([labels[f] for f in fs] for fs in (self.train,self.valid))): raise ValueError(f"{self.path} {wrong}")
         self.labels = labels if any(o is not None for o in labels.values()) else None
 
     @functools.cached_property
@@ -498,8 +524,9 @@ def survey(self:ImageFiles) -> str: # A line
     files = [*self.train,*self.valid]
     sizes = dict(zip(files, _each(_sides, files)))
     broken = [os.path.relpath(f, self.root) for f,o in sizes.items() if not o]
-    if broken: raise ValueError(
-        f"{len(broken)} of {len(files):,} images in {self.path} cannot be read, {_few(broken)}: remove or replace them")
+    with _if_usable(self.path, self.root):
+        if broken: raise ValueError(
+            f"{len(broken)} of {len(files):,} images in {self.path} cannot be read, {_few(broken)}: remove or replace them")
     sides = sorted(o for size in sizes.values() for o in size)
     return f"{self}; sides from {sides[0]:,} to {sides[-1]:,} pixels, median {sides[len(sides)//2]:,}; no broken files"
 

@@ -90,7 +90,9 @@ def from_first(o=None):
 class LoaderHint(Callback):
     "Says after the first epoch if training waits for its images"
     order,run_valid,told,tick,n,waited,stepped = 1000,False,False,None,0,0.,0.
-    def before_train(self): self.tick,self.n,self.waited,self.stepped = None,0,0.,0.
+    def before_train(self):
+        if not len(self.dl): raise ValueError("The training loader gives no batch: it has fewer samples than a batch, so lower bs, or pass drop_last=False")
+        self.tick,self.n,self.waited,self.stepped = None,0,0.,0.
 
     def before_batch(self):
         now = perf_counter()

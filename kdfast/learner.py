@@ -9,8 +9,10 @@ __all__ = ['distill_learner', 'classifier_learner', 'accuracy_of']
 
 # %% ../nbs/learner.ipynb #e3c45e9c
 import inspect
+from contextlib import suppress
 from fastai.vision.all import *
-from .core import keep_rng, logits_of, probe_batch, probing, seen_by, whole_file
+from torch.optim.swa_utils import AveragedModel
+from .core import device_of, keep_rng, logits_of, probe_batch, probing, run_as, seen_by, whole_file
 from .devices import any_device, LoaderHint
 from .distill.core import FitNet, KD
 from .distill.logits import Logits, SigmoidKD
@@ -19,16 +21,24 @@ from .layers.pairs import stage_taps, to_classifier
 from .losses.relations import embedding
 from .teacher.cache import TeacherCache
 from .teacher.callback import AdaptedSplitter, DistillCallback, no_loss, NoTeacher, TeacherCallback
-from .teacher.source import lacks, one_after_another, Teacher, timm_name
+from .teacher.source import check_lacking, one_after_another, Teacher, timm_name
 from .teacher.task import task_of
 
 # %% ../nbs/learner.ipynb #85a1d536
+def _unwrapped(student):
+    "What `torch.compile` or an average of weights has wrapped, so that its checkpoints fit the network itself; compiled in place where it was"
+    if isinstance(student, AveragedModel): return _unwrapped(student.module)
+    net = student._modules.get('_orig_mod')
+    if net is None: return student
+    net._compiled_call_impl = student.dynamo_ctx(net._call_impl)
+    return net
+
 def student_of(
     student, # A module; a callable that takes `n_out`, such as `partial(wrn, 16, 1)`; or an architecture as `vision_learner` takes it
     dls # Tells the number of classes
 ) -> nn.Module: # With random weights unless a module was given
     "The student's network"
-    if isinstance(student, nn.Module): return student
+    if isinstance(student, nn.Module): return _unwrapped(student)
     takes = inspect.signature(student).parameters if callable(student) and not isinstance(student, Learner) else {}
     fits = isinstance(student, str) or {'n_out','pretrained'} & {*takes} or any(o.kind==o.VAR_KEYWORD for o in takes.values())
     if not fits: raise TypeError("The student is a module, such as learn.model, a function of n_out or an architecture, "
@@ -49,9 +59,9 @@ def _tell_frozen(student):
     if n: warnings.warn(f"{n} parameters of the student are frozen and learn nothing, unfreeze() does not reach them: pass its Learner as student")
 
 # %% ../nbs/learner.ipynb #c6b20e16
-def _outputs(xb, net, run):
+def _outputs(xb, net, run, name='student'):
     "Logits of zeros"
-    with keep_rng(), probing(net): return logits_of(run(*to_device(xb, next(net.parameters(), xb[0]).device)))
+    with keep_rng(), probing(net), run_as(name, net, xb): return logits_of(run(*to_device(xb, next(net.parameters(), xb[0]).device)))
 
 def _has_stages(net, xb): return bool(stage_taps(net, to_device(xb, next(net.parameters(), xb[0]).device)))
 
@@ -64,16 +74,24 @@ def default_term(
 ) -> DistillCallback:
     "`KD` where the networks have the same classes, `SigmoidKD` for labels and `Logits` for numbers, otherwise `FitNet`"
     xb,yb = probe_batch(dls)
-    s,t = _outputs(xb, student, student),cb.picked(_outputs(xb, cb.network, cb.see))
+    s,t = _outputs(xb, student, student),cb.picked(_outputs(xb, cb.network, cb.see, 'teacher'))
+    tensors = all(isinstance(o, (Tensor,NoneType)) for o in (s,t))  # a cache without logits gives None
     ours,theirs = (tuple(getattr(o, 'shape', ())[1:]) for o in (s,t))
     if ours==theirs and not lacking and isinstance(s, Tensor):
         return dict(classes=KD, labels=SigmoidKD, numbers=Logits)[task_of(loss, first(yb), s, cb.outputs, cb.axis).kind]()
-    if not (_has_stages(student, xb) and _has_stages(cb.network, seen_by(cb.tfm, xb))): return KD()  # whose error tells both sizes
+    if not (tensors and _has_stages(student, xb) and _has_stages(cb.network, seen_by(cb.tfm, xb))): return KD()  # whose error tells both sizes
     why = f"lack {', '.join(map(str, lacking[:5]))}" if lacking else f"are {theirs}, the student's {ours}"
     cb.about += f"\nIt teaches through features, since its outputs {why}"
     return FitNet(standardize=True)
 
 # %% ../nbs/learner.ipynb #36ebd4b7
+def _match(teacher, tfm, cb, dls):
+    "Give a `TeacherCallback` what a teacher is to the images and classes of `dls`; returns the classes that it lacks"
+    cb.picks,lacking = teacher.picks(dls)
+    cb.tfm = one_after_another(teacher.tfm(dls), tfm)
+    cb.n_out = len(teacher.vocab) if cb.picks and not (teacher.given and cb.picks is teacher.vocab) else None
+    return lacking
+
 def _listener(teacher, dls, tfm, vocab, precision, compile, **task):
     "The teacher's callback, and the student's classes that it lacks"
     if teacher is None: return TeacherCallback(NoTeacher(), **task),[]
@@ -82,11 +100,11 @@ def _listener(teacher, dls, tfm, vocab, precision, compile, **task):
         return TeacherCallback(stand_in, about=f"It stands in for a {stand_in.named}, whose answers are in {teacher.path}", **task),[]
     if not isinstance(teacher, Teacher): teacher = Teacher(teacher, vocab)
     elif vocab is not None: raise ValueError("A Teacher has its classes: pass teacher_vocab to it, as vocab")
-    picks,lacking = teacher.picks(dls)
-    tfm = one_after_another(teacher.tfm(dls), tfm)
-    named = picks and not (teacher.given and picks is teacher.vocab)
-    n_out = len(teacher.vocab) if named else None
-    return TeacherCallback(teacher.network, tfm, precision, compile, picks, n_out, teacher.about(picks), **task),lacking
+    cb = TeacherCallback(teacher.network, precision=precision, compile=compile, **task)
+    cb.match = partial(_match, teacher, tfm)
+    lacking = cb.match(cb, dls)
+    cb.about = teacher.about(cb.picks)
+    return cb,lacking
 
 # %% ../nbs/learner.ipynb #37fd7862
 def _is_term(cb): return issubclass(cb, DistillCallback) if isinstance(cb, type) else isinstance(cb, DistillCallback)
@@ -125,7 +143,7 @@ def distill_learner(
     known = kwargs.get('loss_func') or getattr(getattr(dls, 'train_ds', None), 'loss_func', None)
     if teacher is not None or terms:
         listener,lacking = _listener(teacher, dls, tfm, teacher_vocab, precision, compile, outputs=outputs, axis=axis)
-        if lacking and any(o.taught and o.reads_logits for o in terms): raise ValueError(lacks(lacking))
+        check_lacking(lacking, terms)
         cbs = listener + cbs + ([] if terms else [default_term(listener, student, dls, known, lacking)])
     if not known and not probe_batch(dls)[1]: kwargs['loss_func'] = no_loss
     return Learner(dls, student, cbs=LoaderHint() + cbs, **kwargs)
@@ -197,6 +215,14 @@ def student(self:Learner) -> nn.Module:
     return bare_model(self.model)
 
 # %% ../nbs/learner.ipynb #40bc0687
+def _exportable(dls):
+    "`dls`, or, where fastai cannot empty them, as torch's own and those over a list, loaders of nothing"
+    with suppress(AttributeError): return dls.new_empty() and dls
+    dl,(xb,yb) = TfmdDL(TfmdLists([], [noop], do_setup=False), bs=1, do_setup=False),probe_batch(dls)
+    dl._n_inp,dl._types = len(xb),(Tensor,)*len([*xb,*yb])  # which fastai finds out from a batch
+    return DataLoaders(dl, device=device_of(dls))
+
+# %% ../nbs/learner.ipynb #3574d1de
 @patch
 def export_student(self:Learner,
     fname='student.pkl' # File, relative to `learn.path`
@@ -204,6 +230,6 @@ def export_student(self:Learner,
     "Write the bare student as a learner for inference, whole or not at all; of several processes only the first writes"
     if rank_distrib(): return self.path/fname
     splitter = self.splitter.splitter if isinstance(self.splitter, AdaptedSplitter) else self.splitter
-    bare = Learner(self.dls, self.student, self.loss_func, splitter=splitter, metrics=[*self.metrics], path=self.path)
+    bare = Learner(_exportable(self.dls), self.student, self.loss_func, splitter=splitter, metrics=[*self.metrics], path=self.path)
     with whole_file(self.path/fname) as part: bare.export(part.absolute())
     return self.path/fname

@@ -1,6 +1,6 @@
 "Every mistake is answered at once, names its remedy, and leaves learner and networks as they were"
 import importlib.util, pytest
-from conftest import n_hooks
+from conftest import few_digits, n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.teacher.source import teacher_of
@@ -33,14 +33,16 @@ class First(nn.Module):
 def loaders(y): return DataLoaders(*(torch.utils.data.DataLoader(list(zip(torch.randn(16,3,32,32), y)), batch_size=8) for _ in range(2)))
 
 cases = {
+    'width of a WRN':        (lambda d: wrn(10, -1), 'its width above 0, got 10 and -1'),
+    'no width of a WRN':     (lambda d: wrn(10, 0), 'its width above 0, got 10 and 0'),
     'unknown student layer': (lambda d: taught(d, wrn(10,2), wrn(10,1), AT({'grop1':'group1'})), "did you mean 'group1'"),
     'unknown teacher layer': (lambda d: taught(d, wrn(10,2), wrn(10,1), FitNet({'group1':'group1.0.conv'})), "'group1.0.conv1'"),
     'numbers of outputs':    (lambda d: distill_learner(d, wrn(10,2,n_out=5), wrn(10,1), cbs=KD()), "same outputs, got (10,) and (5,)"),
     'sizes a hint cannot adapt': (lambda d: taught(d, nn.Sequential(OrderedDict(stem=nn.Conv2d(3,8,3,padding=4), net=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10)))),
                                    wrn(10,1), FitNet({'fc':'stem'})), "adapts feature maps, or vectors"),
-    'unequal maps for a loss that needs equal': (lambda d: taught(d, wrn(10,2), wrn(10,1), FeatureKD(F.mse_loss, {'group1':'group2'})), "cannot compare 'group1', (2, 16, 32, 32), with 'group2'"),
+    'unequal maps for a loss that needs equal': (lambda d: taught(d, wrn(10,2), wrn(10,1), FeatureKD(F.mse_loss, {'group1':'group2'})), "cannot compare 'group1', (2, 16, 16, 16), with 'group2'"),
     'broadcast maps':        (lambda d: taught(d, wrn(10,2), wrn(10,1), FeatureKD(F.mse_loss, {'fc':'group2'})), "cannot compare"),
-    'no pair found':         (lambda d: taught(d, wrn(10,2), nn.Sequential(nn.Flatten(), nn.Linear(3*32*32, 10)), AT()), "the student has no convolutional stages: use KD"),
+    'no pair found':         (lambda d: taught(d, wrn(10,2), nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 10)), AT()), "the student has no convolutional stages: use KD"),
     'empty pairs':           (lambda d: FitNet({}), "at least one pair"),
     'pairs of no dict':      (lambda d: AT(['group1']), "{'student.layer': 'teacher.layer'}"),
     'per_stage too large':   (lambda d: taught(d, wrn(16,2), wrn(10,1), AT(per_stage=2)), "has only 1 blocks"),
@@ -105,7 +107,7 @@ def test_fit_without_what_it_needs(dls, quiet):
 def test_vocab(dls, tmp_path):
     teacher = Learner(dls, wrn(10, 2), path=tmp_path)
     teacher.export()
-    turned = digits_dls(20, per_class=8)
+    turned = few_digits(20, per_class=8)
     for ds in (turned.train_ds,turned.valid_ds): ds.tls[1].tfms.fs[1].vocab = CategoryMap([*'1023456789'], sort=False)
     for t in (teacher, tmp_path/'export.pkl'):
         with pytest.raises(ValueError) as e: teacher_of(t, turned)

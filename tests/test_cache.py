@@ -61,7 +61,7 @@ def test_a_cached_fit_is_the_fit_without(terms, views, moved, tmp_path, exact):
 @pytest.mark.parametrize('terms', [(KD,), (KD,AT)], ids=['KD','KD+AT'])
 def test_half_precision_rounds(terms, moved, tmp_path):
     cached,plain = fit(moved, TeacherCache(tmp_path/'c'), terms=terms),fit(moved, terms=terms)
-    assert 0<apart(cached, plain)<.2 and cached.recorder.history.values==pytest.approx(plain.recorder.history.values, rel=1e-2, abs=1e-3)
+    assert 0<apart(cached, plain)<.2 and cached.recorder.history.values[0]==pytest.approx(plain.recorder.history.values[0], rel=1e-2, abs=1e-3)
 
 def test_views_are_pixel_by_pixel_what_the_teacher_saw(moved, tmp_path):
     "Found in the first epochs, met again in later ones in another order"
@@ -79,7 +79,7 @@ def test_views_are_pixel_by_pixel_what_the_teacher_saw(moved, tmp_path):
 @pytest.fixture
 def files(tmp_path):
     "A folder of images, loaded by worker processes"
-    raw = digits_dls(1, per_class=9).train
+    raw = few_digits(1, per_class=9).train
     for part,keep in (('train',range(8)),('test',range(8, 9))):
         for i,(x,y) in enumerate(raw.dataset):
             if i%9 in keep:
@@ -267,7 +267,7 @@ def test_blocks_without_terms(moved, tmp_path, quiet):
 
 def test_another_batch_size_is_the_same_data(moved, tmp_path):
     fit(moved, TeacherCache(tmp_path/'c', 2), dls=few_digits())
-    fit(moved, TeacherCache(tmp_path/'c', 2), dls=digits_dls(10, per_class=8))
+    fit(moved, TeacherCache(tmp_path/'c', 2), dls=few_digits(10, per_class=8))
 
 def test_after_a_refusal_the_next_fit_is_free(moved, tmp_path):
     learn = fit(moved, TeacherCache(tmp_path/'c'))

@@ -9,7 +9,7 @@ from kdfast.experiments.checkpoint import EpochCheckpoint
 from kdfast.experiments.records import read_results
 from kdfast.experiments.results import arms_of, label_of, result_table, teachers_of
 
-quick = '--pct .4 --teacher wrn-10-1 --teacher-epochs 4 --epochs 3 --lr 1e-2'.split()
+quick = '--pct .4 --size 16 --teacher wrn-10-1 --teacher-epochs 4 --epochs 3 --lr 1e-2'.split()
 chains = 'prune:.5,factorize:.7,int8;prune:params=30000:taylor'
 
 stems = 'student-prune-.5-factorize-.7-int8','student-prune-params-30000-taylor'
@@ -47,13 +47,13 @@ def test_what_it_leaves(done):
     assert [*report.chain.unique()]==chains.split(';') and len(report)==8
     net = wrn(10, 1)
     load_network(net, network_of(done))
-    pruned,_ = prune_channels(net, 32, ratio=.5)
-    assert Learner(digits_dls(), pruned, metrics=accuracy).validate()[1]==pytest.approx(first['report'][1]['before'], abs=1e-6)
+    pruned,_ = prune_channels(net, 16, ratio=.5)
+    assert Learner(digits_dls(size=16), pruned, metrics=accuracy).validate()[1]==pytest.approx(first['report'][1]['before'], abs=1e-6)
     table = result_table(results_of(done))
     assert [*table.index]==['teacher',*chains.split(';')] and 'against control (points)' not in table
 
 def test_what_it_leaves_predicts(done):
-    (arms,_),dls = told(done),digits_dls()
+    (arms,_),dls = told(done),digits_dls(size=16)
     for stem,run in zip(stems, arms.values()):
         net,file = load_learner(done/f'{stem}.pkl').model,OnnxModel(done/f'{stem}.onnx')
         assert Learner(dls, net, metrics=accuracy).validate()[1]==pytest.approx(run['accuracy'], abs=1e-6) and count_params(net)==run['parameters']
@@ -130,7 +130,7 @@ def test_a_pipeline_needs_an_accuracy(chain):
 @pytest.mark.slow
 def test_files_on_the_way(done, tmp_path):
     "Each row of the report is of the network as it was then"
-    main(['compress', *quick[:4], '--epochs', '1', '--teacher-file', str(network_of(done)), '--steps', 'onnx,prune:.5', '--out', str(tmp_path/'out')])
+    main(['compress', *quick[:6], '--epochs', '1', '--teacher-file', str(network_of(done)), '--steps', 'onnx,prune:.5', '--out', str(tmp_path/'out')])
     arm, = told(tmp_path/'out')[0].values()
     start,first,pruned,last = arm['report']
     assert [o['parameters'] for o in (first,last)]==[o['parameters'] for o in (start,pruned)] and first['MB on disk']>2*last['MB on disk']
@@ -139,7 +139,7 @@ def test_files_on_the_way(done, tmp_path):
 @pytest.mark.slow
 def test_other_steps(done, tmp_path):
     steps = 'swap:separable,program;distill:wrn-10-0.5,int8:aware;int8'
-    main(['compress', *quick[:4], '--epochs', '1', '--teacher-file', str(network_of(done)), '--steps', steps, '--out', str(tmp_path/'out')])
+    main(['compress', *quick[:6], '--epochs', '1', '--teacher-file', str(network_of(done)), '--steps', steps, '--out', str(tmp_path/'out')])
     swapped,fresh,alone = told(tmp_path/'out')[0].values()
     assert (tmp_path/'out/student-swap-separable-program.pt2').exists() and swapped['parameters']==count_params(swap_convs(wrn(10, 1), Separable)[0])
     assert fresh['report'][1]['parameters']==count_params(wrn(10, .5)) and [o['step'] for o in fresh['report']]==['as it was','distill:wrn-10-0.5','int8:aware','onnx']

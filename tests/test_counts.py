@@ -2,6 +2,7 @@
 import pytest, timm, torchvision
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.experiments.spec import network_of
 
 kinds = [Full,Dilated2x2,Separable]
 table = {(40,2): [(2248954,2243546), (1012474,1007066), (304074,293514)],
@@ -24,6 +25,22 @@ def test_resnets():
     assert count_params(resnet(34, 1000))==21_797_672 and count_params(resnet(18, 1000))==11_689_512
     assert count_params(resnet(34, 1000, conv=Separable), buffers=True)==3_163_752
     assert count_params(resnet(18, 1000, width=.5))==3_055_880
+
+of_cifar = dict(resnet20=278_324, resnet32=472_756, resnet56=861_620, resnet110=1_736_564, resnet8x4=1_233_540, resnet32x4=7_433_860, resnet50=23_705_252,
+    vgg8=3_965_028, vgg13=9_462_180, mobilenetv2=812_836, shufflenetv1=949_258, shufflenetv2=1_355_528)
+
+@pytest.mark.parametrize('name', of_cifar)
+def test_networks_for_cifar(name):
+    "At 100 classes, as arXiv:1910.10699 has them"
+    net = network_of(f'cifar-{name}')(n_out=100)
+    assert count_params(net)==of_cifar[name]
+    with torch.no_grad(): assert net.eval()(torch.zeros(2,3,32,32)).shape==(2,100)
+
+def test_other_networks_for_cifar():
+    with pytest.raises(ValueError, match='network for CIFAR'): network_of('cifar-resnet18')
+    assert [*pair_layers(cifar_net('resnet8x4'), cifar_net('resnet32x4'), torch.zeros(2,3,32,32))]==['layer1','layer2','layer3']
+
+def test_wide_networks_for_cifar_100(): assert [count_params(wrn(*o, n_out=100)) for o in ((40,2),(16,2),(40,1))]==[2_255_156,703_284,569_780]
 
 class OfTokens(nn.Module):
     "A layer of tokens, given an image"

@@ -1,6 +1,6 @@
 "What only a GPU can break. Without one, what a CPU can do of it is tested there: `pytest -m cuda`"
 import pytest
-from conftest import n_hooks
+from conftest import few_digits, n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.devices import autocast_dtype
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_a_cpu(name, trained, quiet):
             raise CancelFitException
     def grads(device):
         set_seed(0)
-        dls,keep = digits_dls(20, per_class=4, pad=0, device=device),Keep()
+        dls,keep = few_digits(20, per_class=4, pad=0, device=device),Keep()
         dls.train.rng.seed(0)
         quiet(learner(deepcopy(trained), term(name), keep, student=wrn(10, 1), dls=dls, precision='float32', opt_func=SGD), 1, 1e-3)
         return keep.grads
@@ -156,7 +156,7 @@ def test_augmentation_in_memory():
 @pytest.mark.parametrize('workers', [0,2])
 def test_loaders_of_files(workers, trained, tmp_path, quiet):
     "Batches come through pinned memory and fastai's transforms"
-    for i,(x,y) in enumerate(digits_dls(1, per_class=4).train_ds):
+    for i,(x,y) in enumerate(few_digits(1, per_class=4).train_ds):
         (tmp_path/str(int(y))).mkdir(exist_ok=True)
         to_image(x).save(tmp_path/str(int(y))/f'{i}.png')
     dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.2, seed=0, bs=8, num_workers=workers, pin_memory=device.type=='cuda', item_tfms=Resize(32), batch_tfms=aug_transforms(size=32), device=device)

@@ -103,6 +103,18 @@ def test_hidden_folders_are_no_classes(imagenette):
     classes = [*imagenette_dls(imagenette, size=32, bs=4, num_workers=0).vocab]
     for o,part in itertools.product(('.ipynb_checkpoints','@eaDir'), ('train','val')): shutil.copytree(imagenette/part/classes[0], imagenette/part/o)
     assert [*imagenette_dls(imagenette, size=32, bs=4, num_workers=0).vocab]==classes
+    thumbnail = imagenette/'train'/classes[0]/'@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg'
+    thumbnail.parent.mkdir(parents=True)
+    shutil.copy(first((imagenette/'train'/classes[0]).glob('*.png')), thumbnail)
+    assert len(imagenette_dls(imagenette, size=32, bs=4, num_workers=0).train_ds)==36
+
+def test_one_class_is_refused_one_image_of_each_and_any_name_are_not(tmp_path):
+    root = fill(tmp_path/'set', ('train','val'), n=1, classes='36')
+    for part in ('train','val'): (root/part/'3').rename(root/part/'the\n3')
+    dls = imagenette_dls(root, size=32, bs=2, num_workers=0)
+    assert [*dls.vocab]==['6','the\n3'] and len(dls.train_ds)==2 and len(dls.train.one_batch()[0])==2
+    for part in ('train','val'): shutil.rmtree(root/part/'6')
+    with pytest.raises(ValueError, match='set has one class, the'): imagenette_dls(root, size=32)
 
 def test_grey_images_of_16_bits(imagenette):
     "As those of 8 bits, in memory and from files; what cannot be told is refused"
@@ -130,7 +142,7 @@ def test_folders_that_are_no_data_set(cifar, tmp_path):
 def test_a_corrupt_image_is_named(in_memory, cifar):
     bad = next((cifar/'train/6').iterdir())
     bad.write_bytes(bad.read_bytes()[:40])
-    with pytest.raises(ValueError, match=f'{bad.name} is no readable image'):
+    with pytest.raises(ValueError, match=f'^[^\n]*{bad.name} is no readable image[^\n]*$'):  # without the traceback of a worker
         for _ in cifar10_dls(cifar, bs=36, in_memory=in_memory, num_workers=2).train: pass
 
 @pytest.mark.parametrize('make,root', [(cifar10_dls,'cifar'), (partial(imagenette_dls, size=32),'imagenette')])
@@ -171,7 +183,7 @@ def test_parts_of_imagenette(tmp_path):
     assert len(part(.2, in_memory=True))==4
 
 def test_cutmix_does_not_write_into_the_data():
-    dls = digits_dls(20, per_class=8, pad=0)
+    dls = digits_dls(20, per_class=8, pad=0, size=16, valid=60)
     images = dls.train_ds.tls[0].tfms.fs[0].images
     before = images.clone()
     learn = Learner(dls, wrn(10, 1), cbs=CutMix())
@@ -203,6 +215,10 @@ def test_the_loader_in_memory_is_fast(tmp_path):
     many = tensor_dls(part, part, bs=100, tfms=[BatchShift(4), BatchFlip()], repeat=10)
     ratios = [rate(many.train)/rate(files.train) for _ in range(5)]
     assert np.median(ratios)>8, ratios
+
+def test_channels_last_are_named():
+    x = torch.zeros(4,32,32,3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r'Images of \(4, 32, 32, 3\) have 32 channels, stats 3: permute them'): tensor_dls((x,'abab'), (x,'abab'))
 
 def test_labels_may_be_a_tensor():
     x,y = torch.randint(0, 255, (30,3,32,32), dtype=torch.uint8),torch.arange(30)%3

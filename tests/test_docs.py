@@ -165,7 +165,7 @@ def test_the_readmes_python_runs(monkeypatch, tmp_path):
     from kdfast.all import digits_dls, wrn
     monkeypatch.chdir(tmp_path)
     code = [b for kind,b in blocks if kind=='python']
-    space = dict(dls=digits_dls(64, per_class=8), teacher=wrn(10, 2), student=wrn(10, 1))
+    space = dict(dls=digits_dls(64, per_class=8, size=16, valid=60), teacher=wrn(10, 2), student=wrn(10, 1))
     exec(code[0], space)
     assert 'distill_learner(dls, teacher, student, metrics=accuracy)' in code[0] and space['learn'].recorder.history['kd'].notna().all()
     assert [*tmp_path.rglob('student.pkl')]

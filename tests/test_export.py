@@ -1,7 +1,11 @@
 "Files that run without kdfast"
 import json, os, pickle, subprocess, sys, time, onnx, onnxruntime, pytest, torchvision
+from conftest import few_digits
 from fastai.vision.all import *
 from kdfast.all import *
+
+@pytest.fixture
+def dls(): return few_digits(size=32)
 
 def relative(a, b): return ((a-b).norm()/b.norm()).item()
 
@@ -40,6 +44,7 @@ def test_of_a_learner(dls, teacher, quiet, tmp_path):
     assert files==(tmp_path/'student.onnx',tmp_path/'sub/it.pt2') and learn.model.training
     about = {o.key:o.value for o in onnx.load(files[0]).metadata_props}
     assert json.loads(about['classes'])==[str(o) for o in dls.vocab] and about['size']=='3x32x32'
+    assert [json.loads(about[k]) for k in ('mean','std')]==[[o]*3 for o in (.305,.36)]
     ours = Learner(dls, OnnxModel(files[0]), metrics=accuracy)
     with learn.no_bar(), ours.no_bar(): assert ours.validate()[1]==pytest.approx(learn.validate()[1], abs=1e-6)
     with pytest.raises(ValueError, match='A file cannot be trained'): quiet(ours, 1)

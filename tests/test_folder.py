@@ -92,6 +92,27 @@ def test_a_class_of_one_image_is_trained_on(tmp_path):
     images = ImageFiles(tmp_path/'pets')
     assert 'yak' in {images.labels[f] for f in images.train} and len(images.valid)==6 and 'the smallest yak with 1, the largest ' in repr(images)
 
+def test_hidden_folders_are_no_classes_and_no_images(tmp_path):
+    for make in (classes,loose):
+        root = make(tmp_path/make.__name__)
+        before = ImageFiles(root)
+        for o in ('@eaDir','.ipynb_checkpoints'): paint(root/o/'cat/thumbnail.png', 0, 0)
+        if make is classes: paint(root/'cat/@eaDir/cat0.png/thumbnail.png', 0, 0)
+        assert ImageFiles(root).name==before.name and repr(ImageFiles(root))==repr(before)
+
+def test_a_name_with_a_line_break_is_a_name(tmp_path):
+    (classes(tmp_path/'pets')/'cat').rename(tmp_path/'pets/house\ncat')
+    images = ImageFiles(tmp_path/'pets')
+    assert '30 images in 3 classes' in images.survey() and 'house\ncat' in folder_dls(images, size=32, bs=4, num_workers=0).vocab
+
+@pytest.mark.parametrize('make,message', [('empty','holds no images'), ('of_one_class','has one class'), ('broken','cannot be read')])
+def test_an_archive_of_no_use_leaves_nothing(make, message, tmp_path, monkeypatch):
+    monkeypatch.setattr('kdfast.data.fastai_path', lambda kind: tmp_path/'home')
+    root = globals()[make](tmp_path/'pets')
+    archive = Path(shutil.make_archive(str(root), 'gztar', root.parent, root.name))
+    with pytest.raises(ValueError, match=message): ImageFiles(archive).survey()
+    assert not [*(tmp_path/'home').iterdir()] and archive.exists()
+
 def changed(path, how):
     files = get_image_files(path).sorted()
     if how=='content': files[0].write_bytes(files[0].read_bytes()[:-1]+b'\0')  # of the same size

@@ -1,10 +1,14 @@
 "kdfast's gradients against a loop written by hand, without hooks and without kdfast's losses"
 from itertools import permutations
 import pytest
+from conftest import few_digits
 from fastai.vision.all import *
 from kdfast.all import *
 
 names = ['group1','group2','group3']
+
+@pytest.fixture
+def dls(): return few_digits(size=32)  # AT weighs smaller maps less
 
 def forward(net, x):
     "Logits and the outputs of the three groups"

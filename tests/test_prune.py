@@ -24,9 +24,9 @@ def test_outputs_are_those_of_the_masked_network(name):
     make,size = networks[name]
     net = lively(make())
     before = {k:v.clone() for k,v in net.state_dict().items()}
-    small,kept,history = _prune(net, torch.zeros(1,3,size,size), .5, None, None, None, (), None, {})
+    small,kept,history = _prune(net, (torch.zeros(1,3,size,size),), .5, None, None, None, (), None, {})
     masked = deepcopy(net)
-    for (n,at),p in zip(_positions(net, torch.zeros(1,3,size,size), history).items(), masked.parameters()):
+    for (n,at),p in zip(_positions(net, (torch.zeros(1,3,size,size),), history).items(), masked.parameters()):
         mask = torch.zeros(p.numel())
         mask[at.flatten()] = 1
         p.data *= mask.view_as(p)
@@ -92,8 +92,8 @@ def test_the_optimizer_goes_on_with_what_is_left(opt_func, dls, quiet):
     state = getattr(learn.opt, 'opt', learn.opt).state
     old = {n:(p, {k:v.clone() for k,v in state[p].items() if isinstance(v, Tensor) and v.shape==p.shape}) for n,p in model.named_parameters()}
     x = torch.zeros(1,3,32,32)
-    history = _prune(model, x, .5, None, None, None, (), None, {})[-1]
-    at = _positions(model, x, history)
+    history = _prune(model, (x,), .5, None, None, None, (), None, {})[-1]
+    at = _positions(model, (x,), history)
     learn.prune(.5)
     assert learn.model is model and all(a is b for a,b in zip(modules, model.modules()))
     new = dict(model.named_parameters())

@@ -3,8 +3,11 @@ import io, pickle, pytest, torchvision
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.compress.quantize import _Rounding
-from conftest import n_hooks
+from conftest import few_digits, n_hooks
 from test_benchmarks import int8_cost
+
+@pytest.fixture
+def dls(): return few_digits(size=32)
 
 def relative(a, b): return ((a-b).norm()/b.norm()).item()
 
@@ -218,7 +221,7 @@ class Pair(nn.Module):
     "A network of someone who likes the names that are used here"
     def __init__(self):
         super().__init__()
-        self.net,self.reference,self.file,self.images = wrn(10, 1),nn.Conv2d(3, 4, 1),'x',torch.zeros(3)
+        self.net,self.reference,self.file,self.samples = wrn(10, 1),nn.Conv2d(3, 4, 1),'x',torch.zeros(3)
     def forward(self, x): return self.net(x)
 
 def test_names_of_others(tmp_path):

@@ -1,12 +1,14 @@
 "Runs, records and sweeps: killed, broken, shared"
-import importlib.util, json, multiprocessing, os, shutil, signal, sqlite3, subprocess, sys, time, pytest, torchvision
+import importlib.util, json, multiprocessing, os, resource, shutil, signal, sqlite3, subprocess, sys, time, pytest, torchvision
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.core import digest
 from kdfast.experiments.records import Records
 from kdfast.experiments.checkpoint import EpochCheckpoint
+from kdfast.experiments.arm import save_network
 from kdfast.experiments.run import Run, do_run
 from kdfast.experiments.sweep import Sweep
 
@@ -15,8 +17,8 @@ spec = importlib.util.spec_from_file_location('kills', root/'benchmarks/kills.py
 kills = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kills)
 
-big = Run(student='wrn-10-0.5', epochs=2, pct=.4)
-kd,at = (Run(method=o, teacher=big, epochs=2, pct=.2, bs=32) for o in ('kd','at'))
+big = Run(student='wrn-10-0.5', epochs=2, pct=.4, size=16)
+kd,at = (Run(method=o, teacher=big, epochs=2, pct=.2, bs=32, size=16) for o in ('kd','at'))
 
 def same(a, b): return {k:a[k] for k in ('accuracy','history','weights')}=={k:b[k] for k in ('accuracy','history','weights')}
 
@@ -113,11 +115,11 @@ class Stop(Callback):
     def after_batch(self):
         if self.n==self.at: raise KeyboardInterrupt
 
-resnet = Run(student='wrn-10-2', epochs=1, pct=.3)
+resnet = Run(student='wrn-10-2', epochs=1, pct=.3, size=16)
 kinds = {'fitnet':replace(kd, method='kd+fitnet', epochs=3), 'steps':replace(kd.control, steps=(.3,.6), lr=.05, epochs=3), 'bf16':replace(kd, bf16=True, epochs=3),
     'late':replace(kd, method='at:since=.5', epochs=3), 'blocks':replace(kd, method='blocks', epochs=6), 'parallel':replace(kd, method='blocks-parallel', epochs=4),
-    'labels first':replace(kd, method='blocks-pretrained', epochs=6), 'pruned':Run(student='wrn-10-2', start=resnet, method='kd', teacher=resnet, chain='prune:.5,factorize:.7', epochs=2, pct=.2),
-    'pretrained':Run(student='resnet18', pretrained=True, epochs=2, pct=.1)}
+    'labels first':replace(kd, method='blocks-pretrained', epochs=6), 'pruned':Run(student='wrn-10-2', start=resnet, method='kd', teacher=resnet, chain='prune:.5,factorize:.7', epochs=2, pct=.2, size=16),
+    'pretrained':Run(student='resnet18', pretrained=True, epochs=2, pct=.1, size=16)}
 
 def imagenet_weights(net, folder, monkeypatch):
     "Where torch.hub keeps what it has downloaded"
@@ -151,7 +153,7 @@ def test_training_goes_on_as_if_nothing_had_happened(kind, at, tmp_path, monkeyp
 @pytest.fixture(scope='module')
 def cut(tmp_path_factory):
     "A run, its result, and its checkpoint after the first of two epochs"
-    run,file = Run(epochs=2, pct=.2),tmp_path_factory.mktemp('cut')/'a.pth'
+    run,file = Run(epochs=2, pct=.2, size=16),tmp_path_factory.mktemp('cut')/'a.pth'
     _,result = do_run(run)
     with pytest.raises(KeyboardInterrupt): do_run(run, checkpoint=file, cbs=Stop(1))
     return run,result,file
@@ -164,7 +166,7 @@ def test_a_broken_checkpoint_is_made_anew(harm, cut, tmp_path):
     if harm=='half': file.write_bytes(file.read_bytes()[:file.stat().st_size//2])
     if harm=='text': file.write_text('a letter')
     if harm=='empty': file.write_bytes(b'')
-    if harm=='other': do_run(Run(epochs=1, pct=.2, lr=1e-3), checkpoint=file)
+    if harm=='other': do_run(Run(epochs=1, pct=.2, lr=1e-3, size=16), checkpoint=file)
     assert EpochCheckpoint(file, run.key).fits==[]
     assert do_run(run, checkpoint=file)[1]['history']==result['history']
 
@@ -191,6 +193,32 @@ def test_a_full_disk_leaves_the_store_whole(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert records.add(at, dict(accuracy=.6, seconds=1.)) and len(records.table())==2
     with closing(connect(records.file)) as db: assert db.execute('pragma integrity_check').fetchone()==('ok',)
+
+def test_a_store_that_is_removed_meanwhile(tmp_path):
+    records = Records(tmp_path/'records.db')
+    records.add(kd, dict(accuracy=.5, seconds=1.))
+    records.export()
+    records.file.unlink()
+    for f in (lambda: records.get(kd), lambda: records.add(at, dict(accuracy=.6, seconds=1.)), records.table):
+        with pytest.raises(OSError, match='records.db was removed while it was in use: .*records.jsonl, and run again'): f()
+    assert not records.file.exists() and Records(records.file).get(kd)['accuracy']==.5
+
+@pytest.mark.parametrize('write', [lambda net, file: save_network(net, file), lambda net, file: Learner(digits_dls(), net, path=file.parent).export_student(file.name)])
+def test_a_full_disk_is_said_with_the_name_of_the_file(write, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,before[1]))
+    try:
+        with pytest.raises(OSError, match='net.pkl cannot be written, as on a full disk: free some space'): write(wrn(16, 2), tmp_path/'net.pkl')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not [*tmp_path.iterdir()]
+
+def test_training_that_diverges_is_no_result(tmp_path):
+    sweep = Sweep('diverged', [Run(epochs=1, pct=.4, lr=1e20, size=16)], tmp_path)
+    with pytest.raises(RuntimeError, match='1 of 1 runs'): sweep.run()
+    assert 'diverged to weights that are not finite: lower its lr' in first(sweep.errors().values()) and not sweep.records.runs()
 
 def test_other_files_are_refused_and_stay(tmp_path):
     def made(name, *statements):
@@ -270,7 +298,7 @@ def test_an_export_is_never_lost(tmp_path):
     assert 'banana' in again.exported.read_text()
 
 def test_callbacks_with_a_state_of_their_own_are_refused(tmp_path):
-    run,file = Run(epochs=2, pct=.2),tmp_path/'a.pth'
+    run,file = Run(epochs=2, pct=.2, size=16),tmp_path/'a.pth'
     watch = SaveModelCallback(monitor='accuracy', fname='best')
     with pytest.raises(KeyboardInterrupt): do_run(run, checkpoint=file, cbs=Stop(1))
     with pytest.raises(ValueError, match='SaveModelCallback keeps a state of its own'): do_run(run, checkpoint=file, cbs=watch)
@@ -312,7 +340,7 @@ def test_two_processes_train_one_network(tmp_path):
 def test_a_terminal_shows_a_bar_in_a_bar(tmp_path):
     pty = pytest.importorskip('pty')
     ours,theirs = pty.openpty()
-    code = f"from kdfast.experiments.all import *; s = Sweep('bars', [Run(method='kd', teacher=Run(student='wrn-10-2', epochs=1, pct=.3), epochs=2, pct=.2, bs=32)], '{tmp_path}'); s._attempt(s.runs[0]); s.run(); s.run()"
+    code = f"from kdfast.experiments.all import *; s = Sweep('bars', [Run(method='kd', teacher=Run(student='wrn-10-2', epochs=1, pct=.3, size=16), epochs=2, pct=.2, bs=32, size=16)], '{tmp_path}'); s._attempt(s.runs[0]); s.run(); s.run()"
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=theirs, stderr=subprocess.DEVNULL)
     os.close(theirs)
     shown = b''
@@ -322,18 +350,23 @@ def test_a_terminal_shows_a_bar_in_a_bar(tmp_path):
     shown = shown.decode()
     assert p.wait(timeout=60)==0 and '3/3' in shown and '[14/14' in shown and shown.count('% in ')==3
 
-def test_a_damaged_teacher_teaches_nobody(tmp_path):
-    "One bit of its file is enough; without the file it is trained again"
+def test_a_damaged_teacher_teaches_nobody(tmp_path, capsys):
+    "One bit of its file is enough: it is kept beside, and trained again"
     sweep = Sweep('flip', [kd], tmp_path)
     sweep.run()
-    file,other = sweep.file_of(big),replace(kd, seed=1)
+    file,sound = sweep.file_of(big),sweep.file_of(big).read_bytes()
     saved = torch.load(file, weights_only=True)
     saved['weights']['fc.weight'][0,0] += 1e-3
     torch.save(saved, file)
-    with pytest.raises(RuntimeError, match='1 of 5 runs of flip are not done'): Sweep('flip', [kd,other], tmp_path).run()
-    assert 'it is damaged or of another run: remove it' in first(Sweep('flip', [kd,other], tmp_path).errors().values())
-    file.unlink()
-    assert len(Sweep('flip', [kd,other], tmp_path).run(retry=True))==5
+    flipped = file.read_bytes()
+    for i,damaged in enumerate((flipped,sound[:1000],b'')):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError): sweep.network(big)
+        more = Sweep('flip', [kd,replace(kd, seed=i+1)], tmp_path)
+        assert len(more.run())==5
+        taught = more.records.get(more.runs[-1])
+        assert taught['teacher weights']==sweep.records.get(big)['weights']==digest(more.network(big))
+        assert file.with_name(f'{file.name}.damaged').read_bytes()==damaged and f'{file.name}.damaged' in capsys.readouterr().out
 
 def alive(group): return subprocess.run(['pgrep','-g',str(group)], capture_output=True, text=True).stdout.split()
 

@@ -22,7 +22,7 @@ bad = {'table':(['banana'], "Unknown table 'banana': choose from methods, method
     'arm':(['taps','--arms','AT12'], "Unknown arm 'AT12': choose from alone, AT, AT6, AT9, AT18"), 'schedule':(['sanity','--schedule','quick'], 'choose from smoke, cpu, short, full'),
     'seeds':(['sanity','--seeds','0'], '--seeds is at least 1'), 'workers':(['sanity','--workers','0'], '--workers is at least 1'), 'imagenet on a cpu':(['imagenet','--schedule','cpu'], 'choose short or full'),
     'no imagenet':(['imagenet'], 'pass the folder that holds its train and val'), 'no folder':(['sanity','--data','/nowhere'], "No such file or directory: '/nowhere'"),
-    'nothing yet':(['sanity','--report'], 'Nothing of sanity at the schedule short is on record: kdfast table sanity'), 'out':(['sanity','--out','/proc/nothing/here'], '/proc/nothing'),
+    'nothing yet':(['sanity','--report'], 'Nothing of sanity at the schedule short is on record: kdfast table sanity'), 'out':(['sanity','--schedule','smoke','--out','/proc/nothing/here'], '/proc/nothing'),
     'rows of two':(['sanity,taps','--rows','40-1 DW'], "Unknown row '40-1 DW': choose from 16-1 from 16-2")}
 
 @pytest.mark.parametrize('case', bad)

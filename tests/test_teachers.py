@@ -9,6 +9,7 @@ from kdfast.look.probe import features_of, knn_accuracy
 from kdfast.teacher.callback import TeacherCallback
 from transformers import ConvNextConfig, ConvNextForImageClassification, ConvNextModel, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 import pytest
+from conftest import few_digits
 
 class Data(list):
     loss_func = CrossEntropyLossFlat()
@@ -266,10 +267,10 @@ def test_votes_by_hand():
 @pytest.mark.parametrize('linear', [False,True])
 def test_a_probe_changes_nothing(linear, trained, quiet):
     "The same weights with it and without it; a column of its own before those of the terms"
-    labelled = digits_dls(20, per_class=4)
+    labelled = few_digits(20, per_class=4)
     def fit(cbs):
         set_seed(0)
-        learn = distill_learner(digits_dls(20, per_class=4), trained, wrn(10, 1), cbs=[Similarity(), *cbs], metrics=accuracy, precision='float32')
+        learn = distill_learner(few_digits(20, per_class=4), trained, wrn(10, 1), cbs=[Similarity(), *cbs], metrics=accuracy, precision='float32')
         return quiet(learn, 2, 1e-3)
     plain,probed = fit([]),fit([Probe(labelled, linear=linear)])
     name = 'linear' if linear else 'knn'
@@ -282,7 +283,7 @@ def test_features_of_any_student(make):
     assert len(x)==len(y)==16 and x.ndim==2 and torch.allclose(x.norm(dim=1), torch.ones(16), atol=1e-4)
 
 def test_a_probe_draws_nothing_when_it_is_made():
-    labelled = digits_dls(20, per_class=4)
+    labelled = few_digits(20, per_class=4)
     before = torch.get_rng_state(),random.getstate()
     Probe(labelled)
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate()==before[1]
@@ -332,3 +333,12 @@ def test_no_way_to_pair_lists_the_layers_of_both():
     with pytest.raises(ValueError, match='the teacher has no convolutional stages') as e: distill_learner(image_dls(), flat, wrn(10, 1), cbs=FitNet(), loss_func=CrossEntropyLossFlat())
     told = str(e.value)
     assert '(layers of the student: stem 16×64×64, ' in told and 'group3 64×16×16' in told and 'of the teacher: 0 12288, 1 10)' in told
+
+def test_agreement_reads_the_outputs_that_are_the_students_classes(trained):
+    wide,dls = nn.Sequential(deepcopy(trained), nn.Linear(10, 20)),few_digits()
+    wide[1].weight.data,wide[1].bias.data = torch.zeros(20, 10),torch.full((20,), -50.)
+    for i in range(10): wide[1].weight.data[19-2*i,i],wide[1].bias.data[19-2*i] = 1.,0.
+    wide[1].bias.data[0] = 99.  # an output that is no class of the student's
+    learn = distill_learner(dls, wide, wrn(10, 1), teacher_vocab=[19-2*i for i in range(10)])
+    assert agreement(learn).overall.accuracy.teacher==pytest.approx(accuracy_of(trained, dls))
+    with pytest.raises(ValueError, match='20 outputs of the teacher, 10 outputs of the student'): agreement(distill_learner(dls, wide, wrn(10, 1), cbs=FitNet()))

@@ -8,5 +8,5 @@ from kdfast.experiments.sweep import Sweep
 if __name__=='__main__':
     torch.set_num_threads(1)
     default_device(False)
-    big = Run(student='wrn-10-2', epochs=1, pct=.4)
-    Sweep('together', [Run(method='kd', teacher=big, epochs=2, pct=.2, bs=32)], sys.argv[1]).run()
+    big = Run(student='wrn-10-2', epochs=1, pct=.4, size=16)
+    Sweep('together', [Run(method='kd', teacher=big, epochs=2, pct=.2, bs=32, size=16)], sys.argv[1]).run()

@@ -2,6 +2,7 @@
 import sys
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.layers.adapters import adapters_of
 
 class FreezeNorms(Callback):
     "Batch norms in eval, so that two halves of a batch are what the whole is"
@@ -23,7 +24,9 @@ class CountSynced(Callback):
 def fail(m, args, out):
     if len(out)>2: raise RuntimeError('a broken teacher')
 
-def weights(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
+def weights(model):
+    beside = {f'adapters.{k}':v for k,v in nn.ModuleDict(adapters_of(model)).state_dict().items()}
+    return {k.removeprefix('module.'):v.detach().clone() for k,v in {**model.state_dict(), **beside}.items()}
 
 def main(how, file):
     n,whole = max(1, num_distrib()),how=='norms'
@@ -32,7 +35,7 @@ def main(how, file):
     dls = digits_dls(64//n, per_class=40, seed=1, pad=0 if whole else 4, device='cpu' if how=='synced' else None)  # a string, as users give it
     if whole: dls = tensor_dls(*((first64(dls)),)*2, bs=64//n, stats=digits_stats)
     teacher = wrn(10, 2)
-    terms = {'beside':[CRD(), DML(), FactorTransfer()], 'two-stages':[FactorTransfer(), FitNet(), KD()]}.get(how, [KD(), AT(), FitNet()])
+    terms = {'beside':[CRD(), DML(), FactorTransfer()], 'two-stages':[FactorTransfer(), FitNet(), KD()], 'shared':[KD(share=.3), FitNet(share=.2)]}.get(how, [KD(), AT(), FitNet()])
     learn = Learner(dls, wrn(10, 1)) if how=='plain' else distill_learner(dls, teacher, wrn(10, 1), cbs=terms, opt_func=SGD, metrics=accuracy)
     if whole: learn.add_cb(FreezeNorms())
     if how=='alone': learn.add_cb(Alone())

@@ -34,7 +34,8 @@ def main():
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--library', action='store_true', help=f"Leave out the guides, {', '.join(guides)}")
     args = parser.parse_args()
-    books = [o for o in sorted((root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in o.parts and not (args.library and o.parent.name in guides)]
+    # Tutorials, the longest, come first, so that no core waits for the last one
+    books = [o for o in sorted((root/'nbs').rglob('*.ipynb'), reverse=True) if '.ipynb_checkpoints' not in o.parts and not (args.library and o.parent.name in guides)]
     done = run(books, os.cpu_count())
     for seconds,_,nb in sorted(done, reverse=True)[:10]: print(f'{seconds:3.0f} s  {nb}')
     failed = [nb for _,code,nb in done if code]

@@ -8,25 +8,32 @@ Docs: https://kdfast.github.io/kdfast/compress/export.html.md"""
 __all__ = ['OnnxModel', 'export_onnx', 'ProgramModel', 'export_program']
 
 # %% ../../nbs/compress/export.ipynb #76a8fe77
-import io, json, logging
+import inspect, io, json, logging
 from contextlib import redirect_stderr, redirect_stdout
 from fastai.vision.all import *
-from .quantize import check_one_tensor, Fixed, Int8
-from ..core import image_shape, import_extra, input_shape, keep_rng, probing, whole_file
+from .quantize import as_floats, check_one_tensor, Fixed, Int8
+from ..core import import_extra, probe_batch, probing, random_like, whole_file
 from ..layers.adapters import bare_model
+from ..models.measure import zeros_for
+from ..teacher.source import normalizer
 
 # %% ../../nbs/compress/export.ipynb #48a71007
+def _calibrated(model, xb):
+    "What an int8 network was calibrated on, in the size of `xb`"
+    at = lambda o,x: F.interpolate(o.float(), x.shape[2:]) if x.ndim==4 and x.shape[2:]!=o.shape[2:] else o.to(x.dtype)
+    return tuple(map(at, model.samples, xb))
+
+# %% ../../nbs/compress/export.ipynb #1cebf897
 def _far(a, b): return ((a-b).norm()/b.norm().clamp(min=1e-12)).item()
 
 def _check_same(run, model, net, size, what):
     "Raises `ValueError` where `run` is not `model`"
-    int8 = isinstance(model, Int8)
-    shape = input_shape(size)
-    with keep_rng(): x = F.interpolate(model.images.float(), shape[1:]) if int8 else torch.randn(3, *shape)
-    with probing(net): out = (model if int8 else net)(x)
+    int8,xb = isinstance(model, Int8),random_like(zeros_for(net, size, 3))
+    if int8: xb = _calibrated(model, xb)
+    with probing(net): out = (model if int8 else net)(*xb)
     check_one_tensor(out, what)
-    ours = run(x)
-    for far,most in ((o, .3 if int8 else 1e-4) for o in (_far(ours, out),_far(run(x[:1]), ours[:1]))):
+    ours = run(*xb)
+    for far,most in ((o, .3 if int8 else 1e-4) for o in (_far(ours, out),_far(run(*(o[:1] for o in xb)), ours[:1]))):
         if not far<=most: raise ValueError(
             f"The {what} differs from the network by {far:.2g}, more than {most:g}, and was not written: "
             "take randomness and branches on values out of forward")
@@ -65,16 +72,16 @@ def _onnx(): return import_extra('onnx', 'onnx', 'onnxscript', 'onnxruntime')
 class InFile(Fixed):
     remedy = "A file cannot be trained: train the network it was written from"
     def __init__(self,
-        file:Path, # With one input, images `(bs,c,h,w)`, and one output
+        file:Path, # With one output
         reference:nn.Module=None # The network that it was written from, whose parameters and multiply-adds are counted
     ):
         super().__init__(getattr(reference, '_kdfast_reference', reference) or nn.Identity())
         self.file,self.opened = Path(file),None
         self.file.stat()  # a missing file shows now, not at the first image
 
-    def forward(self, x):
+    def forward(self, *xb):
         if self.opened is None: self.opened = (self.open(),)
-        return self.run(self.opened[0], x.as_subclass(Tensor).cpu().float()).to(x.device)
+        return self.run(self.opened[0], *as_floats(xb)).to(xb[0].device)
 
     @property
     def _kdfast_file(self): return self.file  # for `compare`
@@ -89,22 +96,32 @@ class OnnxModel(InFile):
         options.intra_op_num_threads = torch.get_num_threads()
         return _onnx().InferenceSession(self.file, options, providers=['CPUExecutionProvider'])
 
-    def run(self, session, x): return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    def run(self, session, *xb):
+        given = {i.name:x.numpy() for i,x in zip(session.get_inputs(), xb, strict=True)}
+        return torch.from_numpy(session.run(None, given)[0])
 
 # %% ../../nbs/compress/export.ipynb #05539f55
+def _any_number(net, xb, dim):
+    "That the first axis of every input may be any"
+    free = tuple({0:dim} for _ in xb)
+    variadic = any(o.kind==o.VAR_POSITIONAL for o in inspect.signature(net.forward).parameters.values())
+    return (free,) if variadic else free
+
 def export_onnx(
-    model:nn.Module, # Any network of one image input, an `Int8` too; left as it is
+    model:nn.Module, # Any network with one output, an `Int8` too; left as it is
     file:Path, # An existing one stays until the new one is complete and has been checked
-    size:int|tuple, # Of the images, as for `count_macs`
+    size:int|tuple, # Of the images, or inputs, as for `count_macs`
     **about # More for the file's metadata, written as text
 ) -> OnnxModel: # The file as a network
-    "Write `model` as ONNX, for any number of images; raises `ValueError` where it cannot be traced or the file gives other outputs"
+    "Write `model` as ONNX, for batches of any number; raises `ValueError` where it cannot be traced or the file gives other outputs"
     _onnx()
     net,file = _to_export(model),Path(file)
-    names = dict(input_names=['images'], output_names=['outputs'], dynamic_shapes=({0:'batch'},))
-    with _writing('ONNX', net): program = torch.onnx.export(net, (torch.zeros(2, *input_shape(size)),), dynamo=True, verbose=False, **names)
+    xb = zeros_for(net, size, 2)
+    inputs = ['images'] if len(xb)==1 and xb[0].ndim==4 else [f'input{i}' for i in range(len(xb))]
+    names = dict(input_names=inputs, output_names=['outputs'], dynamic_shapes=_any_number(net, xb, 'batch'))
+    with _writing('ONNX', net): program = torch.onnx.export(net, xb, dynamo=True, verbose=False, **names)
     for node in program.model.graph: node.metadata_props.clear()  # traces of this machine's files, most of a small one
-    program.model.metadata_props.update({k:str(v) for k,v in dict(about, size='x'.join(map(str, input_shape(size)))).items()})
+    program.model.metadata_props.update({k:str(v) for k,v in dict(about, size=' and '.join('x'.join(map(str, o.shape[1:])) for o in xb)).items()})
     with whole_file(file) as part:
         program.save(part)
         _check_same(OnnxModel(part), model, net, size, 'ONNX file')
@@ -112,14 +129,14 @@ def export_onnx(
 
 # %% ../../nbs/compress/export.ipynb #06861e2c
 class ProgramModel(InFile):
-    "A program of `torch.export` as a network"
+    "A program of `torch.export` as a network; opening the file runs the code in it"
     def open(self):
         try:
             with _silent(), open(self.file, 'rb') as f: return torch.export.load(f).module()
         except Exception as e: raise ValueError(f"{self.file} is no readable .pt2 file ({e}): rerun export_program") from e
 
-    def run(self, program, x):
-        with torch.no_grad(): return program(x)
+    def run(self, program, *xb):
+        with torch.no_grad(): return program(*xb)
 
 def export_program(
     model:nn.Module, # As for `export_onnx`
@@ -127,8 +144,9 @@ def export_program(
     size:int|tuple # As for `export_onnx`
 ) -> ProgramModel: # The file as a network
     "Write `model` as a `torch.export` program, opened with `torch.export.load(file).module()`; raises `ValueError` as `export_onnx` does"
-    net,x = _to_export(model),torch.zeros(2, *input_shape(size))
-    with _writing('a program', net): program = torch.export.export(net, (x,), dynamic_shapes=({0:torch.export.Dim.DYNAMIC},))
+    net = _to_export(model)
+    xb = zeros_for(net, size, 2)
+    with _writing('a program', net): program = torch.export.export(net, xb, dynamic_shapes=_any_number(net, xb, torch.export.Dim.DYNAMIC))
     with whole_file(Path(file)) as part:
         with _silent(), open(part, 'wb') as f: torch.export.save(program, f)
         _check_same(ProgramModel(part), model, net, size, 'program')
@@ -136,16 +154,17 @@ def export_program(
 
 # %% ../../nbs/compress/export.ipynb #909f253a
 def _written(learn, to, fname, *args, **kwargs):
-    shape = image_shape(learn.dls)
-    if not rank_distrib(): to(bare_model(learn.model), learn.path/fname, shape, *args, **kwargs)
+    if not rank_distrib(): to(bare_model(learn.model), learn.path/fname, probe_batch(learn.dls)[0], *args, **kwargs)
     return learn.path/fname
 
 @patch
 def export_onnx(self:Learner,
     fname='student.onnx' # File, relative to `learn.path`
 ) -> Path: # The file
-    "Write the bare student as ONNX, as the function does, with its classes"
-    return _written(self, export_onnx, fname, classes=json.dumps([str(o) for o in getattr(self.dls, 'vocab', ())]))
+    "Write the bare student as ONNX, as the function does, with its classes and the mean and standard deviation of its images in [0,1]"
+    norm = normalizer(self.dls)
+    about = {k:json.dumps([round(o, 6) for o in getattr(norm, k).flatten().tolist()]) for k in ('mean','std')} if norm else {}
+    return _written(self, export_onnx, fname, classes=json.dumps([str(o) for o in getattr(self.dls, 'vocab', ())]), **about)
 
 @patch
 def export_program(self:Learner,

@@ -13,12 +13,13 @@ from copy import deepcopy
 from fnmatch import fnmatch
 from functools import cache
 from fastai.vision.all import *
-from ..core import bisect, first_batches, image_shape, import_extra, keep_rng, probing
+from ..core import bisect, eagerly, first_batches, import_extra, keep_rng, probe_batch, probing, split_batch
 from ..layers.adapters import adapters_of, bare_model
 from ..learner import distill_learner
 from ..models.convs import check_one
 from ..models.measure import count_macs, count_params, zeros_for
 from ..models.swap import layers_by_name, patterns_of, tied_to
+from ..teacher.shares import beside_balances
 
 # %% ../../nbs/compress/prune.ipynb #e2c5a791
 def import_pruning(): return import_extra('prune', 'torch_pruning')
@@ -27,12 +28,12 @@ def _flat(o):
     if isinstance(o, Tensor): return [o]
     return [t for v in (o.values() if isinstance(o, dict) else o if isinstance(o, (tuple,list)) else ()) for t in _flat(v)]
 
-def _heads(net, layers, x):
+def _heads(net, layers, xb):
     "The names of the layers whose outputs are the network's"
     outs,hooks = {},[]
     for n,m in layers.items(): hooks.append(m.register_forward_hook(lambda m,i,o,n=n: outs.update({n:o})))
     try:
-        with probing(net): ends = _flat(net(x))
+        with probing(net), eagerly(net): ends = _flat(net(*xb))
     finally:
         for h in hooks: h.remove()
     return {n for n,o in outs.items() if any(o is t for t in ends)} | {*[*outs][-1:]}
@@ -40,14 +41,14 @@ def _heads(net, layers, x):
 # %% ../../nbs/compress/prune.ipynb #2182afee
 _options = 'global_pruning','isomorphic','round_to','max_pruning_ratio'
 
-def _pruner(net, x, ratio, importance, ignored, kwargs):
+def _pruner(net, xb, ratio, importance, ignored, kwargs):
     pruning = import_pruning()
     importance = pruning.importance.GroupMagnitudeImportance(p=2) if importance is None else importance
     if not callable(importance): raise ValueError(
         f"importance is one of torch_pruning.importance, got {importance!r}: pass for instance GroupMagnitudeImportance(p=1)")
     own = dict(in_channel_groups={}, out_channel_groups={})  # the defaults are dictionaries that all pruners share
     if isinstance(ratio, dict): ratio,own['pruning_ratio_dict'] = 0.,{net.get_submodule(n):r for n,r in ratio.items()}
-    with _traced(): return pruning.pruner.BasePruner(net, x, importance, pruning_ratio=ratio, ignored_layers=ignored, **own, **kwargs)
+    with _traced(): return pruning.pruner.BasePruner(net, xb, importance, pruning_ratio=ratio, ignored_layers=ignored, **own, **kwargs)
 
 @contextmanager
 def _traced():
@@ -62,8 +63,8 @@ def _channels(pruner, names):
     return {names.get(m, type(m).__name__): pruner.DG.get_out_channels(m)//pruner._get_channel_groups(g) for g,m in roots}
 
 # %% ../../nbs/compress/prune.ipynb #54c5040f
-def _shapes(net, x):
-    with probing(net): return [tuple(o.shape) for o in _flat(net(x))]
+def _shapes(net, xb):
+    with probing(net): return [tuple(o.shape) for o in _flat(net(*xb))]
 
 def _left(size, ratio, round_to=None):
     n = int(size*(1-ratio))
@@ -76,15 +77,16 @@ def _check_left(sizes, ratio, round_to=None):
             "prune less, or name it in keep=")
 
 # %% ../../nbs/compress/prune.ipynb #4d792709
-def _pruned(model, x, ratio, importance, kept, prepare, kwargs):
+def _pruned(model, xb, ratio, importance, kept, prepare, kwargs):
     "A pruned copy, and how to do the same again"
     net = deepcopy(model).requires_grad_(True)
     if prepare: prepare(net)
-    pruner = _pruner(net, x, ratio, importance, [net.get_submodule(n) for n,why in kept.items() if why], kwargs)
+    pruner = _pruner(net, xb, ratio, importance, [net.get_submodule(n) for n,why in kept.items() if why], kwargs)
     alike = not isinstance(ratio, dict) and not kwargs.get('global_pruning')
     if alike: _check_left(_channels(pruner, {m:n for n,m in net.named_modules()}), ratio, kwargs.get('round_to'))
-    with _traced(): pruner.step()
-    now,was = _shapes(net, x),_shapes(model, x)
+    with _traced():
+        pruner.step()
+        now,was = _shapes(net, xb),_shapes(model, xb)
     if now!=was: raise ValueError(f"Pruning changed the shape of the outputs from {was} to {now}: name the output layers in keep=")
     for n,p in model.named_parameters(): net.get_parameter(n).requires_grad_(p.requires_grad).grad = None
     return net.train(model.training),pruner.pruning_history()
@@ -93,9 +95,9 @@ def _pruned(model, x, ratio, importance, kept, prepare, kwargs):
 def _check_fraction(name, o):
     if isinstance(o, (int,float)) and not 0<o<1: raise ValueError(f"{name} must be between 0 and 1, got {o}")
 
-def _sizes(model, x, kept, kwargs):
+def _sizes(model, xb, kept, kwargs):
     net = deepcopy(model).requires_grad_(True)
-    pruner = _pruner(net, x, .5, None, [net.get_submodule(n) for n,why in kept.items() if why], kwargs)
+    pruner = _pruner(net, xb, .5, None, [net.get_submodule(n) for n,why in kept.items() if why], kwargs)
     return _channels(pruner, {m:n for n,m in net.named_modules()})
 
 def _to_budget(model, make, count, budget, smallest, round_to=None):
@@ -116,17 +118,17 @@ def _check_own(layers, model):
     for n,m in layers.items():
         if why := tied_to(m, model): raise ValueError(f"{n} cannot lose weights, since {why}: give it weights of its own first")
 
-def _prune(model, x, ratio, params, macs, importance, keep, prepare, kwargs):
+def _prune(model, xb, ratio, params, macs, importance, keep, prepare, kwargs):
     "A pruned copy, why layers were left alone, and how to do the same again"
     _asked(ratio, params, macs, kwargs)
     layers = layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
     _check_own(layers, model)
-    patterns,heads = patterns_of(keep, layers),_heads(model, layers, x)
+    patterns,heads = patterns_of(keep, layers),_heads(model, layers, xb)
     kept = {n: 'a head' if n in heads else next((f'kept as {k}' for k in patterns if fnmatch(n, k)), '') for n in layers}
-    make = lambda r: _pruned(model, x, r, importance, kept, prepare, kwargs)
+    make = lambda r: _pruned(model, xb, r, importance, kept, prepare, kwargs)
     if ratio is None:
-        smallest = min((o for o in _sizes(model, x, kept, kwargs).values() if o>1), default=1)
-        count = count_params if macs is None else lambda m: count_macs(m, tuple(x.shape[1:]))
+        smallest = min((o for o in _sizes(model, xb, kept, kwargs).values() if o>1), default=1)
+        count = count_params if macs is None else lambda m: count_macs(m, xb)
         ratio = _to_budget(model, make, count, params if macs is None else macs, smallest, kwargs.get('round_to'))
     net,history = make(ratio)
     if not isinstance(ratio, dict) and count_params(net)==count_params(model): raise ValueError(
@@ -158,12 +160,12 @@ def prune_channels(
     return net,_report(model, net, kept)
 
 # %% ../../nbs/compress/prune.ipynb #ccbc43b2
-def _positions(model, x, history):
+def _positions(model, xb, history):
     "Of each parameter, by name, where its surviving numbers were"
     exact = torch.float32 if all(p.numel()<2**24 for p in model.parameters()) else torch.float64
     net = deepcopy(model).to(exact).requires_grad_(True)
     for p in net.parameters(): p.data = torch.arange(p.numel(), device=p.device).view_as(p).to(exact)
-    import_pruning().DependencyGraph().build_dependency(net, x.to(exact)).load_pruning_history(history)
+    import_pruning().DependencyGraph().build_dependency(net, tuple(o.to(exact) if o.is_floating_point() else o for o in xb)).load_pruning_history(history)
     return {n:p.detach().long() for n,p in net.named_parameters()}
 
 def _take(live, new):
@@ -191,26 +193,24 @@ def _gradients(learn, prepared):
         if kept: return
         for b in prepared():
             b = to_device(b, next(net.parameters()).device)
-            learn.loss_func(net(*b[:learn.dls.n_inp]), *b[learn.dls.n_inp:]).backward()
+            xb,yb = split_batch(learn.dls, tuple(o.as_subclass(Tensor) for o in b))
+            learn.loss_func(net(*xb), *yb).backward()
         kept.update({n:p.grad.clone() for n,p in net.named_parameters() if p.grad is not None})
     return prepare
 
 # %% ../../nbs/compress/prune.ipynb #e0a5b449
-def _zeros(learn):
-    if learn.dls.n_inp>1: raise ValueError(
-        f"Only networks of one input can be pruned, got {learn.dls.n_inp} inputs: give the network and its data one")
-    return zeros_for(bare_model(learn.model), image_shape(learn.dls))
+def _zeros(learn): return zeros_for(bare_model(learn.model), probe_batch(learn.dls)[0])
 
 def check_adapters(learn, verb):
-    if adapters_of(learn.model): raise ValueError(f"A term's adapter reads layers of this network: {verb} first, then add FitNet")
+    if beside_balances(adapters_of(learn.model)): raise ValueError(f"A term's adapter reads layers of this network: {verb} first, then add FitNet")
 
 def _apply(learn, prepare, ratio, params, macs, importance, keep, kwargs):
     model = bare_model(learn.model)
     check_adapters(learn, 'prune')
-    x = _zeros(learn)
-    net,kept,history = _prune(model, x, ratio, params, macs, importance, keep, prepare, kwargs)
+    xb = _zeros(learn)
+    net,kept,history = _prune(model, xb, ratio, params, macs, importance, keep, prepare, kwargs)
     report = _report(model, net, kept)
-    positions,old = _positions(model, x, history) if learn.opt else {},dict(model.named_parameters())
+    positions,old = _positions(model, xb, history) if learn.opt else {},dict(model.named_parameters())
     _take(model, net)
     if learn.opt: _follow(learn.opt, old, dict(model.named_parameters()), positions)
     return report
@@ -335,7 +335,7 @@ def prune_curve(
     **kwargs # More of `learn.prune`
 ) -> pd.DataFrame: # One row a network: method, ratio, parameters, MACs, and the first metric before and after it was trained further
     "What is left of a network's accuracy, by importance and ratio"
-    rows,size = [],image_shape(learn.dls)
+    rows,size = [],probe_batch(learn.dls)[0]
     if not learn.metrics: raise ValueError("There is no metric to compare networks by: make the learner with metrics=accuracy")
     for (name,importance),ratio in itertools.product(methods.items(), rates):
         student = deepcopy(bare_model(learn.model))

@@ -27,6 +27,7 @@ from ..layers.taps import get_layer
 from ..models.structured import Structured
 from ..models.swap import patterns_of
 from ..teacher.callback import DistillCallback, TeacherCallback
+from ..teacher.shares import beside_balances
 
 # %% ../../nbs/compress/quantize.ipynb #2dc46aa8
 def _made(m):
@@ -101,8 +102,13 @@ def _prepared(model, batches, floats, aware=False):
     with _traced(model, floats), _quiet(): return prepare(model.train(aware), mapping, first(batches), custom)
 
 # %% ../../nbs/compress/quantize.ipynb #0bf307c9
+def as_floats(xb):
+    "Plain tensors on the CPU, images in float32; tokens and numbers of classes stay integers"
+    return tuple(o.float() if o.is_floating_point() or o.dtype==torch.uint8 else o for o in (o.as_subclass(Tensor).cpu() for o in xb))
+
+# %% ../../nbs/compress/quantize.ipynb #f65353b3
 def _plain_batches(dls, n):
-    batches = [tuple(o.as_subclass(Tensor).cpu().float() for o in split_batch(dls, b)[0]) for b in first_batches(dls, n)]
+    batches = [as_floats(split_batch(dls, b)[0]) for b in first_batches(dls, n)]
     if not batches: raise ValueError("Nothing to calibrate on: these DataLoaders give no training batch, or n is 0")
     return batches
 
@@ -141,14 +147,13 @@ class Int8(Fixed):
     def __init__(self,
         net:nn.Module, # Converted
         reference:nn.Module, # The same with integers in floating point
-        images:Tensor # Some that it was calibrated on, in half precision, to try out exports with
+        samples:tuple # Inputs that it was calibrated on, in half precision, to try out exports with
     ):
         super().__init__(reference.eval())
-        self.net,self.images = net.eval(),images
+        self.net,self.samples = net.eval(),samples
 
     def forward(self, *xb):
-        with torch.no_grad(), torch.autocast('cpu', enabled=False):
-            return self.net(*(o.as_subclass(Tensor).cpu().float() for o in xb)).to(xb[0].device)
+        with torch.no_grad(), torch.autocast('cpu', enabled=False): return self.net(*as_floats(xb)).to(xb[0].device)
 
 # %% ../../nbs/compress/quantize.ipynb #5a1d650e
 def _unpickled(kind, state):
@@ -185,12 +190,12 @@ def _widened(reference):
         if 'quantize_per_tensor' in str(node.target) and node.args[-1]==torch.uint8: node.args = *node.args[:3],0,255,torch.uint8
     reference.recompile()
 
-def _converted(prepared, images):
+def _converted(prepared, samples):
     with _quiet(): net,reference = quantize_fx.convert_fx(deepcopy(prepared)),quantize_fx._convert_to_reference_decomposed_fx(prepared)
     _widened(reference)
     for m in reference.modules(): _store(m)
     for o in (net,reference): o.requires_grad_(False)
-    return Int8(net, reference, images)
+    return Int8(net, reference, samples)
 
 # %% ../../nbs/compress/quantize.ipynb #749baf57
 def _in_int8(m): return callable(getattr(m, 'weight', None))
@@ -224,7 +229,7 @@ def quantize(
     floats,batches = model.meta['kept'] if is_aware(model) else _why_float(model, keep),_plain_batches(dls, n)
     prepared = deepcopy(model).cpu().eval() if is_aware(model) else _prepared(model, batches, floats)
     if not is_aware(model): _observe(prepared, batches)
-    int8 = _converted(prepared, batches[0][0][:4].half())
+    int8 = _converted(prepared, tuple(o[:4].half() if o.is_floating_point() else o[:4] for o in batches[0]))
     report = _precision(int8.net, floats)
     if 'int8' not in set(report.precision): raise ValueError("Nothing was quantized: "
         + (', '.join(f'{o.layer} ({o.kept})' for o in report[:4].itertuples()) or 'the network has no linear layer or convolution'))
@@ -328,7 +333,7 @@ def quantize_aware(self:Learner,
     model = bare_model(self.model)
     _check_once(_is_int8(model) or is_aware(model))
     reading = [type(cb).__name__ for cb in self.cbs if isinstance(cb, FeatureKD)]
-    if reading or adapters_of(self.model): raise ValueError(f"{' and '.join(reading) or 'An adapter'} reads stages, which tracing "
+    if reading or beside_balances(adapters_of(self.model)): raise ValueError(f"{' and '.join(reading) or 'An adapter'} reads stages, which tracing "
         "takes apart: train with it first, then remove it, and use KD")
     device,floats = next(model.parameters()).device,_why_float(model, keep)
     batches = _plain_batches(self.dls, n)

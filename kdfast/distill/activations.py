@@ -52,6 +52,7 @@ class AB(BeforeReLU):
 # %% ../../nbs/distill/activations.ipynb #f32820d2
 class OFD(BeforeReLU):
     "Overhaul of feature distillation: what the ReLU passes on, and no more (Heo et al., arXiv:1904.01866)"
+    dominates = True
     def __init__(self,
         pairs:dict=None, # As for `BeforeReLU`; raises `ValueError` where no norm tells the teacher's margin
         weight:float=1e-3, # A number, or a fastai schedule over the fit

@@ -136,6 +136,7 @@ def phased(
 # %% ../../nbs/distill/core.ipynb #aefe8b49
 class KD(LogitKD):
     "Soft labels: `(1-alpha)*loss + alpha*kd_loss` (Hinton et al., arXiv:1503.02531)"
+    dominates = True  # as far as alpha lets it
     def __init__(self,
         T:float=4., # Temperature; raises `ValueError` unless positive
         alpha:float=.9, # Part of the loss that comes from the teacher, in [0,1], or a fastai schedule of it
@@ -151,11 +152,11 @@ class KD(LogitKD):
 
     def check(self, probe):
         super().check(probe)
-        part = max(map(sum, zip(*(along(t.weight) for t in self.source.terms if isinstance(t, KD)))))
+        part = max(map(sum, zip(*(along(0. if t.share else t.weight) for t in self.source.terms if isinstance(t, KD)))))
         if part>1+1e-6: raise ValueError(f"The alphas of the KD terms sum to {part:g}: choose alphas that add up to 1 or less")
 
     def term(self): return self.scale*super().term()
-    def extras(self): return [-self.now*self.learn.loss]
+    def extras(self): return [] if self.share else [-self.now*self.learn.loss]
 
 # %% ../../nbs/distill/core.ipynb #964b783b
 KD_IMAGENET = dict(T=1., alpha=.5)
@@ -276,7 +277,7 @@ AT_IMAGENET = dict(weight=phased(1e3, since=.01), area=False)
 # %% ../../nbs/distill/core.ipynb #55255f2f
 class FitNet(FeatureKD):
     "Hints: the student's features, through a learned adapter, become the teacher's (Romero et al., arXiv:1412.6550)"
-    stages = None,1
+    stages,dominates = (None,1),True
     def __init__(self,
         pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
         weight:float=100., # Split over all pairs; a number, or a fastai schedule over the fit

@@ -16,7 +16,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from ..core import seen_by
 from .core import FeatureKD, KD, phased
-from ..layers.adapters import ToGrid
+from ..layers.adapters import Norm2d, ToGrid
 from ..layers.pairs import before_relu, classifier_map, embedding_layer
 from ..layers.taps import get_layer, given_mark, layer_sizes
 from ..losses.core import hint_loss
@@ -63,7 +63,7 @@ class _Fusion(nn.Module):
     "One level: maps of `ni` channels and the level below, of `mid`, become `nf` for the teacher and `mid` for the level above"
     def __init__(self, ni, mid, nf, below):
         super().__init__()
-        layer = lambda a,b,ks: init_he(nn.Sequential(nn.Conv2d(a, b, ks, padding=ks//2, bias=False), nn.BatchNorm2d(b)))
+        layer = lambda a,b,ks: init_he(nn.Sequential(nn.Conv2d(a, b, ks, padding=ks//2, bias=False), Norm2d(b)))
         self.enter,self.leave = layer(ni, mid, 1),layer(mid, nf, 3)
         self.attention = nn.Sequential(nn.Conv2d(2*mid, 2, 1), nn.Sigmoid()) if below else None
 
@@ -94,7 +94,7 @@ class _Review(nn.Module):
 # %% ../../nbs/distill/features.ipynb #fcea9e9c
 class ReviewKD(FeatureKD):
     "Knowledge review: each level of the teacher from all deeper ones of the student, summed over levels (Chen et al., arXiv:2104.09044)"
-    pooled = None
+    pooled,dominates = None,True
     def __init__(self,
         pairs:dict=None, # Student's layer to teacher's, shallow to deep; by default the ends of the stages, and what the classifiers read
         weight:float=5., # A number, or a fastai schedule over the fit
@@ -156,7 +156,7 @@ class Reuse(nn.Module):
     ):
         super().__init__()
         nf,self.ni = classifier.in_features,ni
-        layer = lambda a,b,ks: nn.Sequential(nn.Conv2d(a, b, ks, padding=ks//2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+        layer = lambda a,b,ks: nn.Sequential(nn.Conv2d(a, b, ks, padding=ks//2, bias=False), Norm2d(b), nn.ReLU())
         self.body,self.classifier = body,deepcopy(classifier).requires_grad_(False)
         pool = [nn.AdaptiveAvgPool2d(size)] if size else []
         self.projector = init_he(nn.Sequential(*pool, layer(ni, nf//factor, 1), layer(nf//factor, nf//factor, 3), layer(nf//factor, nf, 1)))
@@ -171,6 +171,7 @@ def _pooled_hint(s, t): return hint_loss(*to_one_size(s, t))
 
 class SimKD(FeatureKD):
     "The teacher's classifier on maps that the student imitates; labels count only while its weight is 0 (Chen et al., arXiv:2203.14001)"
+    dominates = True
     def __init__(self,
         weight:float=1., # A number, or a fastai schedule over the fit
         factor:int=2, # As for `Reuse`
@@ -192,4 +193,4 @@ class SimKD(FeatureKD):
 
     def choose(self, student, network, tfm, xb): self.layers = {'projector': classifier_map(network, seen_by(tfm, xb))[0]}
 
-    def extras(self): return [(sum(t.now for t in self.source.terms if isinstance(t, KD)) - 1)*self.learn.loss]
+    def extras(self): return [] if self.share else [(sum(t.now for t in self.source.terms if isinstance(t, KD)) - 1)*self.learn.loss]

@@ -12,6 +12,7 @@ __all__ = ['DKD_WRN', 'DKD_SMALL', 'NKD_CIFAR', 'DIST_IMAGENET', 'Logits', 'Sigm
 from functools import partial
 from torch import nn
 from .core import LogitKD, phased
+from ..layers.adapters import Norm2d
 from ..layers.pairs import stage_taps
 from ..losses.core import check_temperature
 from ..losses.logits import check_power, dist_loss, dkd_loss, logits_loss, mlkd_loss, nkd_loss, ofa_loss, sigmoid_kd_loss, wttm_loss
@@ -76,6 +77,7 @@ DIST_IMAGENET = dict(tau=1.)
 
 class DIST(LogitKD):
     "Correlation with the teacher, within images and within classes (Huang et al., arXiv:2205.10536)"
+    dominates = True
     def __init__(self,
         tau:float=4., # Temperature; raises `ValueError` unless positive
         weight:float=2., # A number, or a fastai schedule over the fit
@@ -114,7 +116,7 @@ def exit_of(
     n_out:int # Classes
 ) -> nn.Sequential: # From feature maps to logits
     "A separable convolution for each stage that follows, which halves the map and doubles the channels, a pool and a linear layer"
-    down = lambda c: nn.Sequential(Separable(c, 2*c, 3, 2), nn.BatchNorm2d(2*c), nn.ReLU())
+    down = lambda c: nn.Sequential(Separable(c, 2*c, 3, 2), Norm2d(2*c), nn.ReLU())
     return init_he(nn.Sequential(*(down(ni*2**i) for i in range(n)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ni*2**n, n_out)))
 
 # %% ../../nbs/distill/logits.ipynb #3a1ea9de

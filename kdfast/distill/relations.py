@@ -33,6 +33,7 @@ class EmbeddingKD(FeatureKD):
 # %% ../../nbs/distill/relations.ipynb #e960c0ce
 class RKD(EmbeddingKD):
     "Relations: distances and angles between the images of a batch (Park et al., arXiv:1904.05068)"
+    dominates = True
     def __init__(self,
         pairs:dict=None, # As for `EmbeddingKD`
         weight:float=1., # A number, or a fastai schedule over the fit

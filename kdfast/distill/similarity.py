@@ -84,7 +84,8 @@ def _head(ni, nf):
 @patch
 def room(self:Similarity) -> int: # At least a batch
     "How many embeddings the queue keeps"
-    return max(self.size or min(8192, max(16, len(self.dls.train_ds)//3)), self.dls.train.bs or 1)
+    dl = self.dls.train
+    return max(self.size or min(8192, max(16, len(dl.dataset)//3)), getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1)
 
 @patch
 def remember(self:Similarity,

@@ -59,19 +59,22 @@ class Records:
         self.file = Path(file)
         if self.file.suffix in ('.csv','.jsonl','.lock'): raise ValueError(f"{file} is where an export is written: choose a name such as records.db")
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self._db() as db: _check_file(self.file, db) or _made(db)
+        with self._db('rwc') as db: _check_file(self.file, db) or _made(db)
         if self.exported.exists(): self.take(self.exported)
 
     @property
     def exported(self): return self.file.with_suffix('.jsonl')
 
     @contextmanager
-    def _db(self):
+    def _db(self, mode='rw'):
         "A connection in autocommit mode"
         try:
-            with closing(sqlite3.connect(self.file, timeout=60, isolation_level=None)) as db: yield db
-        except sqlite3.OperationalError as e: raise OSError(
-            f"{self.file} cannot be read or written, and is as it was ({e}): free some space or make it writable, and run again") from e
+            with closing(sqlite3.connect(f'{self.file.absolute().as_uri()}?mode={mode}', uri=True, timeout=60, isolation_level=None)) as db: yield db
+        except sqlite3.OperationalError as e:
+            gone = mode=='rw' and not self.file.exists()
+            why = f"was removed while it was in use: bring it back, or go on from {self.exported.name}" if gone else \
+                f"cannot be read or written, and is as it was ({e}): free some space or make it writable"
+            raise OSError(f"{self.file} {why}, and run again") from e
         except sqlite3.DatabaseError as e: raise ValueError(f"{self.file} is no database ({e}): choose another file") from e
 
     def _rows(self, where='', *values):
@@ -148,7 +151,7 @@ def _of_line(line):
 def _read(file):
     try: return [*map(_of_line, Path(file).read_text().splitlines())]
     except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} holds no runs that could be taken ({type(e).__name__}: {e}): "
-        "pass the records.jsonl that Records.export wrote") from e
+        "pass one that Records.export wrote; beside a sound records.db, remove it") from e
 
 @patch
 def take(self:Records,

@@ -104,10 +104,15 @@ _methods = _table('methods', "Every method with its defaults, on six of each of 
     {'10-1 from 16-2':_few}, _every, tall=True)
 _methods_cifar = _table('methods-cifar10', "Every method with its defaults", 'cifar10', {'16-1 from 16-2':_tenth}, _every,
     small='A tenth of the images, four epochs in float32', tall=True)
+_half = {k: v+':share=.5' for k,v in _every.items() if '+' not in v}
+_shares = _table('shares', "Every method with half of the gradient, on six of each of scikit-learn's digits; the teacher has seen all", 'digits',
+    {'10-1 from 16-2':_few}, _half, tall=True)
+_shares_cifar = _table('shares-cifar10', "Every method with half of the gradient", 'cifar10', {'16-1 from 16-2':_tenth}, _half,
+    small='A tenth of the images, four epochs in float32', tall=True)
 
 # %% ../../nbs/experiments/research.ipynb #a0f5d1b5
 _tables = (_methods,_methods_cifar,_moonshine,_best_teacher,_sanity,_taps,_imagenet,_substitutions,
-    _stagewise,_compression,_teachers,_megabyte,_pruning)
+    _stagewise,_compression,_teachers,_megabyte,_pruning,_shares,_shares_cifar)
 research = {o.name:o for o in _tables}
 
 def table_of(

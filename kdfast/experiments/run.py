@@ -281,6 +281,8 @@ def _result(learn, run, told, dls, seconds):
     "What goes on record"
     history,shape = told['history'],image_shape(dls)
     last = {k:v[-1] for k,v in history.items() if k not in ('accuracy','top5','stage','epoch')}
+    sound = all(o.isfinite().all() for o in learn.student.parameters())
+    if not sound: raise ValueError(f"{run} diverged to weights that are not finite: lower its lr")
     costs = ({k:told[k] for k in ('parameters','MACs')} if run.chain else
         dict(parameters=count_params(learn.student), MACs=count_macs(learn.student, shape)))
     if run.params: costs['setting'] = _made(run, dls)[1]

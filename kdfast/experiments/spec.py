@@ -14,7 +14,7 @@ import torchvision
 from fastai.vision.all import *
 from ..data import data_sets, folder_dls, ImageFiles
 from ..distill import activations, core, features, logits, online, relations, similarity
-from ..models import convs, nets, structured
+from ..models import cifar, convs, nets, structured
 from ..compress.export import export_onnx, export_program
 from ..compress.factorize import CPDecomposition, SpatialSVD, Tucker2
 from ..compress.pipeline import Step
@@ -66,20 +66,20 @@ def _described(c):
 def method_table() -> pd.DataFrame: # One row a method: what it compares, arguments with their defaults, paper
     "The methods, from their signatures and docstrings"
     told = lambda o: f'{o:.3g}' if isinstance(o, float) else o
-    args = lambda c: ':'.join(f'{k}={told(p.default)}' for k,p in inspect.signature(c).parameters.items() if k!='pairs')
+    args = lambda c: ':'.join(f'{k}={told(p.default)}' for k,p in inspect.signature(c).parameters.items() if k not in ('pairs','share'))
     rows = [(k, _described(c)[0], args(c), _described(c)[1]) for k,c in methods().items()]
     return pd.DataFrame(rows, columns=['method','compares','arguments','paper']).set_index('method').rename_axis(None)
 
 # %% ../../nbs/experiments/spec.ipynb #fd874876
 def _number(name, text, read=ast.literal_eval):
     try: return read(text)
-    except (ValueError,SyntaxError): raise ValueError(f"{name}={text} is no number: write an argument as name=number") from None
+    except (ValueError,SyntaxError,MemoryError,RecursionError): raise ValueError(f"{name}={text[:40]} is no number: write an argument as name=number") from None
 
 _phases = 'since','until','ramp'
 
 def _check_kind(name, key, value):
     "Raises `ValueError` for what is no finite number where one stands by default"
-    usual = 0. if key in _phases else inspect.signature(methods()[name]).parameters[key].default
+    usual = 0. if key in (*_phases,'share') else inspect.signature(methods()[name]).parameters[key].default
     number = lambda o: isinstance(o, (int,float)) and not isinstance(o, bool)
     if number(usual) and not (number(value) and math.isfinite(value)): raise ValueError(f"{name} takes a finite number as {key}, got {value}")
 
@@ -89,6 +89,7 @@ def _term(name, *args):
     given = {k:True if k in flags and not eq else _number(k, v) for k,eq,v in (o.partition('=') for o in args)}
     only(f'method {name}', given, dict.fromkeys([*takes,*_phases]))
     for k,v in given.items(): _check_kind(name, k, v)
+    if 'share' in given: convs.check_one(**{k:given.get(k) for k in ('share','weight',*_phases)})
     phase = {k:given.pop(k) for k in _phases if k in given and k not in takes}
     try: term = methods()[name](**given)
     except TypeError as e: raise ValueError(f"{':'.join([name, *args])} has an argument of the wrong type: {e}") from e
@@ -138,16 +139,17 @@ def _by_name():
     ours = {n:getattr(nets, n) for n in nets.__all__ if inspect.isfunction(getattr(nets, n)) and 'n_out' in takes(getattr(nets, n))}
     return {n:f for n,f in ours.items() if {k for k,p in takes(f).items() if p.default is p.empty}<={'size'}}
 
-def _known_networks(): return [*(f'resnet{d}' for d in nets.resnet_depths), *_by_name(), 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)']
+def _known_networks(): return [*(f'resnet{d}' for d in nets.resnet_depths), *_by_name(), 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)', 'cifar-resnet8x4 (and others, see cifar_net)']
 
 def network_of(
-    name:str, # 'resnet10', 'wrn-16-1', 'timm:resnet10t', or torchvision's, with or without 'torchvision.'; raises `ValueError` otherwise
+    name:str, # 'resnet10', 'wrn-16-1', 'cifar-resnet8x4', 'timm:resnet10t', or torchvision's, with or without 'torchvision.'; raises `ValueError` otherwise
     size:int=32 # Side of the images, pixels: up to 32 a resnet gets the small stem
 ): # As `distill_learner` takes a student: called with `n_out`, or an architecture
     "The network that `name` stands for, with random weights"
     if name.startswith('timm:'): return timm_name(name.removeprefix('timm:'))
     name,ours = name.removeprefix('torchvision.'),not name.startswith('torchvision.')
     wide,plain = (ours and re.fullmatch(o, name) for o in (r'wrn-(\d+)-((?=.*[1-9])\d+\.?\d*)', r'resnet-?(\d+)'))
+    if ours and name.startswith('cifar-'): return partial(cifar.cifar_net, one_of('network for CIFAR', name.removeprefix('cifar-'), cifar.cifar_nets))
     if wide: return partial(nets.wrn, int(wide[1]), float(wide[2]))
     if plain and int(plain[1]) in nets.resnet_depths: return partial(nets.resnet, int(plain[1]), stem='small' if size<=32 else 'imagenet')
     if ours and (func := _by_name().get(name)): return partial(func, size) if 'size' in inspect.signature(func).parameters else func

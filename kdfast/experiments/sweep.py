@@ -265,8 +265,28 @@ def _one_of(sweep, i, n, retry, device):
 
 # %% ../../nbs/experiments/sweep.ipynb #6d4d739a
 @patch
+def _is_sound(self:Sweep, run):
+    "Whether the file of a run holds the network on record"
+    net,weights = network_at(run, dls_of(run, self.path)),self.records.get(run).get('weights')
+    try: load_network(net, self.file_of(run))
+    except ValueError: return False
+    return weights in (None,digest(net))
+
+@patch
+def _put_aside(self:Sweep):
+    "Damaged networks that others wait for, which are trained again"
+    waiting = [o for o in self.runs if self.records.get(o) is None]
+    for run in dict.fromkeys(t for o in waiting for t in o.needs if t not in self.files and self.ready(t)):
+        if self._is_sound(run): continue
+        file = self.file_of(run)
+        file.replace(file.with_name(f'{file.name}.damaged'))
+        print(f"{file} is not the network on record: it is kept as {file.name}.damaged, and {run.student} is trained again", flush=True)
+
+@patch
 def _look(self:Sweep):
-    with in_turn(): self._same_images(self.runs[0], dls_of(self.runs[0], self.path))
+    with in_turn():
+        self._same_images(self.runs[0], dls_of(self.runs[0], self.path))
+        self._put_aside()
 
 # %% ../../nbs/experiments/sweep.ipynb #d7933663
 class _Batches(Callback):

@@ -10,8 +10,20 @@ __all__ = ['to_width', 'ToGrid', 'hint_adapter', 'Adapted', 'bare_model', 'adapt
 # %% ../../nbs/layers/adapters.ipynb #fff720f8
 from copy import deepcopy
 from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from ..losses.core import to_size
 from ..models.convs import init_he
+
+# %% ../../nbs/layers/adapters.ipynb #741a69c2
+class _OfOne:
+    "Where a batch has one value a channel, which has no statistics, takes those of the batches before"
+    def forward(self, x):
+        if x.numel()>x.shape[1] or not self.training: return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+class Norm1d(_OfOne, nn.BatchNorm1d): pass
+class Norm2d(_OfOne, nn.BatchNorm2d): pass
 
 # %% ../../nbs/layers/adapters.ipynb #7642e7cf
 def to_width(
@@ -19,7 +31,7 @@ def to_width(
     nf:int # Channels of the teacher's
 ) -> nn.Module: # A 1x1 convolution and a batch norm
     "The adapter that changes the width of maps and nothing else"
-    return init_he(nn.Sequential(nn.Conv2d(ni, nf, 1, bias=False), nn.BatchNorm2d(nf)))
+    return init_he(nn.Sequential(nn.Conv2d(ni, nf, 1, bias=False), Norm2d(nf)))
 
 class ToGrid(nn.Module):
     "Feature maps `(bs,c,h,w)`, interpolated to `size` if they have another"
@@ -40,7 +52,7 @@ def hint_adapter(
     "The regressor from the student's features to the teacher's (arXiv:1412.6550), with a bias where `relu`, or no norm, follows"
     if s[1:]==t[1:] and not relu: return None
     (ni,*si),(nf,*sf) = s[1:],t[1:]
-    bias,bn = relu or not norm,nn.BatchNorm1d if len(s)==2 else nn.BatchNorm2d
+    bias,bn = relu or not norm,Norm1d if len(s)==2 else Norm2d
     ends = ([bn(nf)] if norm else []) + ([nn.ReLU()] if relu else [])
     if len(s)==len(t)==2: return nn.Sequential(nn.Linear(ni, nf, bias=bias), *ends)
     if not len(s)==len(t)==4: raise ValueError(f"A hint adapts feature maps, or vectors, got {tuple(s)} and {tuple(t)}: choose other pairs")
@@ -79,27 +91,34 @@ class Adapted(nn.Module):
 
     @staticmethod
     def _bare_keys(self, state, prefix, meta):
-        start = prefix+'model.'
+        start,own = prefix+'model.',prefix+'adapters.'
+        meta['adapters'] = {k[len(own):]:state.pop(k) for k in [*state] if k.startswith(own)}
         for k in [k for k in state if k.startswith(start)]: state[prefix+k[len(start):]] = state.pop(k)
 
     @staticmethod
-    def _own_keys(self, state, prefix, *_):
-        adapters = {prefix+'adapters.'+k:v for k,v in self.adapters.state_dict().items()}
-        for k in [k for k in state if k.startswith(prefix) and k not in adapters]: state[prefix+'model.'+k[len(prefix):]] = state.pop(k)
-        for k in adapters: state.setdefault(k, adapters[k])
+    def _own_keys(self, state, prefix, meta, *_):
+        own,saved = prefix+'adapters.',dict(meta.get('adapters', {}))
+        saved.update({k[len(own):]:state.pop(k) for k in [*state] if k.startswith(own)})  # as files of before 0.1 have them
+        for k in [k for k in state if k.startswith(prefix)]: state[prefix+'model.'+k[len(prefix):]] = state.pop(k)
+        for k,v in self.adapters.state_dict().items(): state[own+k] = saved[k] if k in saved and saved[k].shape==v.shape else v
 
 # %% ../../nbs/layers/adapters.ipynb #e1947846
+def _inside(model):
+    "What `model` wraps, None if it wraps nothing"
+    if isinstance(model, Adapted): return model.model
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)): return model.module
+    return model._modules.get('_orig_mod')  # of torch.compile
+
 def bare_model(
-    model:nn.Module # Possibly wrapped, by `Adapted`, `DistributedDataParallel` or both
+    model:nn.Module # Possibly wrapped: by `Adapted`, `DistributedDataParallel`, `AveragedModel`, `torch.compile`, or several of them
 ) -> nn.Module: # What was wrapped
     "The network itself"
-    if isinstance(model, Adapted): return bare_model(model.model)
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return bare_model(model.module)
+    while (inner := _inside(model)) is not None: model = inner
     return model
 
 def adapters_of(
-    model:nn.Module # Possibly wrapped by `DistributedDataParallel`
+    model:nn.Module # Possibly wrapped, as for `bare_model`
 ) -> dict: # Name to module, empty where there are none
     "The adapters that stand beside `model`"
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): return adapters_of(model.module)
+    while not isinstance(model, Adapted) and (inner := _inside(model)) is not None: model = inner
     return model.adapters if isinstance(model, Adapted) else {}

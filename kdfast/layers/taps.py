@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from fastcore.basics import noop, tuplify
 from torch import nn
-from ..core import probing
+from ..core import eagerly, is_compiled, probing, run_as
 
 # %% ../../nbs/layers/taps.ipynb #fd580d5e
 given_mark = ':in'
@@ -42,11 +42,12 @@ def get_layer(
 def calls_of(model, x):
     "`(name, module, input, output, its version)` of every layer from tensor to tensor, as they finish; the whole model, '', is the last"
     calls,device = [],next(model.parameters(), torch.empty(0)).device
+    xb = tuple(o.to(device) for o in tuplify(x))
     def record(name, m, args, out):
         if args and all(isinstance(o, torch.Tensor) for o in (args[0],out)): calls.append((name, m, args[0], out, out._version))
     handles = [m.register_forward_hook(partial(record, n)) for n,m in model.named_modules()]
     try:
-        with probing(model): model(*(o.to(device) for o in tuplify(x)))
+        with probing(model), eagerly(model), run_as(type(model).__name__, model, xb): model(*xb)
     finally:
         for h in handles: h.remove()
     return calls
@@ -62,6 +63,12 @@ def layer_sizes(
     return {n:tuple(out) for n,(_,_,out) in trace(model, x).items()}
 
 # %% ../../nbs/layers/taps.ipynb #3bf39de6
+def _notice_hooks():
+    "Let networks that ran compiled before they had hooks be compiled again with them: torch takes for granted that there will be none"
+    if torch._dynamo.config.skip_nnmodule_hook_guards: torch._dynamo.reset()
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+# %% ../../nbs/layers/taps.ipynb #7af6bb0a
 class Taps:
     "What `layers` of `model` output in its last forward pass, or take, for a name with ':in'; hooks stand only inside a `with` block"
     def __init__(self,
@@ -71,9 +78,10 @@ class Taps:
         layouts=None # Layer name to what makes feature maps of its features, as `layouts_read` finds them
     ):
         self.layers,self.clone,self.layouts = {n:get_layer(model, n) for n in layers},set(clone),layouts or {}
-        self.outs,self.versions,self.graphs,self.handles = {},{},{},[]
+        self.outs,self.versions,self.graphs,self.handles,self.compiled = {},{},{},[],is_compiled(model)
 
     def __enter__(self):
+        if self.compiled: _notice_hooks()
         after = lambda n,m: m.register_forward_hook(partial(self._keep, n))
         before = lambda n,m: m.register_forward_pre_hook(partial(self._keep_given, n))
         self.handles = [(before if n.endswith(given_mark) else after)(n, m) for n,m in self.layers.items()]
@@ -112,7 +120,16 @@ class Once(Taps):
         last=() # Names of those that may be called again
     ):
         super().__init__(model, layers)
-        self.last = set(last)
+        self.model,self.last = model,set(last)
+
+    def __enter__(self):
+        self.eager = eagerly(self.model)
+        self.eager.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        super().__exit__(*args)
+        self.eager.__exit__(*args)
 
     def _keep(self, name, m, args, out):
         if name in self.outs and name not in self.last: called_again(name)

@@ -3,3 +3,4 @@ from .plots import *
 from .compare import *
 from .show import *
 from .probe import *
+from .outlook import *

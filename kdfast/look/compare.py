@@ -11,7 +11,7 @@ __all__ = ['show_attention', 'calibration_error', 'agreement', 'linear_cka', 'la
 import itertools
 from collections import namedtuple
 from fastai.vision.all import *
-from ..core import keep_rng, probing, seen_by
+from ..core import keep_rng, logits_of, probing, seen_by
 from ..layers.adapters import bare_model
 from ..layers.pairs import pair_layers, stage_taps
 from ..layers.taps import Once
@@ -26,13 +26,15 @@ def teacher_callback_of(learn):
     return cb
 
 def _networks(learn, control):
-    "Name to a network and what is done to its inputs"
+    "Name to a network, what is done to its inputs, and what is read of its outputs"
     cb = teacher_callback_of(learn)
-    nets = dict(teacher=(cb.network,cb.tfm), student=(bare_model(learn.model),None))
-    if control is not None: nets['control'] = bare_model(control.model if isinstance(control, Learner) else control),None
+    nets = dict(teacher=(cb.network,cb.tfm,cb.picked), student=(bare_model(learn.model),None,logits_of))
+    if control is not None: nets['control'] = bare_model(control.model if isinstance(control, Learner) else control),None,logits_of
     return nets
 
-def _seen(net, tfm, xb): return seen_by(tfm, to_device(xb, next(net.parameters()).device))
+def _seen(net, tfm, xb):
+    plain = tuple(o.as_subclass(Tensor) for o in xb)  # fastai's types and compiled networks do not always agree
+    return seen_by(tfm, to_device(plain, next(net.parameters()).device))
 
 # %% ../../nbs/look/compare.ipynb #765a6865
 def _maps(net, tfm, x, layers):
@@ -46,10 +48,10 @@ def _maps(net, tfm, x, layers):
 def _columns(learn, control, x, stage):
     "Title to maps"
     nets = _networks(learn, control)
-    (theirs,tfm),(ours,_) = nets['teacher'],nets['student']
+    (theirs,tfm,_),(ours,*_) = nets['teacher'],nets['student']
     with keep_rng(): pairs = [*pair_layers(ours, theirs, *_seen(ours, None, (x[:1],)), tfm=tfm).items()]
     pairs = pairs if stage is None else [pairs[stage]]
-    maps = {k: _maps(net, tfm, x, [b if k=='teacher' else a for a,b in pairs]) for k,(net,tfm) in nets.items()}
+    maps = {k: _maps(net, tfm, x, [b if k=='teacher' else a for a,b in pairs]) for k,(net,tfm,_) in nets.items()}
     return {f'{k}\n{pair[k=="teacher"]}': m[i] for i,pair in enumerate(pairs) for k,m in maps.items()}
 
 # %% ../../nbs/look/compare.ipynb #6091c030
@@ -89,22 +91,28 @@ Agreement = namedtuple('Agreement', 'overall classes')
 Agreement.__doc__ = "What `agreement` finds: one row a network, and one row a class"
 
 # %% ../../nbs/look/compare.ipynb #b454525d
-def _probabilities(nets, dl):
-    "Name to probabilities `(n,c)` on all of `dl`, and the labels"
+def probabilities(
+    nets:dict, # Name to a network, what is done to its inputs, and what is read of its outputs
+    dl # Batches of inputs and labels
+) -> tuple: # Name to probabilities `(n,c)`, and the labels
+    "What networks answer to all of `dl`"
     found,labels = {k:[] for k in nets},[]
-    with keep_rng(dl), probing(*(net for net,_ in nets.values())):
+    with keep_rng(dl), probing(*(net for net,*_ in nets.values())):
         for *xb,y in dl:
-            for k,(net,tfm) in nets.items(): found[k].append(net(*_seen(net, tfm, xb)).float().softmax(1).cpu())
+            for k,(net,tfm,read) in nets.items(): found[k].append(read(net(*_seen(net, tfm, xb))).float().softmax(1).cpu())
             labels.append(y.cpu())
     return {k:torch.cat(v) for k,v in found.items()},torch.cat(labels).as_subclass(Tensor)
 
+# %% ../../nbs/look/compare.ipynb #5e687879
 def agreement(
     learn:Learner, # From `distill_learner`, with a teacher; a classifier with one label an image
     control=None # A learner or network of the student's architecture, trained without the teacher
 ) -> Agreement: # `overall`: accuracy, agreement with the teacher, ECE; `classes`: accuracy by class, and `helped`, student minus control
     "How often student, teacher, control and labels agree on the validation data, how sure they are, and which classes the teacher helped"
-    probs,y = _probabilities(_networks(learn, control), learn.dls.valid)
-    if y.ndim!=1: raise ValueError(f"agreement takes one label an image, got labels of shape {tuple(y.shape)}")
+    probs,y = probabilities(_networks(learn, control), learn.dls.valid)
+    sizes = {k:p.shape[1] for k,p in probs.items()}
+    if y.ndim!=1 or len({*sizes.values()})>1: raise ValueError(f"agreement takes networks with the same classes and one label an image, "
+        f"got {', '.join(f'{n} outputs of the {k}' for k,n in sizes.items())} and labels of shape {tuple(y.shape)}: pass teacher_vocab to distill_learner")
     says = {k:p.argmax(1) for k,p in probs.items()}
     overall = {k:dict(accuracy=(o==y), agrees=(o==says['teacher'])) for k,o in says.items()}
     rows = {k:{'accuracy':o['accuracy'].float().mean().item(), 'ECE':calibration_error(probs[k], y),
@@ -153,7 +161,7 @@ def layer_similarity(
     "Linear CKA between the layers of student and teacher"
     with keep_rng(learn.dls.valid): xs = [b[0] for b in itertools.islice(learn.dls.valid, -(-n//learn.dls.valid.bs))]
     x = torch.cat([*xs])[:n].as_subclass(Tensor)
-    theirs,ours = (_features(*_networks(learn, None)[k], x) for k in ('teacher','student'))
+    theirs,ours = (_features(*_networks(learn, None)[k][:2], x) for k in ('teacher','student'))
     return pd.DataFrame([[linear_cka(a, b).item() for b in theirs.values()] for a in ours.values()], [*ours], [*theirs])
 
 # %% ../../nbs/look/compare.ipynb #b6ed5115

@@ -9,7 +9,7 @@ __all__ = []
 
 # %% ../../nbs/look/show.ipynb #7f388705
 from fastai.vision.all import *
-from ..core import device_of, keep_rng, logits_of, probing, seen_by
+from ..core import device_of, eagerly, keep_rng, logits_of, probing, seen_by
 from ..devices import autocast_dtype
 from ..layers.adapters import bare_model
 from ..layers.maps import layouts_read
@@ -24,7 +24,7 @@ from ..teacher.callback import NoTeacher
 def _sizes(net, layers, xb):
     "Layer to the size of what it puts out, in the order of the forward, its logits last as `output`"
     xb = to_device(xb, next((o.device for o in net.parameters()), xb[0].device))
-    with keep_rng(), probing(net), Taps(net, layers) as taps: out,features = logits_of(net(*xb)),{**taps.outs}
+    with keep_rng(), probing(net), eagerly(net), Taps(net, layers) as taps: out,features = logits_of(net(*xb)),{**taps.outs}
     layouts = layouts_read(net, xb, features)
     return {**{n:tuple(layouts.get(n, noop)(o).shape[1:]) for n,o in features.items()}, 'output':tuple(out.shape[1:])}
 
@@ -42,6 +42,7 @@ def _pairs_of(term):
     return {**{a:b or 'output' for a,b in term.layers.items()}, **outputs}
 
 def _weight_of(term):
+    if term.share: return f'share {term.share:g}'
     weights = [term.weight(p) for p in (0.,.5,1.)] if callable(term.weight) else [term.weight]
     return ' → '.join(f'{float(o):,.4g}' for o in weights)
 
@@ -50,9 +51,10 @@ def _told(term, plan):
     "Rows of the table: one a pair, one for each adapter that belongs to none"
     left = {k:f"{type(m).__name__}, {count_params(m):,} parameters" for k,m in term.adapters.items()}
     size = lambda sizes,n: '×'.join(map(str, sizes.get(n, ())))
-    pairs = [(term.label, _weight_of(term), a, size(plan.student, a), b, size(plan.teacher, b), left.pop(a, ''))
+    share = '' if term.measured is None else f'{term.measured[0].item():.2f}'
+    pairs = [(term.label, _weight_of(term), share, a, size(plan.student, a), b, size(plan.teacher, b), left.pop(a, ''))
         for a,b in _pairs_of(term).items()]
-    return pairs + [(term.label, '', k, '', '', '', v) for k,v in left.items()]
+    return pairs + [(term.label, '', '', k, '', '', '', v) for k,v in left.items()]
 
 # %% ../../nbs/look/show.ipynb #shwasked
 def _named(net): return f"{type(net).__name__} of {count_params(net):,} parameters"
@@ -69,15 +71,17 @@ def _asked(source):
 
 # %% ../../nbs/look/show.ipynb #2d521cbb
 @patch
-def show_distill(self:Learner) -> PrettyString: # Sizes are `channels×height×width`; a schedule's weights are at start, middle and end
+def show_distill(self:Learner) -> PrettyString: # Sizes are `channels×height×width`; a schedule's weights are at start, middle and end; print it in a script
     "Teacher, student, and for each term its weight, the layers it reads and its adapters; raises `ValueError` without a teacher"
     source = teacher_callback_of(self)
     plan = source.setup()
     rows = [o for t in source.terms for o in _told(t, plan)]
-    table = pd.DataFrame(rows, columns=['term','weight','student','size','teacher','size','adapter'])
+    table = pd.DataFrame(rows, columns=['term','weight','gradient','student','size','teacher','size','adapter'])
+    if all(t.measured is None for t in source.terms): table = table.drop(columns='gradient')
     task = first(t.task for t in source.terms if hasattr(t, 'task'))
     meant = f"\nOutputs: {task}" if task else ''
-    return PrettyString(f"Teacher: {_asked(source)}\nStudent: {_named(bare_model(self.model))}{meant}\n\n{table.to_string(index=False)}")
+    untold = f"\nGradients cannot be measured: {source.unmeasured}" if source.unmeasured else ''
+    return PrettyString(f"Teacher: {_asked(source)}\nStudent: {_named(bare_model(self.model))}{meant}{untold}\n\n{table.to_string(index=False)}")
 
 # %% ../../nbs/look/show.ipynb #b8b899f9
 def _ends(net, xb):

@@ -15,12 +15,12 @@ from .core import at_least_float, check_channels, check_maps, full_precision
 
 # %% ../../nbs/losses/relations.ipynb #91804ea4
 def embedding(
-    x:Tensor # Features, `(bs,d)`, or maps, `(bs,d,h,w)`; raises `ValueError` for tokens
+    x:Tensor # Features, `(bs,d)`, or feature maps, `(bs,d,h,w)` or `(bs,d,t,h,w)`; raises `ValueError` for tokens, which signals are not told from
 ) -> Tensor: # `(bs,d)`, at least float32
-    "One vector an image: maps are averaged over their positions"
-    if x.ndim not in (2,4): raise ValueError(
-        f"Features must be (bs,d) or maps (bs,d,h,w), got shape {tuple(x.shape)}: choose a layer that outputs one of them")
-    return at_least_float(x).mean((2,3)) if x.ndim==4 else at_least_float(x)
+    "One vector an image: feature maps are averaged over their positions"
+    if x.ndim not in (2,4,5) and tuple(x.shape[2:])!=(1,): raise ValueError(
+        f"Features must be (bs,d) or feature maps (bs,d,h,w), got shape {tuple(x.shape)}: choose a layer that outputs one of them")
+    return at_least_float(x).flatten(2).mean(2) if x.ndim>2 else at_least_float(x)
 
 # %% ../../nbs/losses/relations.ipynb #54f77d8d
 def _gram(x):

@@ -4,3 +4,4 @@ from .convs import *
 from .structured import *
 from .swap import *
 from .nets import *
+from .cifar import *

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.attention import sdpa_kernel, SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
-from ..core import bisect, input_shape, probing
+from ..core import bisect, eagerly, input_shape, probing
 from .convs import check_one
 
 # %% ../../nbs/models/measure.ipynb #69f289bb
@@ -35,12 +35,14 @@ def count_params(
 # %% ../../nbs/models/measure.ipynb #0b6e1ba1
 def zeros_for(
     model:nn.Module, # The result lies on the device of its first parameter
-    size:int|tuple, # As for `input_shape`
-    bs:int=1 # Number of images
-) -> torch.Tensor: # `(bs,c,h,w)`
+    size:int|tuple, # As for `input_shape`; for a network of anything but images a batch, a tensor or a tuple of them, whose values do not matter
+    bs:int=1 # Number of samples
+) -> tuple: # One tensor an input, `(bs,...)`
     "A batch of zeros that `model` can take"
     p = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.zeros(bs, *input_shape(size), device=p.device, dtype=p.dtype)
+    like = size if isinstance(size, tuple) and all(isinstance(o, torch.Tensor) for o in size) else (size,)
+    shapes = [(o.shape[1:],o.dtype) if isinstance(o, torch.Tensor) else (input_shape(o),p.dtype) for o in like]
+    return tuple(torch.zeros(bs, *s, device=p.device, dtype=p.dtype if d.is_floating_point else d) for s,d in shapes)
 
 # %% ../../nbs/models/measure.ipynb #d6b4be80
 @contextmanager
@@ -55,7 +57,7 @@ def _spelt_out(model):
 
 def count_macs(
     model:nn.Module, # Run once on one image of zeros, in eval mode
-    size:int|tuple, # Side of a square RGB image, `(h,w)`, or `(c,h,w)`
+    size:int|tuple, # Side of a square RGB image, `(h,w)`, `(c,h,w)`, or inputs, as for `zeros_for`
     parts:bool=False # Give a dictionary of what the total is made of instead
 ) -> int: # Multiply-adds of convolutions and matrix products, and what layers with a method `extra_macs` tell of others
     "Multiply-adds of one image, counted by torch while it runs"
@@ -63,7 +65,7 @@ def count_macs(
     counter,told = FlopCounterMode(display=False),Counter()
     hooks = [m.register_forward_hook(lambda m,x,y: told.update(m.extra_macs())) for m in model.modules() if hasattr(m, 'extra_macs')]
     try:
-        with probing(model), _spelt_out(model), counter: model(zeros_for(model, size))
+        with probing(model), eagerly(model), _spelt_out(model), counter: model(*zeros_for(model, size))
     finally:
         for h in hooks: h.remove()
     counts = {'convolutions and products': counter.get_total_flops()//2, **told}
@@ -76,18 +78,18 @@ def _megabytes(model):
     torch.save(model.state_dict(), f)
     return f.tell()/1e6
 
-def _seconds(model, x):
-    sync = torch.cuda.synchronize if x.is_cuda else lambda: None
+def _seconds(model, xb):
+    sync = torch.cuda.synchronize if xb[0].is_cuda else lambda: None
     sync()
     start = perf_counter()
-    model(x)
+    model(*xb)
     sync()
     return perf_counter()-start
 
 # %% ../../nbs/models/measure.ipynb #d82f30de
 def compare(
     models:dict, # Name to module
-    size:int|tuple, # Side of a square RGB image, `(h,w)`, or `(c,h,w)`
+    size:int|tuple, # Side of a square RGB image, `(h,w)`, `(c,h,w)`, or inputs, as for `zeros_for`
     bs:int=1, # Images at a time: 1 is latency, 64 is throughput
     reps:int=10 # Turns of each model, after one to warm up
 ) -> DataFrame: # One row a model
@@ -108,8 +110,8 @@ def _built(make, setting):
     except (RuntimeError,TypeError,ValueError): return make(setting)  # it looks at its weights, or is wrong anyway
 
 def _milliseconds(model, size, reps=10):
-    x = zeros_for(model, size)
-    with probing(model): return 1e3*median([_seconds(model, x) for _ in range(reps+1)][1:])
+    xb = zeros_for(model, size)
+    with probing(model): return 1e3*median([_seconds(model, xb) for _ in range(reps+1)][1:])
 
 def _settings(over):
     "How many settings there are beyond the first, and a function that gives each"

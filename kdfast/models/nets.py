@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/models/nets.html.md"""
 __all__ = ['wrn', 'resnet', 'plain_cnn', 'residual_cnn', 'mobile']
 
 # %% ../../nbs/models/nets.ipynb #9a8352bd
-import torch, torch.nn.functional as F
+import math, torch, torch.nn.functional as F
 from collections import OrderedDict
 from torch import nn
 from ..core import input_shape
@@ -34,9 +34,9 @@ class PreActBlock(nn.Module):
         return out + (x if self.shortcut is None else self.shortcut(a))
 
 # %% ../../nbs/models/nets.ipynb #f887690c
-def _head(nf, n_out): return OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(nf, n_out))
+def head_of(nf, n_out): return OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(nf, n_out))
 
-def _stage(block, ni, nf, n, stride, conv): return nn.Sequential(*(block(nf if i else ni, nf, 1 if i else stride, conv) for i in range(n)))
+def stage_of(block, ni, nf, n, stride, conv): return nn.Sequential(*(block(nf if i else ni, nf, 1 if i else stride, conv) for i in range(n)))
 
 # %% ../../nbs/models/nets.ipynb #7d9471d5
 def wrn(
@@ -49,11 +49,12 @@ def wrn(
 ) -> nn.Sequential: # Stages `stem group1 group2 group3 bn act pool flat fc`; the groups' outputs have strides 1, 2, 4
     "WRN-`depth`-`k` (Zagoruyko and Komodakis, arXiv:1605.07146)"
     n,rest = divmod(depth-4, 6)
-    if rest or n<1: raise ValueError(f"The depth of a WRN is 6n+4 (10, 16, 22, 28, 34, 40, ...), got {depth}")
+    if rest or n<1 or not 0<k<math.inf: raise ValueError(
+        f"The depth of a WRN is 6n+4 (10, 16, 22, 28, 34, 40, ...) and its width above 0, got {depth} and {k}")
     nfs = [16, *(divisor*max(1, round(w*k/divisor)) for w in (16,32,64))]
-    groups = {f'group{i+1}': _stage(PreActBlock, nfs[i], nfs[i+1], n, 2 if i else 1, conv) for i in range(3)}
+    groups = {f'group{i+1}': stage_of(PreActBlock, nfs[i], nfs[i+1], n, 2 if i else 1, conv) for i in range(3)}
     return init_he(nn.Sequential(OrderedDict(stem=nn.Conv2d(n_in, 16, 3, padding=1, bias=False), **groups,
-        bn=nn.BatchNorm2d(nfs[3]), act=nn.ReLU(inplace=True), **_head(nfs[3], n_out))))
+        bn=nn.BatchNorm2d(nfs[3]), act=nn.ReLU(inplace=True), **head_of(nfs[3], n_out))))
 
 # %% ../../nbs/models/nets.ipynb #3f69e0ce
 class BasicBlock(nn.Module):
@@ -97,8 +98,8 @@ def resnet(
     if depth not in resnet_depths: raise ValueError(f"The depth of a resnet is one of {[*resnet_depths]}, got {depth}")
     if stem not in ('imagenet','small'): raise ValueError(f"stem is 'imagenet' or 'small', got {stem!r}")
     nfs = [max(1, round(w*width)) for w in (64,64,128,256,512)]
-    layers = {f'layer{i+1}': _stage(BasicBlock, nfs[i], nfs[i+1], n, 2 if i else 1, conv) for i,n in enumerate(resnet_depths[depth])}
-    return init_he(nn.Sequential(OrderedDict(stem=_stem(stem, n_in, nfs[0]), **layers, **_head(nfs[4], n_out))))
+    layers = {f'layer{i+1}': stage_of(BasicBlock, nfs[i], nfs[i+1], n, 2 if i else 1, conv) for i,n in enumerate(resnet_depths[depth])}
+    return init_he(nn.Sequential(OrderedDict(stem=_stem(stem, n_in, nfs[0]), **layers, **head_of(nfs[4], n_out))))
 
 # %% ../../nbs/models/nets.ipynb #939a0af2
 def _pooled(ni, nf, conv, act): return nn.Sequential(conv(ni, nf, 3, 1, bias=True), *([act()] if act else []), nn.MaxPool2d(2))
@@ -161,5 +162,5 @@ def mobile(
     "A convolution, then eleven depthwise separable ones"
     nfs = [divisor*max(1, round(w*width/divisor)) for w in (32,64,128,256,512)]
     depths = 1,2,2,6
-    layers = {f'layer{i+1}': _stage(_conv_layer, nfs[i], nfs[i+1], n, 2 if i else 1, conv) for i,n in enumerate(depths)}
-    return init_he(nn.Sequential(OrderedDict(stem=_conv_layer(n_in, nfs[0], 2, Full), **layers, **_head(nfs[4], n_out))))
+    layers = {f'layer{i+1}': stage_of(_conv_layer, nfs[i], nfs[i+1], n, 2 if i else 1, conv) for i,n in enumerate(depths)}
+    return init_he(nn.Sequential(OrderedDict(stem=_conv_layer(n_in, nfs[0], 2, Full), **layers, **head_of(nfs[4], n_out))))

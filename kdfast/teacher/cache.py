@@ -258,7 +258,7 @@ def _read(self:TeacherCache):
     "What the folder tells of itself, and its arrays"
     try:
         kept = json.loads((self.path/'meta.json').read_text())
-        return kept,{k:np.load(self.path/o, mmap_mode='r') for k,o in kept['files'].items()}
+        return kept,{k:np.load(self.path/Path(o).name, mmap_mode='r') for k,o in kept['files'].items()}  # of this folder alone
     except unreadable as e: raise ValueError(f"{self.path} is no cache, or a damaged one ({e}): choose a new folder, or delete it") from e
 
 @patch

@@ -11,13 +11,15 @@ __all__ = ['TeacherCallback', 'DistillCallback']
 from contextlib import ExitStack
 from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.vision.all import *
-from ..core import device_of, fingerprint, keep_rng, logits_of, probe_batch, probing, seen_by
+from ..core import device_of, fingerprint, keep_rng, logits_of, probe_batch, probing, run_as, seen_by
 from ..devices import autocast_dtype
 from ..layers.adapters import Adapted, adapters_of, bare_model
 from ..layers.maps import layouts_read
 from ..layers.taps import Once, Taps
 from ..losses.core import at_least_float
 from .inference import Frozen
+from .shares import Balance, gradients, norms_of_both, parts_of, TakesShare
+from .source import check_lacking
 
 # %% ../../nbs/teacher/callback.ipynb #0d3433f9
 class NoTeacher(nn.Module):
@@ -28,15 +30,15 @@ def check_source(cb, teacher='teacher'):
         f"{type(cb).__name__} has no teacher: use distill_learner, or add TeacherCallback({teacher}) to the learner's callbacks")
 
 # %% ../../nbs/teacher/callback.ipynb #8a57957d
-_settings = 'network','tfm','precision','compile','picks','n_out','about','outputs','axis','run'
+_settings = 'network','tfm','precision','compile','picks','n_out','about','outputs','axis','run','match'
 
 class TeacherCallback(Callback):
     "Runs a teacher once on every training batch, for all the `DistillCallback`s of a learner"
-    order,run_valid = Recorder.order+1,False
-    _stateattrs = ('network','tfm','plan','stack','frozen','frozen_key','taps','student_taps','out','finite','finite_key','about')
-    network,tfm,plan,stack,frozen,frozen_key,taps,student_taps,out,finite,finite_key,about = (None,)*11+('',)
+    order,run_valid,every,columns,unmeasured = Recorder.order+1,False,100,False,''
+    _stateattrs = ('network','tfm','match','plan','stack','frozen','frozen_key','taps','student_taps','out','finite','finite_key','about')
+    network,tfm,match,plan,stack,frozen,frozen_key,taps,student_taps,out,finite,finite_key,about = (None,)*12+('',)
     def __init__(self,
-        teacher:nn.Module, # A trained network, left as it is: a copy is asked, anew in each epoch if its weights have changed
+        teacher:nn.Module, # A trained network, left as it is: a copy of what wrappers hold runs, made anew in an epoch if its weights have changed
         tfm=None, # Applied to the student's inputs before the teacher sees them, for instance to normalize them otherwise
         precision='auto', # 'auto', 'float32', 'bf16', 'fp16' or a function such as `int8_teacher`; None runs the teacher itself
         compile:bool=False, # Compile the copy with `torch.compile`
@@ -48,7 +50,7 @@ class TeacherCallback(Callback):
     ):
         if not isinstance(teacher, nn.Module): raise TypeError(
             f"The teacher must be a module, got a {type(teacher).__name__}: pass learn.model, or use distill_learner")
-        self.network,self.tfm,self.precision,self.compile = teacher,tfm,precision,compile
+        self.network,self.tfm,self.precision,self.compile = bare_model(teacher),tfm,precision,compile
         self.picks,self.n_out,self.about,self.outputs,self.axis = picks,n_out,about,outputs,axis
 
     def after_create(self): self.setup()
@@ -93,6 +95,7 @@ def _epoch(self:TeacherCallback):
         with ExitStack() as self.stack: self.learn._do_epoch_train()
     except BaseException:
         self.learn.loss_func = loss_func  # MixUp would leave its own behind and call it forever
+        if self.opt is not None: self.opt.zero_grad()  # the next fit would add what this step had
         raise
     finally:
         if self.learn.loss_func is no_loss: self.learn.loss_func = loss_func
@@ -236,6 +239,7 @@ def train_mode(self:TeacherCallback) -> bool:
 def _forget(self:TeacherCallback):
     self.out,self.taps = None,{}
     self.student_taps.clear()
+    for t in self.terms: t.raw = None
 
 @patch
 def _watch(self:TeacherCallback):
@@ -249,6 +253,8 @@ def _watch(self:TeacherCallback):
     if self.frozen and any(isinstance(cb, ModelResetter) for cb in self.learn.cbs): getattr(self.frozen.net, 'reset', noop)()
     self.finite = torch.ones((), dtype=torch.bool, device=next(student.parameters()).device)
     layers = {n for t in self.watched for n in t.layers}
+    if layers and len(getattr(self.learn.model, 'device_ids', None) or ())>1: raise ValueError(
+        "nn.DataParallel trains copies, of whose layers only the last one's would be read: use DistributedDataParallel, as learn.distrib_ctx()")
     self.student_taps = self.stack.enter_context(Taps(student, layers, plan.clones, plan.student_layouts))
     self.stack.callback(self._forget)
 
@@ -258,10 +264,10 @@ def along(weight):
     return [float(weight(i/20)) if callable(weight) else weight for i in range(21)]
 
 # %% ../../nbs/teacher/callback.ipynb #3a1fcc5d
-class DistillCallback(Callback):
-    "Adds `weight` times what `term` computes to the loss of every training batch"
+class DistillCallback(Callback, metaclass=TakesShare):
+    "Adds `weight` times what `term` computes to the loss of every training batch, or what takes `share` of the gradient"
     order,run_valid,layers,reads_logits,label,now,value,total,count = 1,False,{},True,None,None,None,0.,0
-    taught,train_mode,stage,stages,reuses,last_calls = True,False,None,(None,2),True,()
+    taught,train_mode,stage,stages,reuses,last_calls,share,raw,measured,dominates,warned = True,False,None,(None,2),True,(),None,None,None,False,False
     def __init__(self,
         weight:float=1. # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`
     ):
@@ -280,10 +286,7 @@ class DistillCallback(Callback):
     def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
 
     @property
-    def adapters(self): return {k:adapters_of(self.learn.model)[n] for k,n in self.source.plan.names[self.label].items()}
-
-    @property
-    def asked(self): return [o for o in self.layers.values() if o is not None]
+    def adapters(self): return {k:adapters_of(self.learn.model)[n] for k,n in self.source.plan.names[self.label].items() if k!=balanced}
 
     def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's or to None, to those that the term reads"
     def prepare(self, probe): return {}
@@ -295,22 +298,21 @@ class DistillCallback(Callback):
         if x.numel()!=1: raise ValueError(f"{self.column} returned shape {tuple(x.shape)}, not a scalar: let its function end with .mean()")
 
     def before_fit(self):
-        self.total,self.count = 0.,0
+        self.total,self.count,self.shares = 0.,0,[]
         if self.source: self.source.setup()
 
     def before_train(self): check_source(self, 'teacher' if self.taught else 'NoTeacher()')
 
     def before_batch(self):
-        weight = self.weight(self.pct_train) if callable(self.weight) else self.weight
+        weight = 1. if self.share else self.weight(self.pct_train) if callable(self.weight) else self.weight
         self.now = weight if self.stage in self.stages else 0.
 
     def after_loss(self):
-        n,acts = find_bs(self.learn.xb),self.acts(self.now)
-        added = self.now*self.term() if acts else self.learn.loss.new_zeros(())
-        self._check_scalar(added)
-        self.value = added.detach()
-        self.total,self.count = self.total + n*self.value,self.count+n
-        self.learn.loss_grad = sum([added, *(self.extras() if acts else [])], start=self.learn.loss_grad)
+        acts = self.acts(self.now)
+        self.raw = self.now*self.term() if acts else self.learn.loss.new_zeros(())
+        self._check_scalar(self.raw)
+        if not (acts and self.share): self.add(self.raw, self.extras() if acts else [])
+        if self is self.source.terms[-1]: self.source.share_out()
 
     def after_epoch(self):
         if self.count and hasattr(self.learn, 'recorder'):
@@ -321,8 +323,72 @@ class DistillCallback(Callback):
                 _check_finite(hasattr(self.learn, 'lr_finder'), f"{' and '.join(bad)} put out NaN or infinity in epoch {self.epoch}: "
                     "lower the weight or the learning rate")
             missing = self.recorder.metric_names.index(self.label)-len(log)  # columns of a validation that was skipped
-            self.recorder.log = log + [None]*missing + [mean]
-        self.total,self.count = 0.,0
+            self.recorder.log = log + [None]*missing + [mean] + self.share_columns()
+        self.total,self.count,self.shares = 0.,0,[]
+
+# %% ../../nbs/teacher/callback.ipynb #1a2347d8
+balanced = ':balance'
+
+@patch(as_prop=True)
+def balance(self:DistillCallback): return adapters_of(self.learn.model)[self.source.plan.names[self.label][balanced]]
+
+@patch
+def add(self:DistillCallback, value, extras=()):
+    n,self.value = find_bs(self.learn.xb),value.detach()
+    self.total,self.count = self.total + n*self.value,self.count+n
+    self.learn.loss_grad = sum([value, *extras], start=self.learn.loss_grad)
+
+@patch(as_prop=True)
+def asked(self:DistillCallback):
+    "The teacher's layers that the term reads"
+    return [o for o in self.layers.values() if o is not None]
+
+# %% ../../nbs/teacher/callback.ipynb #445340d1
+@patch
+def share_out(self:TeacherCallback):
+    "Add terms with a share to the loss"
+    acting = sorted((t for t in self.terms if t.acts(t.now)), key=lambda t: not t.share)
+    shared = [t for t in acting if t.share]
+    left,i,every = 1-sum(t.share for t in shared),self.train_iter,self.every
+    now = i<4 or every and (not i%every or i<every and not i&(i-1)) if shared else every and i%every==every//2
+    if (now or self.columns and self.iter==3) and not self.unmeasured: self._measure(acting, left)
+    for t in shared: t.add(t.share/left*t.balance.ratio*t.raw, t.extras())
+
+def _no_share(term, why): raise ValueError(f"{term.label} has no share, since {why}: give it a weight")
+
+@patch
+def _measure(self:TeacherCallback, acting, left):
+    "Follow how large the gradients of terms with shares are beside that of the loss without them, and note what each term takes"
+    params = [p for p in bare_model(self.learn.model).parameters() if p.requires_grad]
+    labels,shared,scales = self.learn.loss_func is not no_loss,[t for t in acting if t.share],[]
+    try: rest,*own = [gradients(o, params) for o in (self.learn.loss_grad if labels else params[0].new_zeros(()), *(t.raw for t in acting))]
+    except RuntimeError as e:  # of networks whose forward can be gone back through once only
+        if shared: _no_share(shared[0], f"this network's gradients cannot be measured ({str(e)[:80]})")
+        self.unmeasured = str(e)
+        return
+    for t,g in zip(shared, own):
+        norms = norms_of_both(rest, g) or _no_share(t, "it and the labels have a gradient on no parameter together")
+        t.balance.follow(norms[0]/norms[1])
+        scales.append(t.share/left*t.balance.ratio)
+    n = len(shared)
+    for t,part in zip(acting, parts_of(rest, own[:n], scales, own[n:])): t.note_share(part)
+
+# %% ../../nbs/teacher/callback.ipynb #62c8c03d
+@patch
+def note_share(self:DistillCallback, part):
+    self.measured = part.detach()
+    self.shares.append(self.measured)
+
+@patch
+def share_columns(self:DistillCallback):
+    "Share and norm for the progress table, if requested; warns if little is left to the labels"
+    if not self.shares: return [None]*2*self.source.columns
+    share,norm,labels = maybe_gather(torch.stack(self.shares).mean(0)[None]).mean(0).tolist()
+    loud = labels>0 and share>.9 and not (self.share or self.dominates or self.warned)
+    if loud: warnings.warn(f"{self.label} has {100*share:.0f} % of the gradient in epoch {self.epoch}, which leaves little to the labels: "
+        f"pass {type(self).__name__}(share=.5), or a smaller weight")
+    self.warned = self.warned or loud
+    return [share,norm]*self.source.columns
 
 # %% ../../nbs/teacher/callback.ipynb #33307e49
 @patch
@@ -363,7 +429,8 @@ def _label(self:TeacherCallback, terms):
 @patch
 def _name_columns(self:TeacherCallback):
     if not hasattr(self.learn, 'recorder'): return
-    rec,names = self.recorder,[t.label for t in self.terms]
+    told = ('','_share','_norm') if self.columns else ('',)
+    rec,names = self.recorder,[t.label+o for t in self.terms for o in told]
     end = len(rec.metric_names)-rec.add_time
     rec.metric_names = L([*rec.metric_names[:end], *names, *rec.metric_names[end:]])
 
@@ -412,7 +479,10 @@ def setup(self:TeacherCallback):
     if self.network is None and terms and not any(t.taught for t in terms): self.network = NoTeacher()  # which no export keeps
     if self.network is None: return
     parts = bare_model(self.learn.model),self.network,self.dls,*terms
-    if not (self.plan and self.plan.holds(parts, adapters_of(self.learn.model))): self.plan = self._bind(*parts)
+    if not (self.plan and self.plan.holds(parts, adapters_of(self.learn.model))):
+        others = self.match and self.plan and self.plan.parts[2] is not self.dls
+        if others: check_lacking(self.match(self, self.dls), terms)  # they may have other classes, or be normalized otherwise
+        self.plan = self._bind(*parts)
     if self.opt is not None: self._own_adapters()
     return self.plan
 
@@ -420,6 +490,8 @@ def setup(self:TeacherCallback):
 @patch
 def _bind(self:TeacherCallback, student, network, dls, *terms):
     "Let each term choose its layers, and put its adapters into the model"
+    total = sum(t.share or 0 for t in terms)
+    if total>=1: raise ValueError(f"The shares of the terms sum to {total:g}, which leaves nothing to the labels: choose shares that add up to less than 1")
     asking = [type(t).__name__ for t in terms if t.taught]
     if asking and isinstance(network, NoTeacher): raise ValueError(f"{' and '.join(asking)} need a teacher: "
         "learn.remove_cb(TeacherCallback), then learn.add_cb(TeacherCallback(teacher))")
@@ -429,7 +501,7 @@ def _bind(self:TeacherCallback, student, network, dls, *terms):
     student = self._built(student, terms)
     probe = self._probe(student, terms)
     self._label(terms)
-    with torch.random.fork_rng(): made = [(t, t.prepare(probe)) for t in terms]
+    with torch.random.fork_rng(): made = [(t, {**t.prepare(probe), **({balanced:Balance()} if t.share else {})}) for t in terms]
     return Plan((student,network,dls,*terms), self._adapt(student, made), probe)
 
 # %% ../../nbs/teacher/callback.ipynb #setprob2
@@ -459,9 +531,10 @@ def _probe(self:TeacherCallback, student, terms):
         layers = {n for t in terms for n in t.layers},{n for t in terms for n in t.asked}
         last = {n for t in terms for n in t.last_calls}
         with Once(student, layers[0], last) as s, Once(self.network, layers[1], last) as t:
-            pred = student(*xs)
+            with run_as('student', student, xs): pred = student(*xs)
             if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): pred = logits_of(pred)  # which does so in training
-            target = self._compared(pred, None if isinstance(self.network, NoTeacher) else self.see(*xt), terms)
+            with run_as('teacher', self.network, xt): out = None if isinstance(self.network, NoTeacher) else self.see(*xt)
+            target = self._compared(pred, out, terms)
             clones,outs = s.overwritten(),[{n:o[n] for n in [*o.outs, *o.layers]} for o in (s,t)]  # in the order of the forward
         said = [o for o in (target,*outs[1].values()) if o is not None]
         _check_teacher(all(torch.isfinite(o).all() for o in said), "for a batch of zeros")
@@ -499,7 +572,9 @@ def _adapt(self:TeacherCallback, student, made):
     names = {t.label:{k:f'{t.label}_{k}'.replace('.', '_') for k in o} for t,o in made}
     adapters = [(t, names[t.label][k], m) for t,o in made for k,m in o.items()]
     if adapters:
-        learn.model = Adapted(student, {n: old[n] if keeps(t, n, m) else m.to(device) for t,n,m in adapters})
+        outer = learn.model.model if isinstance(learn.model, Adapted) else learn.model
+        if bare_model(outer) is not student or adapters_of(outer) or isinstance(outer, nn.DataParallel): outer = student
+        learn.model = Adapted(outer, {n: old[n] if keeps(t, n, m) else m.to(device) for t,n,m in adapters})
         if not isinstance(learn.splitter, AdaptedSplitter): learn.splitter = AdaptedSplitter(learn.splitter)
     return names
 

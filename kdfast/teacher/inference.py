@@ -14,7 +14,7 @@ from fastai.vision.all import *
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from ..core import eval_mode, logits_of, probing, random_like
+from ..core import eagerly, eval_mode, logits_of, probing, random_like
 from ..devices import autocast_dtype
 from ..layers.taps import get_layer, given_mark, Once, Taps, Truncated
 
@@ -110,7 +110,8 @@ class Frozen:
         own,last = precision is not None or train_mode,self.device.type=='cpu' or dtype in (torch.bfloat16,torch.float16)
         ways = [(dtype, own, last and own), (dtype, own, False)] + [(None, True, False), (None, False, False)][:2-train_mode]*(precision=='auto')
         for i,(self.dtype,self.own,self.last) in enumerate(ways):
-            try: self._make(model, xb)
+            try:
+                with eagerly(model): self._make(model, xb)
             except Exception as e:
                 if i==len(ways)-1: raise
                 if not i: why = f'{type(e).__name__}: {e}'

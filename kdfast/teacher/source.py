@@ -52,6 +52,10 @@ def one_after_another(*tfms): return reduce(lambda a,b: partial(_then, a, b) if 
 def lacks(classes): return (f"The teacher lacks the classes {', '.join(map(str, classes))} of the student: "
     "train it on them, or let it teach through features alone, as with FitNet()")
 
+def check_lacking(classes, terms):
+    if classes and any(o.taught and o.reads_logits for o in terms): raise ValueError(lacks(classes))
+
+# %% ../../nbs/teacher/source.ipynb #20751812
 def _numbers(o): return all(isinstance(k, int) for k in o)
 
 def _check_numbers(picks, c):
@@ -76,8 +80,10 @@ def normalizer(dls): return first(o for o in getattr(getattr(dls[0], 'after_batc
 
 def _load_teacher(path):
     with open(path, 'rb') as f, warnings.catch_warnings(), keep_rng():
-        warnings.simplefilter('ignore')
-        try: return load_learner(f)
+        warnings.filterwarnings('ignore', message='(?!load_learner)')  # which says that the file runs code
+        try:
+            if Path(path).suffix!='.pkl': raise ValueError("its name does not end in .pkl, and a learner runs what its file holds")
+            return load_learner(f)
         except Exception as e: raise ValueError(f"{path} cannot be loaded as a learner ({type(e).__name__}: {e}): "
             "write it with learn.export(), or load its weights into a module and pass that") from e
 
@@ -162,7 +168,7 @@ class Teacher:
     "A trained network of any origin, with the normalization and size of its images and the names of its classes"
     vocab,stats,known,size,mode = None,None,False,None,'bilinear'
     def __init__(self,
-        network, # A module, a `Learner`, the path of an exported learner, the name of a network of timm, or a member of a weights enum of torchvision
+        network, # A module, a `Learner`, the path of an exported learner, which runs code, the name of a network of timm, or a member of a weights enum of torchvision
         vocab=None, # Names of all its classes, in the order of its outputs, or the numbers of the outputs that are the student's classes
         weights=None, # A file with the weights of a network of timm, which are otherwise downloaded
         size=None, # Side or `(h,w)` of its images; by default what is recorded, None for the student's

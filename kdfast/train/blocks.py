@@ -86,8 +86,7 @@ class Staged(PartOf):
         self.register_state_dict_post_hook(self._no_adapters)
 
     @staticmethod
-    def _no_adapters(self, state, prefix, meta):
-        for k in [k for k in state if k.startswith(prefix+'adapters.')]: del state[k]
+    def _no_adapters(self, state, prefix, meta): del meta['adapters']
 
     def _adapt(self, tap, x, here): return self.by_tap.get(tap, noop)(x) if here else x
 
