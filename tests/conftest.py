@@ -10,6 +10,10 @@ def pytest_collection_modifyitems(items):
     "fastai's star import brings fastcore's `test_eq` and the like, which are no tests"
     items[:] = [i for i in items if i.function.__module__==i.module.__name__]
 
+def pytest_runtest_logreport(report):
+    "A run that is cut off tells what had failed"
+    if report.failed: print(f"\nFAILED {report.nodeid}: {report.longreprtext.splitlines()[-1]}", flush=True)
+
 @pytest.fixture(autouse=True)
 def _seed():
     set_seed(0)
