@@ -373,7 +373,7 @@ def _tell_table(research, records, schedule, out):
 
 # %% ../nbs/cli.ipynb #919fcb59
 def table(
-    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares or shares-cifar10; several with commas between
+    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, cifar100, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares or shares-cifar10; several with commas between
     schedule:str='short', # full: as published; short: 15 epochs; cpu: 12 to 20 epochs of a fifth; smoke: minutes on digits
     rows:str=None, # Some of the rows, with commas between
     arms:str=None, # Some of the columns, with commas between; the controls are always run

@@ -6,7 +6,7 @@ Docs: https://kdfast.github.io/kdfast/data.html.md"""
 
 # %% auto #0
 __all__ = ['digits_stats', 'BatchShift', 'BatchFlip', 'BatchResizedCrop', 'tensor_dls', 'digits_dls', 'cifar10_dls',
-           'imagenette_dls', 'imagenet_dls', 'folder_dls']
+           'cifar100_dls', 'imagenette_dls', 'imagenet_dls', 'folder_dls']
 
 # %% ../nbs/data.ipynb #8f4c7da6
 import functools, hashlib, tarfile, tempfile, zlib
@@ -322,14 +322,14 @@ def _images(folder):
     return files
 
 # %% ../nbs/data.ipynb #63c20ff2
-def _labels_of(folder): return {f:c for c,fs in _images(folder).items() for f in fs}
+def _labels_of(folder, nested=False): return {f: f.parent.name if nested else c for c,fs in _images(folder).items() for f in fs}
 
 def _some(files, labels, pct=1., per_class=None, seed=0):
     "A part of `files`, the same of each class"
     return [files[i] for i in stratified([labels and labels[f] for f in files], pct, per_class, seed)]
 
-def _split(root, parts, pct, seed):
-    train,valid = (_labels_of(root/p) for p in parts)
+def _split(root, parts, pct, seed, nested=False):
+    train,valid = (_labels_of(root/p, nested) for p in parts)
     odd = sorted({*train.values()} ^ {*valid.values()})
     wrong = f"has classes in {' and '.join(parts)} that differ: {odd}, so give each a folder in both" if odd else \
         _wrong_classes(train.values(), valid.values())
@@ -359,6 +359,13 @@ def _file_dls(train, valid, labels, bs, item_tfms, batch_tfms, stats, device, nu
     return Datasets(tls=tls).dataloaders(bs=bs, device=device, num_workers=num_workers, **tfms)
 
 # %% ../nbs/data.ipynb #3816f5c6
+def _cifar_dls(path, url, nested, stats, bs, pct, seed, in_memory, device, num_workers):
+    parts = ('train','test')
+    images,tfms = _split(_dataset(path, url, parts), parts, pct, seed, nested),[BatchShift(4), BatchFlip()]
+    if in_memory: return _memory_dls(*images, bs, None, None, tfms, stats, device)
+    return _file_dls(*images, bs, None, tfms, stats, device, num_workers)
+
+# %% ../nbs/data.ipynb #bb61f766
 @data_set(size=32, classes=10, images=(50_000,10_000), cifar10=URLs.CIFAR)
 def cifar10_dls(
     path=None, # A folder with `train` and `test`, or its archive; None downloads it
@@ -370,10 +377,24 @@ def cifar10_dls(
     num_workers:int=None # Processes that load files
 ) -> DataLoaders: # 50,000 images to train on, 10,000 to validate, 32 px
     "CIFAR-10 with 4-pixel shifts and flips; raises `ValueError` for a folder that is not like it"
-    parts = ('train','test')
-    images,tfms = _split(_dataset(path, URLs.CIFAR, parts), parts, pct, seed),[BatchShift(4), BatchFlip()]
-    if in_memory: return _memory_dls(*images, bs, None, None, tfms, cifar_stats, device)
-    return _file_dls(*images, bs, None, tfms, cifar_stats, device, num_workers)
+    return _cifar_dls(path, URLs.CIFAR, False, cifar_stats, bs, pct, seed, in_memory, device, num_workers)
+
+# %% ../nbs/data.ipynb #24878242
+cifar100_stats = ([.5071,.4867,.4408], [.2675,.2565,.2761])
+
+# %% ../nbs/data.ipynb #e613c19d
+@data_set(size=32, classes=100, images=(50_000,10_000), cifar100=URLs.CIFAR_100)
+def cifar100_dls(
+    path=None, # A folder with `train` and `test`, each with a folder per class or per superclass of classes; or its archive; None downloads it
+    bs:int=64, # Batch size
+    pct:float=1., # Fraction of each class to train on
+    seed:int=0, # Picks the part
+    in_memory:bool=False, # Keep the images as uint8 tensors: as accurate, many times faster
+    device=None, # fastai's default device
+    num_workers:int=None # Processes that load files
+) -> DataLoaders: # 50,000 images to train on, 10,000 to validate, 32 px, 100 classes
+    "CIFAR-100 with 4-pixel shifts and flips; raises `ValueError` for a folder that is not like it"
+    return _cifar_dls(path, URLs.CIFAR_100, True, cifar100_stats, bs, pct, seed, in_memory, device, num_workers)
 
 # %% ../nbs/data.ipynb #3ebfc8ff
 def _photo_dls(images, size, bs, in_memory, device, num_workers):

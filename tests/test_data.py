@@ -31,19 +31,24 @@ def home(tmp_path, monkeypatch):
     return folder
 
 def test_download_from_a_server(cifar, tmp_path):
-    "`path=None` is fastai's untar_data, here from an archive server on this machine"
-    shutil.make_archive(str(tmp_path/'www/cifar10'), 'gztar', cifar.parent, 'cifar10')
+    "`path=None` is fastai's untar_data, here from an archive server on this machine; CIFAR-100 has its classes in superclasses"
+    for part in ('train','test'):
+        for c,kind in (('3','odd'),('6','even'),('9','odd')): shutil.copytree(cifar/part/c, tmp_path/'cifar100'/part/kind/c)
+    for root in (cifar,tmp_path/'cifar100'):
+        made = Path(shutil.make_archive(str(tmp_path/'www'/root.name), 'gztar', root.parent, root.name))
+        made.rename(tmp_path/f'www/{root.name}.tgz')
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path/'www')
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    (tmp_path/'www/cifar10.tar.gz').rename(tmp_path/'www/cifar10.tgz')
+    url = f'http://127.0.0.1:{server.server_port}'
     code = ("from fastai.vision.all import *; from kdfast.all import *; "
-        f"URLs.CIFAR = 'http://127.0.0.1:{server.server_port}/cifar10.tgz'; print(len(cifar10_dls(bs=4, num_workers=0).train_ds))")
+        f"URLs.CIFAR,URLs.CIFAR_100 = '{url}/cifar10.tgz','{url}/cifar100.tgz'; "
+        "dls = [f(bs=4, num_workers=0) for f in (cifar10_dls,cifar100_dls)]; print(*(len(d.train_ds) for d in dls), dls[1].vocab)")
     try: res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, env={**os.environ, 'FASTAI_HOME':str(tmp_path/'home')})
     finally: server.shutdown()
     assert res.returncode==0, res.stderr
-    assert res.stdout.strip().endswith('36')
-    assert (tmp_path/'home/data/cifar10/train/3').is_dir()
+    assert res.stdout.strip().endswith("36 36 ['3', '6', '9']")
+    assert (tmp_path/'home/data/cifar10/train/3').is_dir() and (tmp_path/'home/data/cifar100/train/odd/9').is_dir()
 
 @pytest.mark.parametrize('kind,ext', [('gztar','tgz'), ('xztar','tar.xz')])
 def test_archives(kind, ext, imagenette, tmp_path, home):
@@ -137,6 +142,21 @@ def test_folders_that_are_no_data_set(cifar, tmp_path):
     with pytest.raises(ValueError, match='no images of 9'): cifar10_dls(cifar)
     for c in '369': shutil.rmtree(cifar/'train'/c)
     with pytest.raises(ValueError, match='no images of any class'): cifar10_dls(cifar)
+
+@pytest.mark.parametrize('in_memory', [False,True])
+def test_cifar_100_is_read_with_and_without_superclasses(in_memory, cifar, tmp_path, home):
+    "The same images, classes and parts, whether classes stand in folders of superclasses or not; an archive too"
+    nested = tmp_path/'cifar100'
+    for part in ('train','test'):
+        for c,kind in (('3','b'),('6','a'),('9','b')): shutil.copytree(cifar/part/c, nested/part/kind/c)
+    archive = shutil.make_archive(str(tmp_path/'packed'), 'xztar', nested)
+    one,*others = (cifar100_dls(o, bs=9, pct=.5, in_memory=in_memory, num_workers=0) for o in (cifar,nested,archive))
+    for o in others:
+        assert list(o.vocab)==list(one.vocab)==['3','6','9'] and len(o.train_ds)==len(one.train_ds)==18
+        of_class = lambda d,c: torch.cat([x[y==c] for x,y in d.valid]).sum((1,2,3)).sort().values
+        assert all(torch.equal(of_class(o, c), of_class(one, c)) for c in range(3))
+    shutil.rmtree(nested/'test/b/9')
+    with pytest.raises(ValueError, match=r"differ: \['9'\]"): cifar100_dls(nested, in_memory=in_memory)
 
 @pytest.mark.parametrize('in_memory', [False,True])
 def test_a_corrupt_image_is_named(in_memory, cifar):

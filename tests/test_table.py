@@ -8,7 +8,7 @@ from kdfast.experiments.run import Run, do_run, network_at
 from kdfast.experiments.sweep import with_controls
 from kdfast.cli import main
 from kdfast.core import digest
-from kdfast.experiments.spec import methods
+from kdfast.experiments.spec import methods, network_of, terms_of
 from kdfast.experiments.research import research, table_of
 from kdfast.experiments.tables import _schedules, estimate
 
@@ -92,6 +92,28 @@ def test_published_figures():
     assert (at('sanity', '16-1 from 40-1', 'AT'),at('sanity', '16-2 from 40-2', 'teacher'),at('taps', '40-1 DW', 'AT18'))==(91.81, 94.94, 91.34)
     assert at('imagenet', 'ResNet-34 DW', 'AT')==pytest.approx(100-30.16) and at('stagewise', 'plain CNN', '5 maps')==87.24
     assert (at('teachers', 'strong', 'KD'),at('budget-1mb', 'two groups', 'alone'),at('substitutions', 'hashed', 'KD+AT'))==(84.73, 78.59, pytest.approx(100-7.47))
+
+def test_cifar_100_as_published():
+    table = research['cifar100']
+    assert len(table.rows)==13 and all(set(table.published[o])=={'teacher', *table.arms} for o in table.rows)
+    assert [table.published['resnet8x4 from resnet32x4'][o] for o in ('teacher','alone','KD','CRD')]==[79.42, 72.5, 73.33, 75.51]
+    runs = {str(o.student):o for o in table.runs('full')}
+    lr = [runs['cifar-vgg8'].lr*.1**sum(e/240>=o for o in runs['cifar-vgg8'].steps) for e in (149, 150, 180, 210)]
+    assert lr==pytest.approx([.05,.005,.0005,.00005]) and runs['cifar-vgg8'].drop==.1 and runs['cifar-vgg8'].bs==64
+    assert (runs['cifar-mobilenetv2'].lr,runs['cifar-mobilenetv2'].teacher.lr)==(.01, .05)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('row', research['cifar100'].rows)
+def test_every_method_of_cifar_100_takes_a_step(row, quiet):
+    "All of a row's terms at once, over 100 classes"
+    run = table_of('cifar100').runs('full', [row], ['KD'])[-1]
+    x,y = torch.randint(256, (16,3,32,32), dtype=torch.uint8),[f'{i%100:02}' for i in range(16)]
+    dls = tensor_dls((x,y), (x[:2],y[:2]), bs=8)
+    teacher,student = (network_of(o)(n_out=16) for o in (run.teacher.student,run.student))
+    cbs = [o for arm,method in table_of('cifar100').arms.items() if arm!='alone' for o in terms_of(method)]
+    learn = quiet(distill_learner(dls, teacher, student, cbs=cbs), 1)
+    assert all(isinstance(o.layers, dict) or o.column=='kd' for o in cbs)
+    assert np.isfinite(learn.recorder.history[[o.column for o in cbs]].values).all()
 
 def test_the_full_schedule_is_the_published_one():
     run = table_of('sanity').runs('full')[0]

@@ -46,6 +46,20 @@ _sanity = _table('sanity', "Attention transfer's own setting: three pairs of wid
 _taps = _table('taps', "A separable WRN-40-1 with 3 to 18 taps", 'cifar10', {'40-1 DW':_taught('40-1', '40-2', conv='separable')},
     {'AT':'at', **{f'AT{n}':f'at:per_stage={n//3}' for n in (6,9,18)}})
 
+# %% ../../nbs/experiments/research.ipynb #f08f815d
+_pairs100 = {'wrn-40-2':'wrn-16-2 wrn-40-1 shufflenetv1', 'resnet56':'resnet20', 'resnet110':'resnet20 resnet32',
+    'resnet32x4':'resnet8x4 shufflenetv1 shufflenetv2', 'vgg13':'vgg8 mobilenetv2', 'resnet50':'mobilenetv2 vgg8'}
+_as_network = lambda o: o if o.startswith('wrn') else f'cifar-{o}'
+
+def _row100(student, teacher):
+    slow = dict(lr=.01) if student in ('mobilenetv2','shufflenetv1','shufflenetv2') else {}
+    return dict(student=_as_network(student), teacher=_as_network(teacher), **slow)
+
+_arms100 = {'KD':'kd:T=4:alpha=.9', 'FitNet':'fitnet:weight=100:relu', 'AT':'at:weight=1000:area=False', 'SP':'sp:weight=3000',
+    'VID':'vid:weight=1:pool_first', 'RKD':'rkd:weight=1:all_pairs', 'PKT':'pkt:weight=30000', 'NST':'nst:weight=50', 'CRD':'crd:weight=.8'}
+_cifar100 = _table('cifar100', "Seven pairs of one family and six of two, with the weights of the published comparison", 'cifar100',
+    {f'{s} from {t}':_row100(s, t) for t,students in _pairs100.items() for s in students.split()}, _arms100)
+
 # %% ../../nbs/experiments/research.ipynb #d442c5a2
 def _of_34(student, **kwargs): return dict(student=student, teacher='resnet34', **kwargs)
 
@@ -111,7 +125,7 @@ _shares_cifar = _table('shares-cifar10', "Every method with half of the gradient
     small='A tenth of the images, four epochs in float32', tall=True)
 
 # %% ../../nbs/experiments/research.ipynb #a0f5d1b5
-_tables = (_methods,_methods_cifar,_moonshine,_best_teacher,_sanity,_taps,_imagenet,_substitutions,
+_tables = (_methods,_methods_cifar,_moonshine,_best_teacher,_sanity,_taps,_cifar100,_imagenet,_substitutions,
     _stagewise,_compression,_teachers,_megabyte,_pruning,_shares,_shares_cifar)
 research = {o.name:o for o in _tables}
 

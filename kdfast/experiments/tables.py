@@ -21,11 +21,12 @@ from ..models.measure import count_macs
 
 # %% ../../nbs/experiments/tables.ipynb #5f5a4122
 _steps10 = dict(epochs=200, bs=128, lr=.1, wd=5e-4, steps=(.3,.6,.8), drop=.2)
+_steps100 = dict(epochs=240, bs=64, lr=.05, wd=5e-4, steps=(.625,.75,.875), drop=.1)
 _steps_imagenet = dict(epochs=100, bs=256, lr=.1, wd=1e-4, steps=(.3,.6,.9), drop=.1)
 _short10,_cpu10 = dict(epochs=15, bs=128, lr=1e-2, bf16=True),dict(epochs=12, bs=128, lr=1e-2, bf16=True)
 _nette = dict(bs=64, lr=3e-3, bf16=True)
-_schedules = {('full','cifar10'):_steps10, ('full','imagenet'):_steps_imagenet, ('full','imagenette'):dict(_nette, epochs=100, size=128),
-    ('short','cifar10'):_short10, ('short','imagenet'):dict(_short10, bs=256, lr=3e-3), ('cpu','cifar10'):_cpu10,
+_schedules = {('full','cifar10'):_steps10, ('full','cifar100'):_steps100, ('full','imagenet'):_steps_imagenet, ('full','imagenette'):dict(_nette, epochs=100, size=128),
+    ('short','cifar10'):_short10, ('short','cifar100'):dict(_short10, epochs=30, bs=64), ('short','imagenet'):dict(_short10, bs=256, lr=3e-3), ('cpu','cifar10'):_cpu10,
     ('short','imagenette'):dict(_nette, epochs=15, size=128), ('cpu','imagenette'):dict(_nette, epochs=20, size=64),
     **{(o,'digits'):dict(epochs=20, bs=20, lr=1e-2) for o in ('full','short','cpu')}}
 schedule_names = 'smoke','cpu','short','full'
