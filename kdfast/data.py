@@ -359,6 +359,8 @@ def _file_dls(train, valid, labels, bs, item_tfms, batch_tfms, stats, device, nu
     return Datasets(tls=tls).dataloaders(bs=bs, device=device, num_workers=num_workers, **tfms)
 
 # %% ../nbs/data.ipynb #3816f5c6
+cifar100_stats = ([.5071,.4867,.4408], [.2675,.2565,.2761])
+
 def _cifar_dls(path, url, nested, stats, bs, pct, seed, in_memory, device, num_workers):
     parts = ('train','test')
     images,tfms = _split(_dataset(path, url, parts), parts, pct, seed, nested),[BatchShift(4), BatchFlip()]
@@ -378,9 +380,6 @@ def cifar10_dls(
 ) -> DataLoaders: # 50,000 images to train on, 10,000 to validate, 32 px
     "CIFAR-10 with 4-pixel shifts and flips; raises `ValueError` for a folder that is not like it"
     return _cifar_dls(path, URLs.CIFAR, False, cifar_stats, bs, pct, seed, in_memory, device, num_workers)
-
-# %% ../nbs/data.ipynb #24878242
-cifar100_stats = ([.5071,.4867,.4408], [.2675,.2565,.2761])
 
 # %% ../nbs/data.ipynb #e613c19d
 @data_set(size=32, classes=100, images=(50_000,10_000), cifar100=URLs.CIFAR_100)

@@ -55,8 +55,8 @@ def _row100(student, teacher):
     slow = dict(lr=.01) if student in ('mobilenetv2','shufflenetv1','shufflenetv2') else {}
     return dict(student=_as_network(student), teacher=_as_network(teacher), **slow)
 
-_arms100 = {'KD':'kd:T=4:alpha=.9', 'FitNet':'fitnet:weight=100:relu', 'AT':'at:weight=1000:area=False', 'SP':'sp:weight=3000',
-    'VID':'vid:weight=1:pool_first', 'RKD':'rkd:weight=1:all_pairs', 'PKT':'pkt:weight=30000', 'NST':'nst:weight=50', 'CRD':'crd:weight=.8'}
+_arms100 = dict(KD='kd:T=4:alpha=.9', FitNet='fitnet:weight=100:relu', AT='at:weight=1000:area=False', SP='sp:weight=3000',
+    VID='vid:weight=1:pool_first', RKD='rkd:weight=1:all_pairs', PKT='pkt:weight=30000', NST='nst:weight=50', CRD='crd:weight=.8')
 _cifar100 = _table('cifar100', "Seven pairs of one family and six of two, with the weights of the published comparison", 'cifar100',
     {f'{s} from {t}':_row100(s, t) for t,students in _pairs100.items() for s in students.split()}, _arms100)
 
