@@ -37,8 +37,8 @@ def recipe(
 ) -> tuple: # Settings of a student's `Run`, and of its teacher's
     "How a table's runs are trained; raises `ValueError` where there is no such schedule"
     one_of('schedule', schedule, schedule_names)
-    smoke = dict(data='digits', epochs=2, bf16=True)
-    if schedule=='smoke': return dict(smoke, epochs=8 if data=='imagenette' else 2, pct=.5),smoke
+    smoke = dict(data='digits', epochs=2, pct=.25)
+    if schedule=='smoke': return dict(smoke, epochs=8 if data=='imagenette' else 2),smoke
     if (schedule,data) not in _schedules: raise ValueError(
         f"{data} is too large for the schedule {schedule}: choose short or full, on a GPU")
     teacher = dict(_schedules[schedule,data], data=data)
