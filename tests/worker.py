@@ -1,5 +1,4 @@
-"One of two processes (or the only one): trains as `test_processes` asks and saves the weights it ends with. Arguments: what to do, file"
-import sys
+"One of two processes (or the only one): trains as `test_processes` asks and saves the weights it ends with"
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.layers.adapters import adapters_of
@@ -29,10 +28,11 @@ def weights(model):
     return {k.removeprefix('module.'):v.detach().clone() for k,v in {**model.state_dict(), **beside}.items()}
 
 def main(how, file):
+    torch.set_num_threads(1)
     n,whole = max(1, num_distrib()),how=='norms'
     set_seed(0)
     if how=='gpus': torch.cuda.set_device(rank_distrib())
-    dls = digits_dls(64//n, per_class=40, seed=1, pad=0 if whole else 4, device='cpu' if how=='synced' else None)  # a string, as users give it
+    dls = digits_dls(64//n, per_class=40, seed=1, size=16, valid=64, pad=0 if whole else None, device='cpu' if how=='synced' else None)  # a string, as users give it
     if whole: dls = tensor_dls(*((first64(dls)),)*2, bs=64//n, stats=digits_stats)
     teacher = wrn(10, 2)
     terms = {'beside':[CRD(), DML(), FactorTransfer()], 'two-stages':[FactorTransfer(), FitNet(), KD()], 'shared':[KD(share=.3), FitNet(share=.2)]}.get(how, [KD(), AT(), FitNet()])
@@ -54,7 +54,3 @@ def main(how, file):
 def first64(dls):
     xs,ys = dls.train_ds.tls
     return xs.tfms.fs[0].images[:64],ys.tfms.fs[0].labels[:64]
-
-if __name__=='__main__':
-    torch.set_num_threads(1)
-    main(*sys.argv[1:])
