@@ -17,7 +17,7 @@ def exact():
     "Convolutions in float32, not TF32"
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False): yield
 
-def images(bs=20, per_class=4, pad=0, **kwargs): return digits_dls(bs, per_class=per_class, pad=pad, device=device, **kwargs)
+def images(bs=20, per_class=4, pad=0, **kwargs): return few_digits(bs, per_class, pad=pad, device=device, **kwargs)
 
 def far(a, b): return ((a.float().cpu()-b.float().cpu()).norm()/b.float().cpu().norm()).item()
 
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_a_cpu(name, trained, quiet):
             raise CancelFitException
     def grads(device):
         set_seed(0)
-        dls,keep = few_digits(20, per_class=4, pad=0, device=device),Keep()
+        dls,keep = few_digits(20, 4, pad=0, device=device),Keep()
         dls.train.rng.seed(0)
         quiet(learner(deepcopy(trained), term(name), keep, student=wrn(10, 1), dls=dls, precision='float32', opt_func=SGD), 1, 1e-3)
         return keep.grads

