@@ -37,7 +37,7 @@ def recipe(
 ) -> tuple: # Settings of a student's `Run`, and of its teacher's
     "How a table's runs are trained; raises `ValueError` where there is no such schedule"
     one_of('schedule', schedule, schedule_names)
-    smoke = dict(data='digits', epochs=2, pct=.25)
+    smoke = dict(data='digits', epochs=2, pct=.25, bs=20, size=32 if data=='imagenette' else 16)
     if schedule=='smoke': return dict(smoke, epochs=8 if data=='imagenette' else 2),smoke
     if (schedule,data) not in _schedules: raise ValueError(
         f"{data} is too large for the schedule {schedule}: choose short or full, on a GPU")
