@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
-.PHONY: demo test test-all check sync readme outputs docs bench bench-gpu wheels tables clean
+.PHONY: demo test test-all check sync readme outputs docs bench bench-gpu wheels tables rerun clean
 
 demo: .venv/installed
 	$(BIN)/kdfast demo
@@ -54,6 +54,11 @@ docs: .venv/developing
 # The tables in results/tables, from results/records.jsonl
 tables: .venv/developing
 	$(BIN)/kdfast table sanity,best-teacher,substitutions,stagewise,compression,teachers,budget-1mb --schedule cpu --report --out results
+
+# A cell of each committed table trained anew, or one by its name, beside its record: CELL='shares/10-1 from 16-2/kd' CIFAR=path IMAGENETTE=path make rerun
+CELL ?= random
+rerun: .venv/developing
+	$(BIN)/python -W ignore tools/rerun.py '$(CELL)' $(addprefix --cifar ,$(CIFAR)) $(addprefix --imagenette ,$(IMAGENETTE))
 
 # What a machine with a GPU makes of kdfast, in eight minutes; a machine without a registry takes its packages from `make wheels`
 bench-gpu:

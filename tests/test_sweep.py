@@ -116,10 +116,10 @@ class Stop(Callback):
         if self.n==self.at: raise KeyboardInterrupt
 
 resnet = Run(student='wrn-10-2', epochs=1, pct=.3, size=16)
-kinds = {'fitnet':replace(kd, method='kd+fitnet', epochs=3), 'steps':replace(kd.control, steps=(.3,.6), lr=.05, epochs=3), 'bf16':replace(kd, bf16=True, epochs=3),
+kinds = {'fitnet':replace(kd, method='kd+fitnet', epochs=3), 'steps':replace(kd.control, steps=(.3,.6), lr=.05, epochs=3), 'bf16':replace(kd, bf16=True, epochs=3, size=8),
     'late':replace(kd, method='at:since=.5', epochs=3), 'blocks':replace(kd, method='blocks', epochs=6), 'parallel':replace(kd, method='blocks-parallel', epochs=4),
     'labels first':replace(kd, method='blocks-pretrained', epochs=6), 'pruned':Run(student='wrn-10-2', start=resnet, method='kd', teacher=resnet, chain='prune:.5,factorize:.7', epochs=2, pct=.2, size=16),
-    'pretrained':Run(student='resnet18', pretrained=True, epochs=2, pct=.1, size=16)}
+    'pretrained':Run(student='resnet18', pretrained=True, epochs=2, pct=.05, size=16)}
 
 def imagenet_weights(net, folder, monkeypatch):
     "Where torch.hub keeps what it has downloaded"

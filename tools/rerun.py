@@ -1,6 +1,6 @@
 """Train a cell of each committed table anew, and compare it with its record: `make rerun CELL=random`
 
-    python tools/rerun.py random --minutes 20 --data cifar10=cifar10.tar.xz,imagenette=imagenette2-160.tgz
+    python tools/rerun.py random --minutes 20 --cifar cifar10.tar.xz --imagenette imagenette2-160.tgz
     python tools/rerun.py 'shares/10-1 from 16-2/fitnet'
 
 A cell is a run of results/records.jsonl that a table in results/tables shows: its row, its arm and one of its seeds. It is trained on the teacher that is committed, or on one that is trained first where none is. Two
@@ -32,7 +32,7 @@ def seed_noise(table, row, arm, cells):
 
 def run_of_cell(table, known, row, arm, rng):
     "One of the runs on record behind a cell"
-    runs = table.runs(schedule, [row], [arm], seeds=99)
+    runs = table.runs(schedule, [row], [arm], seeds=1+max(o.seed for o in known))
     return rng.choice([o for o in runs if (o.method=='control')==(arm=='alone') and o in known])
 
 def again(table, run, known, folder, data):
@@ -45,13 +45,13 @@ def again(table, run, known, folder, data):
         sweep.run()
         return 100*sweep.records.get(run)['accuracy']
 
-def compared(table, row, arm, known, cells, args, rng):
+def compared(table, row, arm, known, cells, args, data, rng):
     "A line for results/reruns.jsonl"
     run,noise = run_of_cell(table, known, row, arm, rng),seed_noise(table, row, arm, cells)
     told = dict(table=table.name, row=row, arm=arm, seed=run.seed, recorded=100*known[run]['accuracy'], noise=noise)
     minutes = float(estimate([run]).minutes[0])
     if minutes>args.minutes: return dict(told, state='not run', minutes=minutes)
-    start,now = time(),again(table, run, known, args.results, args.data)
+    start,now = time(),again(table, run, known, args.results, data)
     state = 'no seeds' if noise is None else 'agrees' if abs(now-told['recorded'])<=3*math.sqrt(2)*noise else 'differs'
     return dict(told, state=state, now=now, minutes=(time()-start)/60, **origin_of())
 
@@ -70,11 +70,11 @@ def main(argv=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('cell', help="random, or TABLE/ROW/ARM")
     parser.add_argument('--minutes', type=float, default=20., help="Cells that are likely to take longer are only named")
-    parser.add_argument('--data', default='', help="NAME=PATH of data that are not to be downloaded, with commas between")
+    for o in ('cifar','imagenette'): parser.add_argument(f'--{o}', help="Its folder or archive, downloaded if left out")
     parser.add_argument('--seed', type=int, default=None, help="Chooses the random cells, by default another one each time")
     parser.add_argument('--results', type=Path, default=root/'results')
     args = parser.parse_args(argv)
-    args.data,rng = dict(o.split('=', 1) for o in args.data.split(',') if o),random.Random(args.seed)
+    data,rng = dict(cifar10=args.cifar, imagenette=args.imagenette),random.Random(args.seed)
     with tempfile.TemporaryDirectory() as tmp:
         records = Records(Path(tmp)/'records.db')
         records.take(args.results/'records.jsonl')
@@ -84,7 +84,7 @@ def main(argv=None):
     except ValueError as e: parser.error(str(e))
     found = []
     for table,row,arm in todo:
-        found.append(told := compared(table, row, arm, known, cells, args, rng))
+        found.append(told := compared(table, row, arm, known, cells, args, data, rng))
         with open(args.results/'reruns.jsonl', 'a') as f: f.write(json.dumps(told)+'\n')
         now = f"{told['now']:.1f}" if 'now' in told else f"about {told['minutes']:.0f} minutes"
         print(f"{told['table']}, {row}, {arm}, seed {told['seed']}: {told['recorded']:.1f} on record, {now}: {told['state']}", flush=True)
