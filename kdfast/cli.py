@@ -278,7 +278,7 @@ def distill(
     lr:float=3e-3, # Highest learning rate of the one-cycle schedule
     wd:float=None, # Weight decay of the students, the optimizer's default of 0.01 if left out
     wd_groups:bool=False, # Scale the weight decay of compressed layers by their compression
-    bf16:bool=False, # Train in bfloat16
+    bf16:bool=False, # Train in bfloat16, or in float32 where the processor only emulates it
     from_files:bool=False, # Read images as they are needed instead of keeping them in memory; also done with a folder of more than 4 GB
     out:Path=Path('distill') # Folder for the results; what it holds is gone on with
 ):
@@ -332,7 +332,7 @@ def compress(
     teacher_file:Path=None, # The network, trained: weights, or an exported learner, .pkl, which runs code: open only what you trust
     bs:int=64, # Batch size
     lr:float=3e-3, # Highest learning rate of the one-cycle schedule
-    bf16:bool=False, # Train in bfloat16
+    bf16:bool=False, # Train in bfloat16, or in float32 where the processor only emulates it
     from_files:bool=False, # Read images as they are needed instead of keeping them in memory
     out:Path=Path('compress') # Folder for the results; what it holds is gone on with, and its .pkl files run code
 ):

@@ -138,6 +138,7 @@ longer = 'pruned','pretrained'
 @pytest.mark.parametrize('at', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_goes_on_as_if_nothing_had_happened(kind, at, tmp_path, monkeypatch):
     if kind=='pruned': pytest.importorskip('torch_pruning')
+    if kind=='bf16': monkeypatch.setenv('KDFAST_NATIVE_BF16', '1')
     set_seed(3)
     if kind=='pretrained': imagenet_weights(torchvision.models.resnet18(), tmp_path, monkeypatch)
     run,nets = kinds[kind],dict(teacher=wrn(10, 2), start=wrn(10, 2))
@@ -149,6 +150,25 @@ def test_training_goes_on_as_if_nothing_had_happened(kind, at, tmp_path, monkeyp
     assert again==result and all(torch.equal(a, b) for a,b in zip(weights, resumed))
     without = done(run, nets)
     assert without[1]==result and all(torch.equal(a, b) for a,b in zip(weights, without[0]))
+
+@pytest.mark.parametrize('chain', [None,'prune:.5'])
+def test_bfloat16_that_is_only_emulated_is_float32(chain, native):
+    "And the result says which it was; in float32 it is the run without bfloat16"
+    def fit(**kwargs):
+        run,seen = Run(student='wrn-10-0.5', epochs=1, pct=.1, size=8, bs=32, start=Run(student='wrn-10-0.5', size=8) if chain else None, chain=chain, **kwargs),set()
+        class Look(Callback):
+            def after_pred(self): seen.add((self.learn.model.fc.weight.dtype,self.learn.pred.dtype))
+        set_seed(0)
+        net = wrn(10, .5)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            learn,result = do_run(run, start=net if chain else None, cbs=Look())
+        assert any('float32 is computed in its place' in str(o.message) for o in said)==(run.bf16 and not native)
+        return result,{o for _,o in seen}
+    (half,types),(full,_) = fit(bf16=True),fit()
+    assert half['precision']==('bfloat16' if native else 'float32') and 'precision' not in full
+    assert types=={torch.bfloat16 if native else torch.float32}
+    if not native: assert half['history']['train_loss']==pytest.approx(full['history']['train_loss'], rel=1e-4)
 
 @pytest.fixture(scope='module')
 def cut(tmp_path_factory):

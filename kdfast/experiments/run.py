@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from fastai.vision.all import *
 from ..compress.pipeline import compressing
-from ..core import image_shape
+from ..core import device_of, image_shape
+from ..devices import native_bf16
 from ..distill.core import KD
 from .arm import machine_facts, run_arm
 from .checkpoint import EpochCheckpoint
@@ -53,7 +54,7 @@ class Run:
     steps:tuple=() # Parts of the fit at which the learning rate is multiplied by `drop`; none for one cycle
     drop:float=.2 # See `steps`
     wd_groups:bool=False # Scale the weight decay of compressed layers by their compression
-    bf16:bool=False # bfloat16, channels last
+    bf16:bool=False # bfloat16, channels last; plain float32 where a device only emulates it, which the result says as `precision`
     seed:int=0 # Decides weights, order and augmentation
     pretrained:bool=False # Start from the pretrained weights of torchvision's or timm's network and fine-tune, the new head first
     weights:str=None # `digest` of a network that was trained elsewhere: nothing is trained, and the `Sweep` is told its file
@@ -187,10 +188,16 @@ def _block_fit(learn, epochs, lr, stem=True, mode='stagewise', **how):
     return {} if run.fed is None else dict(fed=run.fed.to_dict('index'))
 
 # %% ../../nbs/experiments/run.ipynb #39035bae
+def in_bf16(learn):
+    "Or in float32, which is faster on a device that only emulates bfloat16"
+    device = device_of(learn.dls)
+    if native_bf16(device): return learn.to_bf16().to_channelslast()
+    warnings.warn(f"This {device.type} only emulates bfloat16: float32 is computed in its place")
+
 def fitter(epochs, lr, bf16=False, how='fit_one_cycle', method='', steps=(), drop=.2):
     schedule = schedule_of(method)
     def fit(learn):
-        if bf16: learn.to_bf16().to_channelslast()
+        if bf16: in_bf16(learn)
         if schedule is not None: return _block_fit(learn, epochs, lr, **schedule)
         if steps: return learn.fit(epochs, lr, cbs=ParamScheduler(dict(lr=sched_step(lr, steps, drop))))
         getattr(learn, how)(epochs, lr)
@@ -291,6 +298,7 @@ def _result(learn, run, told, dls, seconds):
     of_five,rate = first(history.get('top5', [])[-1:]),len(dls.train_ds)*len(history.get('accuracy') or history.get('train_loss', ()))/seconds
     scores = dict(accuracy=told['accuracy'], best=best, top5=None if run.chain else of_five, losses=last, history=history)
     speed = dict(costs, seconds=round(seconds, 1), images_per_second=round(rate, 1))
+    if run.bf16: speed['precision'] = 'bfloat16' if native_bf16(device_of(dls)) else 'float32'
     return dict(scores, **speed, images=images_of(dls), **more, **origin_of())
 
 # %% ../../nbs/experiments/run.ipynb #8db09b40
@@ -325,7 +333,7 @@ def _fitter(run, stem):
     fit = fitter(run.epochs, run.lr, run.bf16, 'fine_tune' if run.pretrained else 'fit_one_cycle', run.method, run.steps, run.drop)
     if not run.chain: return fit
     def in_steps(learn):
-        if run.bf16: learn.to_bf16().to_channelslast()
+        if run.bf16: in_bf16(learn)
         return compressing(steps_of(run.chain, stem), fitter(run.epochs, run.lr), seed=run.seed)(learn)
     return in_steps
 

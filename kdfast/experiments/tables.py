@@ -14,6 +14,7 @@ from operator import itemgetter
 from statistics import mean, stdev
 from fastai.vision.all import *
 from ..data import data_sets
+from ..devices import native_bf16
 from .run import images_in, Run
 from .spec import conv_of, network_of, one_of, student_at
 from ..look.plots import plot_history, plot_tradeoff
@@ -270,7 +271,7 @@ def _seconds_of(net, run, trains, left):
     y = torch.zeros(bs, dtype=torch.long, device=device)
     def step():
         start = time.perf_counter()
-        with torch.set_grad_enabled(trains), torch.autocast(device.type, torch.bfloat16, enabled=run.bf16):
+        with torch.set_grad_enabled(trains), torch.autocast(device.type, torch.bfloat16, enabled=run.bf16 and native_bf16(device)):
             loss = F.cross_entropy(net(x), y).float()
         if trains: loss.backward()
         loss.item()
