@@ -32,7 +32,7 @@ def main(argv=None):
         told = {}
         for schedule in args.schedules.split(','):
             n,told[f'{schedule}, hours'] = hours(research[name], schedule, args.limit)
-        rows.append(dict(table=name, data=research[name].data, runs=n, **{k:f'{v:,.0f}' if v>=10 else f'{v:.1f}' for k,v in told.items()}))
+        rows.append(dict(table=name, data=research[name].data, runs=n, **{k:round(v, 1) for k,v in told.items()}))
         print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     table['measured'] = f'{date.today()}, {processor()}'

@@ -1,4 +1,4 @@
-"""The `kdfast` command: `kdfast demo` on embedded data, `kdfast distill` on any
+"""The `kdfast` command: `kdfast demo` on bundled data, `kdfast distill` on any data
 
 Docs: https://kdfast.github.io/kdfast/cli.html.md"""
 

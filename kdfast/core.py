@@ -1,4 +1,4 @@
-"""What every module may use: probing networks, sampling batches, writing files atomically
+"""Shared helpers: probing networks, sampling batches, writing files atomically
 
 Docs: https://kdfast.github.io/kdfast/core.html.md"""
 

@@ -1,4 +1,4 @@
-"""`distill_learner`, the way out again, and bfloat16 on any device
+"""`distill_learner`, exporting the student, and bfloat16 on any device
 
 Docs: https://kdfast.github.io/kdfast/learner.html.md"""
 

@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.experiments.research import research
 from kdfast.layers.cut import PartOf
 
 def script(name):
@@ -137,6 +138,13 @@ def test_int8_says_nothing_of_another_network(monkeypatch, capsys):
 def test_the_committed_table_of_int8():
     rows = [o.split('|') for o in (Path(__file__).parent.parent/'results/int8_cost.md').read_text().splitlines() if '| int8 |' in o]
     assert len(rows)==4 and all(float(o[7])>1.2 and float(o[8])<.2 for o in rows)
+
+def test_hours_of_tables(tmp_path):
+    script('hours').main(['--tables','sanity,budget-1mb','--schedules','smoke','--limit','.1','--out',str(tmp_path)])
+    table = pd.read_csv(tmp_path/'hours.csv')
+    assert [*table.table]==['sanity','budget-1mb'] and [*table.runs]==[11,3] and table['smoke, hours'].between(0, 5).all() and table.measured.str.match(r'20\d\d-').all()
+
+def test_the_committed_hours_are_of_every_table(): assert {*pd.read_csv(results/'hours.csv').table}=={*research}
 
 # The script for a GPU
 

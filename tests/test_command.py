@@ -183,7 +183,7 @@ bad = {
     'student': (['--student','tiny'], "Unknown network 'tiny': choose from resnet10, resnet14"),
     'teacher': (['--teacher','resnet11'], "Unknown network 'resnet11'"),
     'depth': (['--teacher','wrn-17-1'], 'depth of a WRN is 6n+4'),
-    'data': (['--data','mnist'], 'choose from digits, cifar10, imagenette'),
+    'data': (['--data','mnist'], 'choose from digits, cifar10, cifar100, imagenette'),
     'path of digits': (['--path','x'], 'digits has no path'),
     'folder': (['--data','imagenette','--path','/nowhere'], "No such file or directory: '/nowhere'"),
     'teacher file': (['--teacher-file','/nowhere.pth'], "No such file or directory: '/nowhere.pth'"),

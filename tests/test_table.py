@@ -1,5 +1,5 @@
 "`kdfast table`, and the tables that are committed"
-import re, shlex, sqlite3, pytest
+import json, re, shlex, sqlite3, pytest
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.experiments.records import Records
@@ -166,6 +166,13 @@ def test_committed_tables_are_those_of_the_committed_records(file, records):
     assert schedule!='smoke' and research[name].markdown(records, schedule)==file.read_text()
     cells = pd.read_csv(file.with_suffix('.csv'))
     pd.testing.assert_frame_equal(cells, research[name].cells(records, schedule), check_dtype=False)
+
+def test_the_page_of_results_is_that_of_the_records():
+    "Its kept outputs have every row of every committed table"
+    cells = json.loads((root/'nbs/explanation/results.ipynb').read_text())['cells']
+    shown = ''.join(''.join(o['data'].get('text/markdown', '')) for c in cells for o in c.get('outputs', ()) if 'data' in o).splitlines()
+    lines = [o for file in committed for o in file.read_text().splitlines() if o.startswith('| ') or '`kdfast table' in o]
+    assert len(lines)>100 and [o for o in lines if o not in shown]==[]
 
 def test_there_are_committed_tables(): assert {'sanity-cpu','stagewise-cpu'} <= {f.stem for f in committed}
 

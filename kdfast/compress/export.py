@@ -1,4 +1,4 @@
-"""Files that run without kdfast: ONNX, and programs of `torch.export`
+"""Files that run without kdfast: ONNX and `torch.export` programs
 
 Docs: https://kdfast.github.io/kdfast/compress/export.html.md"""
 

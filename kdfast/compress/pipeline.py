@@ -1,4 +1,4 @@
-"""Steps of substitution, pruning, factorization and quantization, one after another
+"""Chain substitution, pruning, factorization and quantization
 
 Docs: https://kdfast.github.io/kdfast/compress/pipeline.html.md"""
 

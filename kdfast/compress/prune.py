@@ -1,4 +1,4 @@
-"""A trained network with fewer channels, or with more zeros
+"""Remove channels from a trained network, or set weights to zero
 
 Docs: https://kdfast.github.io/kdfast/compress/prune.html.md"""
 

@@ -1,4 +1,4 @@
-"""Callbacks for what comes before a ReLU, from one layer to the next, and what is left of a map when it is put in other words
+"""Callbacks for pre-activation, inter-layer and factor-transfer methods
 
 Docs: https://kdfast.github.io/kdfast/distill/activations.html.md"""
 

@@ -1,4 +1,4 @@
-"""Callbacks that learn more than the student: to predict the teacher's features, to fuse its own, to use the teacher's classifier
+"""Callbacks with learned modules: to predict the teacher's features, to fuse the student's, to reuse the teacher's classifier
 
 Docs: https://kdfast.github.io/kdfast/distill/features.html.md"""
 

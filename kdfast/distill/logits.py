@@ -1,4 +1,4 @@
-"""Callbacks for the losses of logits: one each, any of them together
+"""Callbacks for the losses on logits, to be combined freely
 
 Docs: https://kdfast.github.io/kdfast/distill/logits.html.md"""
 

@@ -1,4 +1,4 @@
-"""Callbacks for what the images of a batch, and the channels of a map, have to do with each other
+"""Callbacks for relations between the images of a batch, and between the channels of a feature map
 
 Docs: https://kdfast.github.io/kdfast/distill/relations.html.md"""
 

@@ -1,4 +1,4 @@
-"""Terms for a teacher of another architecture, with other classes or without a head
+"""For teachers with another architecture, other classes or no head
 
 Docs: https://kdfast.github.io/kdfast/distill/similarity.html.md"""
 

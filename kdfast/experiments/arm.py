@@ -1,4 +1,4 @@
-"""A learner fitted from a seed, what is shown of it, and its network in a file
+"""Fit a learner from a seed, show its progress, and save its network
 
 Docs: https://kdfast.github.io/kdfast/experiments/arm.html.md"""
 

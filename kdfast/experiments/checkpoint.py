@@ -1,4 +1,4 @@
-"""Training that goes on after its last epoch, and ends as it would have
+"""Resume training after the last finished epoch, with identical results
 
 Docs: https://kdfast.github.io/kdfast/experiments/checkpoint.html.md"""
 

@@ -1,4 +1,4 @@
-"""The tables of the research: rows, arms and published figures
+"""The research tables: rows, arms and published figures
 
 Docs: https://kdfast.github.io/kdfast/experiments/research.html.md"""
 

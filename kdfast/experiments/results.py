@@ -1,4 +1,4 @@
-"""What a set of runs says: arms beside their control, tables, and where they come from
+"""Results of a set of runs: arms compared with their control, tables, and provenance
 
 Docs: https://kdfast.github.io/kdfast/experiments/results.html.md"""
 

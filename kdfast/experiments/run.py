@@ -1,4 +1,4 @@
-"""A run as data, and how it is done
+"""A run as data, and how it is executed
 
 Docs: https://kdfast.github.io/kdfast/experiments/run.html.md"""
 

@@ -1,4 +1,4 @@
-"""What the words on the command line stand for
+"""What the names on the command line stand for
 
 Docs: https://kdfast.github.io/kdfast/experiments/spec.html.md"""
 

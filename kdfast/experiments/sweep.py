@@ -1,4 +1,4 @@
-"""Many runs, each done once, however often they are interrupted
+"""Many runs, each completed once, however often interrupted
 
 Docs: https://kdfast.github.io/kdfast/experiments/sweep.html.md"""
 

@@ -1,4 +1,4 @@
-"""Rows of students, columns of methods, and what is on record of them
+"""Rows of students, columns of methods, filled from recorded runs
 
 Docs: https://kdfast.github.io/kdfast/experiments/tables.html.md"""
 
@@ -16,7 +16,7 @@ from fastai.vision.all import *
 from ..data import data_sets
 from ..devices import native_bf16
 from .run import images_in, Run
-from .spec import conv_of, network_of, one_of, student_at
+from .spec import conv_of, network_of, one_of, schedule_of, student_at
 from ..look.plots import plot_history, plot_tradeoff
 from ..models.measure import count_macs
 
@@ -70,6 +70,7 @@ def _run(self:ResearchTable, schedule, row, arm, seed=0):
     theirs = Run(**dict(teacher, **dict(student=theirs) if isinstance(theirs, str) else theirs)) if theirs else None
     if settings.pop('start', None): settings['start'] = theirs
     method = self.arms[arm]
+    if settings.get('steps') and schedule_of(method) is not None: settings = {k:v for k,v in settings.items() if k not in ('lr','wd','steps','drop')}
     if schedule=='smoke': settings['data'] = 'digits'
     return Run(**settings, method=method, teacher=None if method=='control' else theirs, seed=seed)
 

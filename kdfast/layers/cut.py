@@ -1,4 +1,4 @@
-"""Take a network apart at some of its layers, and run or train one part of it
+"""Split a network at some of its layers, and run or train one part of it
 
 Docs: https://kdfast.github.io/kdfast/layers/cut.html.md"""
 

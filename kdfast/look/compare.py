@@ -1,4 +1,4 @@
-"""What a student has copied: where it looks, when it agrees, which layers are alike
+"""What a student has copied: attention, predictions, similar layers
 
 Docs: https://kdfast.github.io/kdfast/look/compare.html.md"""
 

@@ -1,4 +1,4 @@
-"""Two minutes before a long training: how much this student can gain from this teacher, and what stands in the way
+"""A two-minute check before long training: how much this student can gain from this teacher, and what stands in the way
 
 Docs: https://kdfast.github.io/kdfast/look/outlook.html.md"""
 

@@ -1,4 +1,4 @@
-"""What a student's features know of labels, epoch by epoch, while it learns without them
+"""How well a student's features predict labels, epoch by epoch, while it trains without them
 
 Docs: https://kdfast.github.io/kdfast/look/probe.html.md"""
 

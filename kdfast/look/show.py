@@ -1,4 +1,4 @@
-"""What a learner will teach, before it does: teacher, terms, layers and adapters
+"""Inspect a distillation before training: teacher, terms, layers and adapters
 
 Docs: https://kdfast.github.io/kdfast/look/show.html.md"""
 

@@ -1,4 +1,4 @@
-"""Distillation losses as pure functions: what a student is asked to copy
+"""Distillation losses as pure functions: soft labels, attention, hints
 
 Docs: https://kdfast.github.io/kdfast/losses/core.html.md"""
 

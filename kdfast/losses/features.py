@@ -1,4 +1,4 @@
-"""What else can be asked of a student's maps than to equal the teacher's
+"""Losses on feature maps other than regressing the teacher's
 
 Docs: https://kdfast.github.io/kdfast/losses/features.html.md"""
 

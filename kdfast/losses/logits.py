@@ -1,4 +1,4 @@
-"""What else can be asked of a student's outputs than to have the teacher's probabilities
+"""Losses on a student's outputs other than matching the teacher's probabilities
 
 Docs: https://kdfast.github.io/kdfast/losses/logits.html.md"""
 

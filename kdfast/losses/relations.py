@@ -1,4 +1,4 @@
-"""What several images have to do with each other, and several channels
+"""Losses on the relations between images, and between channels
 
 Docs: https://kdfast.github.io/kdfast/losses/relations.html.md"""
 

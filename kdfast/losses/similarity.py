@@ -1,4 +1,4 @@
-"""Losses for a teacher of another architecture, with other classes or none: cosine, global and local similarity
+"""Losses for teachers with another architecture, other classes or none: cosine, global and local similarity
 
 Docs: https://kdfast.github.io/kdfast/losses/similarity.html.md"""
 

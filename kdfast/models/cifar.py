@@ -1,4 +1,4 @@
-"""The teachers and students of the tables on CIFAR-100, to the last parameter
+"""The teachers and students of published CIFAR-100 tables, to the last parameter
 
 Docs: https://kdfast.github.io/kdfast/models/cifar.html.md"""
 

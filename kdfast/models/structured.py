@@ -1,4 +1,4 @@
-"""Convolutions whose weights are made of fewer numbers: shared, transformed, factorized
+"""Convolutions whose weights are functions of fewer parameters: shared, transformed, factorized
 
 Docs: https://kdfast.github.io/kdfast/models/structured.html.md"""
 

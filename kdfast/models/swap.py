@@ -1,4 +1,4 @@
-"""Any network with cheap convolutions in place of its spatial ones
+"""Replace the spatial convolutions of any network with cheap ones
 
 Docs: https://kdfast.github.io/kdfast/models/swap.html.md"""
 

@@ -1,4 +1,4 @@
-"""The teacher asked once
+"""Run the teacher once and store its outputs
 
 Docs: https://kdfast.github.io/kdfast/teacher/cache.html.md"""
 

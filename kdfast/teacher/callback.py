@@ -1,4 +1,4 @@
-"""The one shared teacher forward, and the base class of everything that learns from it
+"""The shared teacher forward pass, and the base class of all distillation terms
 
 Docs: https://kdfast.github.io/kdfast/teacher/callback.html.md"""
 

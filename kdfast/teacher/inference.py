@@ -1,4 +1,4 @@
-"""A trained network, as cheap to ask as its device allows
+"""An inference-optimized copy of a trained network
 
 Docs: https://kdfast.github.io/kdfast/teacher/inference.html.md"""
 

@@ -1,4 +1,4 @@
-"""Weights that set themselves: how much of the gradient a term takes
+"""Automatic weights: the fraction of the gradient that a term takes
 
 Docs: https://kdfast.github.io/kdfast/teacher/shares.html.md"""
 

@@ -1,4 +1,4 @@
-"""Chains of teachers, teachers that vote, and networks that teach their successors
+"""Teacher assistants, ensembles of teachers, and born-again networks
 
 Docs: https://kdfast.github.io/kdfast/train/assist.html.md"""
 

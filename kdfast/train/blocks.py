@@ -1,4 +1,4 @@
-"""Train a student one block at a time on what its teacher's layers put out
+"""Train a student one block at a time on its teacher's feature maps
 
 Docs: https://kdfast.github.io/kdfast/train/blocks.html.md"""
 
