@@ -1,0 +1,25 @@
+"The English of README and pages: phrases that read like a translation, with what to write in their place"
+import json, re, pytest
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+habits = {r'puts? out':'outputs', r'(goes|go|gone|going) on with':'resumes from', r'(begins?|began|begun|starts?) anew':'restarts', r'ma(de|kes?) again':'rerun', r'on record':'recorded',
+    r"of one's own":'custom', r'weighs? nothing':'has zero weight', r'loud':'high-weight', r'as ever':'as usual', r'(is|are|be|was|were) asked|asks? the teacher|asked (once|about)':'the teacher runs',
+    r'taught (student|by)':'distilled', r'(is|are) told':'receives', r'beside':'alongside, compared with', r'the way out':'the remedy', r'by themselves':'automatically', r'in other words':'say which',
+    r'(network|teacher|student|learner|term|layer)s? (says?|tells?)':'outputs, reports'}
+
+def prose(file):
+    "Markdown without code, formulas and links' targets"
+    if file.suffix=='.md': text = file.read_text()
+    else: text = '\n\n'.join(''.join(c['source']) for c in json.loads(file.read_text())['cells'] if c['cell_type']=='markdown')
+    return re.sub(r'```.*?```|`[^`]*`|\$[^$]*\$|\]\([^)]*\)', ' ', text, flags=re.S)
+
+def found(text): return [(m[0], better) for habit,better in habits.items() for m in re.finditer(rf'\b({habit})\b', text)]
+
+generated = 'errors'  # from the messages in the code
+pages = [root/'README.md', root/'CONTRIBUTING.md', *sorted(o for o in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts and o.stem!=generated)]
+
+@pytest.mark.parametrize('page', pages, ids=lambda o: o.relative_to(root).as_posix())
+def test_no_habits(page): assert found(prose(page))==[]
+
+def test_habits_are_found(): assert [b for _,b in found("The teacher is asked once, and what it puts out is on record, beside the others")]==['outputs','recorded','the teacher runs','alongside, compared with']
