@@ -467,7 +467,7 @@ def test_blocks_that_cannot_be_are_refused_before_training(options, message, tmp
 @pytest.mark.slow
 def test_three_commands_at_once_share_a_folder(tmp_path):
     "One trains the teacher and one the control, all end well, and nothing is lost"
-    args = [kdfast_command, *'distill --pct .2 --teacher wrn-10-2 --epochs 2 --teacher-epochs 1 --out'.split(), str(tmp_path/'out')]
+    args = [kdfast_command, *'distill --pct .2 --size 16 --teacher wrn-10-2 --epochs 2 --teacher-epochs 1 --out'.split(), str(tmp_path/'out')]
     started = [subprocess.Popen([*args, '--method', o], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for o in ('kd','at','dkd')]
     told = [o.communicate(timeout=300)[0] for o in started]
     assert [o.returncode for o in started]==[0]*3, told
