@@ -337,8 +337,8 @@ def test_what_failed_is_tried_again_on_demand(tmp_path, monkeypatch):
     assert len(sweep.run(retry=True))==3 and not sweep.errors()
 
 @pytest.mark.slow
-def test_a_folder_in_the_layout_of_imagenet(tmp_path, dls):
-    images,labels = (t.tfms.fs[0] for t in dls.valid_ds.tls)
+def test_a_folder_in_the_layout_of_imagenet(tmp_path):
+    images,labels = (t.tfms.fs[0] for t in digits_dls().valid_ds.tls)
     for part,n in (('train',12),('val',4)):
         for digit in '38':
             (tmp_path/part/f'n0{digit}').mkdir(parents=True)
