@@ -1,5 +1,5 @@
 "Training block by block: what a stage changes, what it computes, and what is left when it ends"
-import pytest
+import subprocess, sys, pytest
 from conftest import few_digits, n_hooks
 from fastai.vision.all import *
 from fastai.callback.tracker import *
@@ -139,7 +139,7 @@ def test_gradients_are_those_of_a_loop(i, dls, quiet):
     learn = distill_learner(dls, teacher, student, precision='float32')
     quiet(learn, [int(j==i) for j in range(3)], how='fit_blocks', head=0, cbs=Keep())
     (x,ours), = grads
-    s,t = by_hand(copy.train(), teacher, *laid_out([x.as_subclass(Tensor)]), i)  # in one order, so that one rounds as the other
+    s,t = by_hand(copy.train(), teacher, *laid_out([x.as_subclass(Tensor)], copy), i)  # in one order, so that one rounds as the other
     F.mse_loss(s, t).backward()
     theirs = {n:p.grad for n,p in copy.named_parameters() if n in ours}
     assert len(ours)==len(find_blocks(learn)[i].params)
@@ -155,7 +155,7 @@ def test_no_gradient_crosses_a_parallel_block(dls, quiet):
             raise CancelFitException("enough")
     quiet(distill_learner(dls, teacher, student, precision='float32'), 1, how='fit_blocks', head=0, mode='parallel', cbs=Keep())
     (x,ours), = grads
-    x, = laid_out([x])
+    x, = laid_out([x], copy)
     with torch.no_grad():
         maps = [teacher.eval().stem(x)]
         for n in stages: maps.append(getattr(teacher, n)(maps[-1]))
@@ -560,3 +560,17 @@ def test_bad_input_changes_nothing(case, dls):
     assert message in str(e.value), e.value
     assert learn.model is model and [*learn.cbs]==cbs and [p.requires_grad for p in learn.student.parameters()]==flags and n_hooks(model)==0
     assert not changed(before, learn.model) and all(m.training for m in learn.student.modules())
+
+def test_images_keep_their_memory_format_where_torch_would_crash():
+    "In the backward pass of a 1x1 convolution of stride 2 with fewer than 8 channels"
+    x = torch.zeros(2, 3, 8, 8)
+    for o in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert [laid_out((o,), wrn(10, k))[0].is_contiguous(memory_format=torch.channels_last) for k in (1,.5,.25)]==[True,True,False]
+
+@pytest.mark.slow
+def test_a_narrow_student_is_trained_in_blocks():
+    "In a process of its own, which would crash"
+    code = "from fastai.vision.all import *; from kdfast.all import *; dls = digits_dls(20, per_class=8, size=16, valid=60); " \
+        "learn = distill_learner(dls, wrn(10, 2), wrn(10, .25)); [learn.fit_blocks(2, head=1, mode=o) for o in ('stagewise','parallel')]"
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=200)
+    assert res.returncode==0, res.stderr

@@ -26,7 +26,7 @@ def test_a_cell_trained_anew_is_compared_with_its_record(rerun, tmp_path, monkey
     rerun.main([*cell,'--minutes','0'])
     file = tmp_path/'records.jsonl'
     file.write_text(''.join(f'{json.dumps(dict(o, result=dict(o["result"], accuracy=o["result"]["accuracy"]+.1)))}\n' for o in map(json.loads, file.read_text().splitlines())))
-    with pytest.raises(SystemExit, match='Not as on record: sanity'): rerun.main(cell)
+    with pytest.raises(SystemExit, match='Not as on record: sanity differs'): rerun.main(cell)
     found = lines(tmp_path)
     assert [o['state'] for o in found]==['agrees','not run','differs'] and found[0]['now']==pytest.approx(found[0]['recorded'])
     assert 'about' in capsys.readouterr().out and {'device','commit','finished'} <= {*found[0]}
@@ -35,8 +35,7 @@ def test_random_is_a_cell_of_each_committed_table(rerun, tmp_path, monkeypatch):
     "Chosen by the seed, one run on record each"
     monkeypatch.setattr(rerun, 'again', lambda table, run, known, *args: 100*known[run]['accuracy'])
     monkeypatch.setattr(rerun, 'estimate', lambda runs: pd.DataFrame(dict(minutes=[1.])))
-    (tmp_path/'records.jsonl').symlink_to(root/'results/records.jsonl')
-    (tmp_path/'tables').symlink_to(root/'results/tables')
+    for o in ('records.jsonl','tables'): (tmp_path/o).symlink_to(root/'results'/o)
     for seed in '0010': rerun.main(['random','--seed',seed,'--results',str(tmp_path)])
     found = lines(tmp_path)
     names = [o.stem.removesuffix('-cpu') for o in (root/'results/tables').glob('*-cpu.md')]
@@ -45,6 +44,17 @@ def test_random_is_a_cell_of_each_committed_table(rerun, tmp_path, monkeypatch):
     what = lambda rows: [(o['table'],o['row'],o['arm'],o['seed']) for o in rows]
     assert what(found[:n])==what(found[n:2*n])==what(found[3*n:])!=what(found[2*n:3*n])
     with pytest.raises(SystemExit): rerun.main(['sanity/16-1 from 16-2/banana','--results',str(tmp_path)])
+
+def test_a_cell_without_its_data_does_not_keep_the_others(rerun, tmp_path, monkeypatch, capsys):
+    def again(table, run, known, *args):
+        if table.data!='digits': raise OSError('no network\nand more')
+        return 100*known[run]['accuracy']
+    monkeypatch.setattr(rerun, 'again', again)
+    monkeypatch.setattr(rerun, 'estimate', lambda runs: pd.DataFrame(dict(minutes=[1.])))
+    for o in ('records.jsonl','tables'): (tmp_path/o).symlink_to(root/'results'/o)
+    with pytest.raises(SystemExit, match='sanity failed'): rerun.main(['random','--results',str(tmp_path)])
+    states = {o['table']:o['state'] for o in lines(tmp_path)}
+    assert states['shares']==states['methods']=='agrees' and states['sanity']=='failed' and 'no network: failed' in capsys.readouterr().out
 
 def test_the_noise_of_a_seed(rerun):
     "The cell's own, at least the median of the table, or of tables with the same data; None where nothing has several seeds"

@@ -122,6 +122,13 @@ def test_the_full_schedule_is_the_published_one():
     run = table_of('imagenet').runs('full')[0]
     assert [run.lr*run.drop**sum(e/100>=o for o in run.steps) for e in (29, 30, 60, 99)]==pytest.approx([.1,.01,.001,.0001]) and (run.epochs,run.bs,run.wd)==(100,256,1e-4)
 
+def test_stages_have_one_cycle_where_others_have_steps():
+    "At the published schedule, which has none for them"
+    runs = table_of('methods-cifar10').runs('full')
+    staged = [o for o in runs if 'two-stages' in o.method]
+    assert len(staged)==4 and all((o.steps,o.lr,o.wd,o.epochs)==((),1e-2,None,200) for o in staged)
+    assert all(o.steps==(.3,.6,.8) and o.lr==.1 for o in runs if o not in staged)
+
 def test_the_late_arm_is_late():
     late, = table_of('imagenet').runs('full', ['ResNet-18'], ['AT late'])[1:]
     from kdfast.experiments.spec import terms_of

@@ -5,7 +5,8 @@
 
 A cell is a run of results/records.jsonl that a table in results/tables shows: its row, its arm and one of its seeds. It is trained on the teacher that is committed, or on one that is trained first where none is. Two
 runs of a cell differ as two seeds do, on another processor even with the same seed, so it agrees if the difference is at most three times sqrt(2) standard deviations of a seed: the cell's own, or the
-median of its table (of all tables of its data, where it has one seed a cell) if that is larger. What it finds is added to results/reruns.jsonl."""
+median of its table (of all tables of its data, where it has one seed a cell) if that is larger. What it finds is added to results/reruns.jsonl; a cell that fails, for want of its data for instance, does not
+keep it from the others."""
 import json, math, random, shutil, sys, tempfile
 from argparse import ArgumentParser
 from pathlib import Path
@@ -51,7 +52,9 @@ def compared(table, row, arm, known, cells, args, data, rng):
     told = dict(table=table.name, row=row, arm=arm, seed=run.seed, recorded=100*known[run]['accuracy'], noise=noise)
     minutes = float(estimate([run]).minutes[0])
     if minutes>args.minutes: return dict(told, state='not run', minutes=minutes)
-    start,now = time(),again(table, run, known, args.results, data)
+    start = time()
+    try: now = again(table, run, known, args.results, data)
+    except (OSError,RuntimeError,ValueError) as e: return dict(told, state='failed', why=str(e).splitlines()[0])
     state = 'no seeds' if noise is None else 'agrees' if abs(now-told['recorded'])<=3*math.sqrt(2)*noise else 'differs'
     return dict(told, state=state, now=now, minutes=(time()-start)/60, **origin_of())
 
@@ -86,9 +89,9 @@ def main(argv=None):
     for table,row,arm in todo:
         found.append(told := compared(table, row, arm, known, cells, args, data, rng))
         with open(args.results/'reruns.jsonl', 'a') as f: f.write(json.dumps(told)+'\n')
-        now = f"{told['now']:.1f}" if 'now' in told else f"about {told['minutes']:.0f} minutes"
+        now = f"{told['now']:.1f}" if 'now' in told else told.get('why') or f"about {told['minutes']:.0f} minutes"
         print(f"{told['table']}, {row}, {arm}, seed {told['seed']}: {told['recorded']:.1f} on record, {now}: {told['state']}", flush=True)
-    differ = [o['table'] for o in found if o['state']=='differs']
-    if differ: sys.exit(f"Not as on record: {', '.join(differ)}")
+    bad = [f"{o['table']} {o['state']}" for o in found if o['state'] in ('differs','failed')]
+    if bad: sys.exit(f"Not as on record: {', '.join(bad)}")
 
 if __name__=='__main__': main()

@@ -127,11 +127,17 @@ def cut_blocks(
     return [*map(Block, taps, params, layers, shapes), Block(None, {*every}.difference(*params[:-1]), layers[-1])]
 
 # %% ../../nbs/layers/cut.ipynb #ad8037ea
+def _overwrites(m):
+    "Whether the backward pass of a layer writes beyond its memory in channels last, as in torch 2.14 on CPUs"
+    return isinstance(m, nn.Conv2d) and m.kernel_size==(1,1) and max(m.stride)>1 and m.groups==1 and m.in_channels<8
+
 def laid_out(
-    xb:tuple # A batch
+    xb:tuple, # A batch, or features
+    model:nn.Module # Which trains on them
 ) -> tuple: # The same values
-    "Images in the order in memory that their device convolves fastest"
-    return tuple(o.contiguous(memory_format=torch.channels_last) if o.ndim==4 and o.device.type=='cpu' else o for o in xb)
+    "Images in the memory format that their device convolves fastest, if `model` can train in it"
+    order = torch.contiguous_format if any(map(_overwrites, model.modules())) else torch.channels_last
+    return tuple(o.contiguous(memory_format=order) if o.ndim==4 and o.device.type=='cpu' else o for o in xb)
 
 class PartOf(Adapted):
     "`model`, of which only some layers, and its adapters, are ever in training mode"
@@ -143,7 +149,7 @@ class PartOf(Adapted):
         super().__init__(model, adapters)
         self.layers = {*layers}
 
-    def forward(self, *xb): return super().forward(*laid_out(xb))
+    def forward(self, *xb): return super().forward(*laid_out(xb, self.model))
 
     def train(self, mode:bool=True):
         super().train(mode)

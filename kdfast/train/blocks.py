@@ -97,11 +97,11 @@ class Staged(PartOf):
 
     def beside(self, hints, *xb, feed=False):
         "The student's maps, and `hints` beside them"
-        maps = self.maps(*xb, feed=hints if feed else None)
+        maps = self.maps(*xb, feed=dict(zip(hints, laid_out(tuple(hints.values()), self.model))) if feed else None)
         return [o for b in self.blocks for o in (self._adapt(b.tap, maps[b.tap], not self.fixed), hints[b.tap])]
 
     def forward(self, *xb):
-        xb = laid_out(xb)
+        xb = laid_out(xb, self.model)
         return self.beside(self.taught(*xb), *xb, feed=self.fixed)
 
 # %% ../../nbs/train/blocks.ipynb #70d8896b
