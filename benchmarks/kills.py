@@ -12,7 +12,7 @@ def child(args):
     from kdfast import cli
     from kdfast.experiments import checkpoint, records
     kind,_,n = args.at.partition(':')
-    count = dict(checkpoint=0, record=0)
+    count = dict(checkpoint=0, record=0, after=0)
     def die(): os.kill(os.getpid(), signal.SIGKILL)
     def due(what):
         count[what] += 1
@@ -27,6 +27,7 @@ def child(args):
     def wrote(self):
         write(self)
         with (Path(args.out)/'epochs.txt').open('a') as f: f.write(f'{self.key} {self.nth} {self.learn.epoch}\n')
+        if due('after'): threading.Timer(.1, die).start()
     class Database(sqlite3.Connection):
         def execute(self, sql, *values):
             doomed = sql.startswith('insert') and due('record')
