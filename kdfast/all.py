@@ -1,4 +1,4 @@
-"What a user writes: `from kdfast.all import *`, after `from fastai.vision.all import *`. Losses, layers and experiments have more in their own `all`"
+"The public API: `from kdfast.all import *`, after `from fastai.vision.all import *`. Losses, layers and experiments export more from their own `all`"
 from .core import probing  # chkstyle: ignore
 from .data import *
 from .devices import BF16, all_processes  # chkstyle: ignore

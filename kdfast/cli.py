@@ -12,8 +12,8 @@ import inspect, os, shlex, shutil, signal, sys, threading, warnings
 from argparse import ArgumentParser
 from dataclasses import replace
 from importlib.metadata import version
-warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # fastai's import, nothing that a user could mend
-warnings.filterwarnings('ignore', message='load_learner')  # said once, by _from_file
+warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # fastai's import, nothing that a user could fix
+warnings.filterwarnings('ignore', message='load_learner')  # printed once, by _from_file
 from fastai.vision.all import *
 from fastcore.script import anno_parser
 from filelock import FileLock
@@ -39,14 +39,14 @@ from .models.measure import compare
 
 # %% ../nbs/cli.ipynb #24f742b7
 def _command(f, settings):
-    "As records have it, which are read elsewhere: without the folders of absolute paths"
+    "The command for the records, which are read elsewhere: absolute paths without their folders"
     bare = lambda o: f'./{Path(o).name}' if Path(str(o)).is_absolute() else o
     given = {k.replace('_', '-'):bare(v) for k,v in settings.items() if v!=inspect.signature(f).parameters[k].default}
     return shlex.join(['kdfast', f.__name__, *(o for k,v in given.items() for o in (f'--{k}', *([] if v is True else [str(v)])))])
 
 def _check_numbers(least=1, /, **numbers):
     odd = [k for k,v in numbers.items() if v is not None and not least<=v<=1e9]
-    if odd: raise ValueError(f"--{odd[0].replace('_', '-')} is at least {least} and at most 1e9, got {numbers[odd[0]]}")
+    if odd: raise ValueError(f"--{odd[0].replace('_', '-')} must be at least {least} and at most 1e9, got {numbers[odd[0]]}")
 
 def _check_given(args):
     empty = [k for k,v in args.items() if v=='']
@@ -54,7 +54,7 @@ def _check_given(args):
 
 # %% ../nbs/cli.ipynb #3ac4e7d2
 def _why(trace):
-    "A traceback, or its last line where that says what to do"
+    "A traceback, or its last line alone if that is the message of a user error"
     last = (trace.strip().splitlines() or [''])[-1]
     return last.partition(': ')[2] if re.match(r'([\w.]*\.)?(Value|OS|Import|Image|FileNotFound|Permission)Error: ', last) else trace
 
@@ -64,7 +64,7 @@ def _sweep(sweep, **kwargs):
 
 # %% ../nbs/cli.ipynb #f8ae6a55
 def _carry_out(f, given, runs, files=None, path=None, notes={}, **kwargs):
-    "The sweep of the command `f`, done"
+    "Execute the sweep of the command `f`"
     files = files or {}
     with in_turn(): dls_of(runs[-1], path)
     learners = {r:f for r,f in files.items() if isinstance(f, Teacher) or Path(f).suffix=='.pkl'}
@@ -77,15 +77,15 @@ def _carry_out(f, given, runs, files=None, path=None, notes={}, **kwargs):
 
 # %% ../nbs/cli.ipynb #f825b99a
 def _own(data, path=None):
-    "Images of one's own; None for a data set that has a name"
+    "Custom images; None for a named data set"
     if data in data_sets(): return
     if not Path(data).expanduser().exists(): raise ValueError(
         f"Unknown data set {data!r}: choose from {', '.join(data_sets())}, or pass a folder, an archive or a CSV of images")
-    if path: raise ValueError(f"--path is for data sets with a name, {data} is a place: pass it as --data alone")
+    if path: raise ValueError(f"--path is for named data sets, but {data} is a path: pass it as --data alone")
     return ImageFiles(data)
 
 def _surveyed(images, out):
-    "What there is, by the name of the images"
+    "Print the survey of `images`; returns it by their name"
     note = Path(out)/f'{images.name}.txt'
     text = note.read_text() if note.is_file() else images.survey()
     say(f'{images.name}: {text}')
@@ -93,7 +93,7 @@ def _surveyed(images, out):
 
 # %% ../nbs/cli.ipynb #f8ffe504
 class _Fed(nn.Module):
-    "A teacher that is given images of the student's size"
+    "A teacher that takes images of the student's size"
     def __init__(self, teacher):
         super().__init__()
         self.network,self.resize = teacher.network,ResizedTo(teacher.size, teacher.mode) if teacher.size else tuplify
@@ -108,13 +108,13 @@ def _network(sweep, run):
 def _alike(run, **kwargs): return replace(run, method='control', teacher=None, seed=0, **kwargs)
 
 def _on_record(sweep):
-    "Results of the sweep's student and teacher"
+    "Recorded results of the sweep's student and teacher"
     known,needed = sweep.records.results(),{o for r in sweep.runs for o in r.needs}
     kinds = {_alike(o, chain=None) for o in sweep.runs if o not in needed}
     return {r:o for r,o in known.items() if r in needed or _alike(r, chain=None) in kinds and {*r.needs}<=needed}
 
 def _timed(sweep, results):
-    "The same with milliseconds an image"
+    "The results with milliseconds per image"
     if all('ms per image' in o for o in results.values()): return results
     kind = lambda run: replace(run, seed=0) if run.remade else _alike(run)
     kinds,dls = groupby(results, kind),dls_of(sweep.runs[-1], sweep.path)
@@ -126,12 +126,12 @@ def _timed(sweep, results):
 
 # %% ../nbs/cli.ipynb #860bf1e7
 def _stem(run):
-    "Of the file names of a student; what is too long for one ends in the run's key"
+    "Stem of a student's file names; a long one is cut and ends in the run's key"
     name = re.sub(r'[^.+a-z0-9-]+', '-', label_of(run))
     return f"student-{name if len(name)<120 else f'{name[:100]}-{run.key}'}"
 
 def _exported(sweep, run):
-    "Files of a run in the sweep's folder; none where only its record is there"
+    "Export the student of a run to the sweep's folder; returns the files, none if only its record exists"
     if not sweep.file_of(run).exists(): return []
     if not run.remade: return [sweep.learner(run).export_student(f'{_stem(run)}.pkl')]
     kept = sweep.file_of(run)
@@ -144,28 +144,28 @@ def _save(figure, file):
 
 # %% ../nbs/cli.ipynb #000ea907
 def _verdicts(results):
-    "Which arms are no better than the control"
+    "Print which arms are no better than the control"
     arms = by_arm(results, 'accuracy')
     found = {k: versus(*beside_control(results, k))[2] for k in arms if k!='control'} if 'control' in arms else {}
-    for word,verdicts in {'Not better than the control':('worse','no different'), 'Undecided by one seed':('(one seed)',)}.items():
+    for word,verdicts in {'Not better than the control':('worse','no different'), 'Undecided with one seed':('(one seed)',)}.items():
         names = [k for k,v in found.items() if v in verdicts]
         if names: say(f"{word}: {', '.join(names)}")
-        if names and 'worse' in verdicts: say("What to look at: https://kdfast.github.io/kdfast/howto/debug.html")
+        if names and 'worse' in verdicts: say("What to check: https://kdfast.github.io/kdfast/howto/debug.html")
 
 _legend = "Accuracy ± standard deviation over the seeds, differences ± standard error."
-_unlabelled = """Without labels the accuracy is not known: the table has the last value of each term. --probe FOLDER adds the accuracy of
-nearest neighbours on labelled images. Next, train a head on such images: classifier_learner(dls, load_learner(file))"""
+_unlabelled = """Without labels the accuracy is not known: the table shows the last value of each term. --probe FOLDER adds the
+nearest-neighbour accuracy on labelled images. Next, train a head on such images: classifier_learner(dls, load_learner(file))"""
 
 # %% ../nbs/cli.ipynb #ea08ec64
 def _columns(curves):
-    "What all arms have curves of"
+    "Columns that all arms have curves of"
     histories = [o for runs in curves.values() for o in runs]
     shared = [k for k in first(histories) or () if all(k in o for o in histories)]
     if 'accuracy' in shared: return [k for k in shared if k in ('valid_loss','accuracy','knn')]
     return [k for k in shared if k not in ('train_loss','valid_loss','stage','epoch')]
 
 def _report(sweep, *files):
-    "Show what is on record, and write curves and students"
+    "Print the recorded results, write curves and export students"
     if rank_distrib(): return
     results = _timed(sweep, _on_record(sweep))
     sweep.records.export()
@@ -181,10 +181,10 @@ def _report(sweep, *files):
 demo_arms = 'control','kd','at','kd+at','fitnet'
 
 def demo(
-    out:Path=Path('demo'), # Folder for the records, the two pictures and the exported students; what it holds is gone on with
-    epochs:int=12, # Epochs of every student, 20 batches each
+    out:Path=Path('demo'), # Folder for records, pictures and exported students; existing runs are resumed
+    epochs:int=12, # Epochs of each student, 20 batches each
     teacher_epochs:int=8, # Epochs of the teacher
-    seeds:int=3 # Runs of every arm
+    seeds:int=3 # Runs per arm
 ):
     "Distil a student on scikit-learn's digits: five arms, a table, two pictures, exported students"
     given = dict(locals())
@@ -192,23 +192,23 @@ def demo(
     teacher = Run(student='wrn-16-2', bs=64, lr=1e-2, epochs=teacher_epochs)
     control = Run(student='wrn-10-1', bs=25, lr=1e-2, epochs=epochs, per_class=5, repeat=10)
     taught = [replace(control, method=o, teacher=teacher) for o in demo_arms[1:]]
-    say("A WRN-16-2 learns from 1,198 digits; then WRN-10-1 students learn from 5 labelled digits a class, "
-        f"with its help and without: {1+seeds*len(demo_arms)} trainings, a line each.\n")
+    say("A WRN-16-2 is trained on 1,198 digits, then WRN-10-1 students on 5 labelled digits per class, "
+        f"with and without this teacher: {1+seeds*len(demo_arms)} runs, one line each.\n")
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*of the gradient')  # the table tells whether a weight is too large
+        warnings.filterwarnings('ignore', message='.*of the gradient')  # the table shows whether a weight is too large
         sweep = _carry_out(demo, given, [replace(o, seed=seed) for seed in range(seeds) for o in (control,*taught)])
     if rank_distrib(): return
     at = first(o for o in taught if o.method=='at')
-    if not all(sweep.file_of(o).exists() for o in (teacher,at,control)): return _report(sweep)  # their records alone were given
+    if not all(sweep.file_of(o).exists() for o in (teacher,at,control)): return _report(sweep)  # only their records exist
     figure = show_attention(sweep.learner(at), control=sweep.learner(control), stage=1)
     _report(sweep, _save(figure, sweep.folder/'attention.png'))
 
 # %% ../nbs/cli.ipynb #8d5db81d
 def _from_file(file, run, path):
-    "The run that stands for a network on file; `run`, which would have trained it, tells data and architecture"
+    "The run that stands for a saved network; `run`, which would have trained it, defines data and architecture"
     with in_turn(): dls = dls_of(run, path)
     name = Path(file).name if Path(file).suffix=='.pkl' else run.student
-    if name!=run.student: say(f"{file} is a program, which is run to open it: see https://kdfast.github.io/kdfast/howto/trust.html")
+    if name!=run.student: say(f"{file} is a pickle, and opening it runs code: see https://kdfast.github.io/kdfast/howto/trust.html")
     if name!=run.student: network = teacher_of(file, dls)[0]
     else: load_network(network := network_at(run, dls), file, vocab_of(dls))
     return Run(data=run.data, size=run.size, bs=run.bs, from_files=run.from_files, student=name, weights=digest(network))
@@ -216,14 +216,14 @@ def _from_file(file, run, path):
 def _source(teacher, file, path, weights=None, **kwargs):
     "The teacher's run, and the files of a sweep"
     if teacher.startswith('timm:') and not file and not kwargs.get('pretrained'): return _as_it_is(teacher, weights, **kwargs)
-    if weights: raise ValueError(f"--teacher-weights is for a network of timm, not for {teacher}: pass --teacher timm:NAME")
+    if weights: raise ValueError(f"--teacher-weights is for timm networks, not for {teacher}: pass --teacher timm:NAME")
     run = Run(student=teacher, **kwargs)
     if not file: return run,{}
     run = _from_file(file, run, path)
     return run,{run:file}
 
 def _as_it_is(name, weights, data, size, bs, from_files, **kwargs):
-    "The same for a network of timm that nobody trains here"
+    "The same for a timm network that is used as is"
     teacher = Teacher(name.removeprefix('timm:'), weights=weights)
     run = Run(data=data, size=size, bs=bs, from_files=from_files, student=name, weights=digest(teacher.network))
     return run,{run:teacher}
@@ -239,11 +239,11 @@ def _default(control, teacher, path):
     return hints if isinstance(term, FitNet) else term.column
 
 def _check_unlabelled(method, source, images):
-    "Refuse what needs labels where there are none"
+    "Raise `ValueError` if labels are needed and there are none"
     if images is None or images.labels: return
     reads = [o for o in _arms(method) if schedule_of(o) is not None or any(t.reads_logits or not t.taught for t in terms_of(o))]
     reads = reads if _arms(method) else [method]
-    what = f"which {', '.join(reads)} would read: choose a method on features, such as fitnet" if reads else \
+    what = f"which {', '.join(reads)} would read: choose a feature method, such as fitnet" if reads else \
         f"which {source.student} would be trained on: pass --teacher timm:NAME, or a learner as --teacher-file"
     if reads or not source.weights: raise ValueError(f"{images.path} has no labels, {what}")
 
@@ -252,37 +252,37 @@ def _arms(method): return [o for o in re.split(r',(?![^(]*\))', method) if o!='c
 
 def _check(data, from_files, **numbers):
     if from_files and 'path' not in inspect.signature(data_of(data)).parameters: raise ValueError(
-        f"The {data} are no files: leave --from-files out")
+        f"The {data} images are not files: leave --from-files out")
     _check_numbers(**numbers)
 
 # %% ../nbs/cli.ipynb #fe468519
 def distill(
     data:str='digits', # A data set that `kdfast doctor` lists, or images: a folder, an archive, or a CSV with columns file and label
-    path:Path=None, # Folder or archive of a data set that has a name, downloaded if left out
-    size:int=None, # Side of the images, pixels, 128 if left out, 32 for digits; cifar10 has 32
-    pct:float=1., # Part of the training images for the students, the same of each class
-    teacher:str='wrn-16-2', # resnet34, wrn-40-2 and the like, a classifier of torchvision's; or timm:NAME, pretrained and not trained
-    student:str='wrn-10-1', # The same names, with random weights
+    path:Path=None, # Folder or archive of a named data set; downloaded if left out
+    size:int=None, # Image size in pixels; by default 128, or 32 for digits; cifar10 is always 32
+    pct:float=1., # Fraction of the training images for the students, the same for each class
+    teacher:str='wrn-16-2', # Such as resnet34, wrn-40-2, a torchvision classifier; or timm:NAME, pretrained and used as is
+    student:str='wrn-10-1', # Same names, with random weights
     pretrained_student:bool=False, # Start the student from its pretrained weights and fine-tune it
-    conv:str=None, # What the student's convolutions are made of, ordinary ones if left out: separable, grouped:groups=4, ...
-    params:int=None, # Budget of the student's parameters, met by the ratio of a convolution that has one, by the width otherwise
-    method:str=None, # Of `kdfast methods`, blocks, blocks-parallel, simultaneous; + joins, commas separate arms; default kd+at or as fits
-    epochs:int=10, # Epochs of a student
-    teacher_epochs:int=None, # Epochs of the teacher, by default as many
-    seeds:int=1, # Runs of each arm
-    teacher_file:Path=None, # A trained teacher: weights, or an exported learner, .pkl, which runs code: open only what you trust
-    teacher_weights:Path=None, # Weights of a teacher of timm, downloaded if left out
-    probe:str=None, # A folder of labelled images: adds the accuracy of nearest neighbours by a student's features on them
-    pretrained:bool=False, # Start the teacher from the pretrained weights of torchvision's or timm's network and fine-tune it
-    bs:int=64, # Batch size, of all processes together
-    lr:float=3e-3, # Highest learning rate of the one-cycle schedule
-    wd:float=None, # Weight decay of the students, the optimizer's default of 0.01 if left out
+    conv:str=None, # Kind of the student's convolutions, by default ordinary: separable, grouped:groups=4, ...
+    params:int=None, # Parameter budget of the student, met by the ratio of a convolution that has one, else by the width
+    method:str=None, # From `kdfast methods`, or blocks, blocks-parallel, simultaneous; + joins, commas separate arms; by default kd+at or what fits
+    epochs:int=10, # Epochs of each student
+    teacher_epochs:int=None, # Epochs of the teacher; by default the same
+    seeds:int=1, # Runs per arm
+    teacher_file:Path=None, # A trained teacher: weights, or an exported learner (.pkl), which runs code: open only what you trust
+    teacher_weights:Path=None, # Weights of a timm teacher; downloaded if left out
+    probe:str=None, # A folder of labelled images: adds the nearest-neighbour accuracy of the students' features on them
+    pretrained:bool=False, # Start the teacher from the pretrained weights of its torchvision or timm network and fine-tune it
+    bs:int=64, # Batch size over all processes
+    lr:float=3e-3, # Maximum learning rate of the one-cycle schedule
+    wd:float=None, # Weight decay of the students; by default the optimizer's 0.01
     wd_groups:bool=False, # Scale the weight decay of compressed layers by their compression
-    bf16:bool=False, # Train in bfloat16, or in float32 where the processor only emulates it
-    from_files:bool=False, # Read images as they are needed instead of keeping them in memory; also done with a folder of more than 4 GB
-    out:Path=Path('distill') # Folder for the results; what it holds is gone on with
+    bf16:bool=False, # Train in bfloat16, or in float32 on a device that only emulates it
+    from_files:bool=False, # Read images when needed instead of keeping them in memory; automatic for folders that would take over 4 GB
+    out:Path=Path('distill') # Folder for the results; existing runs are resumed
 ):
-    "Train a teacher, or load it; then students with its help and without; write table, curves and students"
+    "Train or load a teacher, then train students with and without it; write a table, curves and students"
     given = dict(locals())
     if pretrained and teacher_file: raise ValueError(
         "--pretrained trains a teacher from ImageNet weights, --teacher-file passes a trained one: leave one out")
@@ -309,32 +309,32 @@ def distill(
 def _to_file(chain): return chain if chain.endswith('onnx') else f'{chain},onnx'
 
 def _tell_chains(sweep):
-    "The report of every chain, in one table"
+    "Print and write the reports of all chains as one table"
     rows = [dict(chain=label_of(r), **row) for r,o in _on_record(sweep).items() if not r.seed for row in o.get('report', ())]
     if not rows: return []
     shown,file = pd.DataFrame(rows),sweep.folder/'report.csv'
     with whole_file(file) as f: shown.to_csv(f, index=False)
-    say(f"\n{shown.set_index(['chain','step']).to_string(na_rep='')}\n\nms per image of one and of 64 at a time; seconds of each step")
+    say(f"\n{shown.set_index(['chain','step']).to_string(na_rep='')}\n\nms per image at batch sizes 1 and 64; seconds per step")
     return [file]
 
 # %% ../nbs/cli.ipynb #9f311c7c
 def compress(
-    data:str='digits', # A data set: `kdfast doctor` lists them
-    path:Path=None, # Folder or archive of the data, downloaded if left out
-    size:int=None, # Side of the images, pixels, 128 if left out, 32 for digits
-    pct:float=1., # Part of the training images for the training after each step, the same of each class
-    teacher:str='wrn-16-2', # The network: resnet34, wrn-40-2 and the like, or a classifier of torchvision's
+    data:str='digits', # A data set that `kdfast doctor` lists
+    path:Path=None, # Folder or archive of the data; downloaded if left out
+    size:int=None, # Image size in pixels; by default 128, or 32 for digits
+    pct:float=1., # Fraction of the training images for the epochs after each step, the same for each class
+    teacher:str='wrn-16-2', # The network, such as resnet34, wrn-40-2, or a torchvision classifier
     steps:str='prune:.5,factorize:.7,int8', # Also swap:separable, distill, int8:aware, onnx, program; a semicolon separates chains
-    method:str='kd', # How the network as it was teaches: kd, at, joined by +; control for labels alone
+    method:str='kd', # How to distil from the original network: kd, at, joined by +; control for labels alone
     epochs:int=3, # Epochs after each step
-    teacher_epochs:int=10, # Epochs of the network before
-    seeds:int=1, # Runs of each chain
-    teacher_file:Path=None, # The network, trained: weights, or an exported learner, .pkl, which runs code: open only what you trust
+    teacher_epochs:int=10, # Epochs of the network before compression
+    seeds:int=1, # Runs per chain
+    teacher_file:Path=None, # The trained network: weights, or an exported learner (.pkl), which runs code: open only what you trust
     bs:int=64, # Batch size
-    lr:float=3e-3, # Highest learning rate of the one-cycle schedule
-    bf16:bool=False, # Train in bfloat16, or in float32 where the processor only emulates it
-    from_files:bool=False, # Read images as they are needed instead of keeping them in memory
-    out:Path=Path('compress') # Folder for the results; what it holds is gone on with, and its .pkl files run code
+    lr:float=3e-3, # Maximum learning rate of the one-cycle schedule
+    bf16:bool=False, # Train in bfloat16, or in float32 on a device that only emulates it
+    from_files:bool=False, # Read images when needed instead of keeping them in memory
+    out:Path=Path('compress') # Folder for the results; existing runs are resumed, and its .pkl files run code
 ):
     "Train or load a network, then compress it step by step, distilled from the original; write a report and each network, also as ONNX"
     given,chains = dict(locals()),[*dict.fromkeys(steps.split(';'))]
@@ -342,7 +342,7 @@ def compress(
     if num_distrib()>1: raise ValueError(f"kdfast compress runs in one process, got {num_distrib()}: start it without a launcher")
     for o in chains: steps_of(o)
     if any(isinstance(o, FitNet) for o in terms_of(method)) and ',' in steps: raise ValueError(
-        "A second step would change the channels that fitnet's adapters read: take one step a chain, or another --method")
+        "A second step would change the channels that fitnet's adapters read: use one step per chain, or another --method")
     if schedule_of(method) is not None: raise ValueError(f"{method} trains block by block: choose terms such as kd, or control")
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files)
     source,files = _source(teacher, teacher_file, path, **shared, epochs=teacher_epochs)
@@ -361,7 +361,7 @@ def _dry(runs, schedule, name):
     say(f"{table.to_string(index=False)}\n\n{len(runs)} runs of {name} at the schedule {schedule}, {told}")
 
 def _tell_table(research, records, schedule, out):
-    "Write a table and its figures, and show it"
+    "Write a table and its figures, and print it"
     text,stem = research.markdown(records, schedule),out/'tables'/f'{research.name}-{schedule}'
     if rank_distrib(): return
     with FileLock(out/'tables.lock'):
@@ -373,20 +373,20 @@ def _tell_table(research, records, schedule, out):
 
 # %% ../nbs/cli.ipynb #919fcb59
 def table(
-    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, cifar100, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares or shares-cifar10; several with commas between
-    schedule:str='short', # full: as published; short: 15 epochs; cpu: 12 to 20 epochs of a fifth; smoke: minutes on digits
-    rows:str=None, # Some of the rows, with commas between
-    arms:str=None, # Some of the columns, with commas between; the controls are always run
-    seeds:int=1, # Runs of each cell
-    data:Path=None, # Folder or archive of the data, downloaded if left out; ImageNet is a folder with train and val
-    workers:int=1, # Processes beside each other on this machine
-    cluster:str=None, # Address of a Dask scheduler whose workers have one thread each, in place of workers
-    retry:bool=False, # Try again what failed before
-    dry_run:bool=False, # Tell what would be run and how long it would take
-    report:bool=False, # Run nothing, make the table from what is on record
-    out:Path=Path('table') # Folder for records, networks, tables and figures; what it holds is gone on with
+    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, cifar100, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares or shares-cifar10; or several, comma-separated
+    schedule:str='short', # full: as published; short: 15 epochs; cpu: 12 to 20 epochs on a fifth of the images; smoke: minutes on digits
+    rows:str=None, # Comma-separated rows; by default all
+    arms:str=None, # Comma-separated columns; by default all; the controls are always run
+    seeds:int=1, # Runs per cell
+    data:Path=None, # Folder or archive of the data; downloaded if left out; for ImageNet a folder with train and val
+    workers:int=1, # Parallel processes on this machine
+    cluster:str=None, # Address of a Dask scheduler whose workers have one thread each, instead of workers
+    retry:bool=False, # Retry runs that failed before
+    dry_run:bool=False, # Print the runs and their estimated time, and train nothing
+    report:bool=False, # Train nothing, make the table from recorded runs
+    out:Path=Path('table') # Folder for records, networks, tables and figures; existing runs are resumed
 ):
-    "Make a table of the research: train what is not on record yet, then write the table and its figures"
+    "Make a table of the research: train the runs not yet recorded, then write the table and its figures"
     tables = [table_of(o) for o in name.split(',')]
     _check_numbers(seeds=seeds, workers=workers)
     runs = {o: with_controls(o.runs(schedule, _labels(rows), _labels(arms), seeds)) for o in tables}
@@ -399,7 +399,7 @@ def table(
 def _fill(name, runs, out, data, workers, cluster, retry):
     client = _client(cluster) if cluster else None
     if not (Path(out)/'records.db').exists():
-        with in_turn(): dls_of(runs[0], data)  # before there is a folder
+        with in_turn(): dls_of(runs[0], data)  # before the folder is created
     sweep = Sweep(name, runs, out, data)
     say(f"{sweep} in {sweep.folder}")
     _sweep(sweep, workers=workers, retry=retry, client=client)
@@ -408,15 +408,15 @@ def _client(address): return import_extra('sweep', 'distributed').Client(address
 
 # %% ../nbs/cli.ipynb #c1e2677a
 def tell_doctor():
-    "Tell versions, device, bfloat16, where data are, and what is missing for which extra"
+    "Report versions, device, bfloat16 support, where data sets are, and what each extra lacks"
     say(doctor())
 
 def tell_methods():
     "List the methods: what each compares, its arguments, its paper"
     for o in method_table().itertuples(): say(f'{o.Index:14} {o.compares}\n{"":14} {o.arguments}\n{"":14} {o.paper}')
-    say("Join several with +, give arguments after colons: --method kd+at:weight=500:until=.8. "
-        "Everyone's: since, until, ramp, parts of the fit between 0 and 1. "
-        "per_stage, stem: which layers; see also the schedules in kdfast distill --help.")
+    say("Join several with +, pass arguments after colons: --method kd+at:weight=500:until=.8. "
+        "All accept since, until, ramp: fractions of the fit between 0 and 1. "
+        "per_stage, stem: which layers. For schedules, see kdfast distill --help.")
 
 # %% ../nbs/cli.ipynb #bf4f4179
 _commands = dict(demo=demo, distill=distill, compress=compress, table=table, methods=tell_methods, doctor=tell_doctor)
@@ -438,14 +438,14 @@ def _choose_device():
     elif num_distrib()>1 and torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
 
 def _as_interrupts():
-    "A scheduler's end and a closed terminal are answered as Ctrl-C is"
+    "Handle the signals of a scheduler and of a closed terminal like Ctrl-C"
     if threading.current_thread() is not threading.main_thread(): return
     for o in ('SIGTERM','SIGHUP'):
         if signal.getsignal(s := getattr(signal, o, signal.SIGINT)) is signal.SIG_DFL: signal.signal(s, signal.default_int_handler)
 
 # %% ../nbs/cli.ipynb #de35aa0c
 def main(
-    argv:list=None # Arguments, by default those of the process
+    argv:list=None # Arguments; by default those of the process
 ):
     "The `kdfast` command"
     args = vars(_parser(_commands).parse_args(argv))
@@ -455,7 +455,7 @@ def main(
     _as_interrupts()
     try:
         _check_given(args)
-        with on_interrupt(lambda: "The same command resumes with what it has kept."): command(**args)
-    except PermissionError as e: sys.exit(f"kdfast: {e.filename or e} may not be read or written: choose another place, such as --out, or change its permissions")
+        with on_interrupt(lambda: "The same command resumes from what is saved."): command(**args)
+    except PermissionError as e: sys.exit(f"kdfast: {e.filename or e} cannot be read or written: choose another path, as with --out, or change its permissions")
     except (ValueError,OSError,ImportError) as e: sys.exit(f'kdfast: {e}')
     except KeyboardInterrupt: sys.exit(130)

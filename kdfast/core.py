@@ -20,7 +20,7 @@ from fastai.vision.all import *
 def eval_mode(
     *models:nn.Module # Restored module by module, however the block ends
 ):
-    "A block in which `models` are in eval mode"
+    "Keep `models` in eval mode within the block"
     modes = [(m, m.training) for model in models for m in model.modules()]
     for m,_ in modes: m.training = False
     try: yield
@@ -31,7 +31,7 @@ def eval_mode(
 def probing(
     *models:nn.Module # As for `eval_mode`
 ):
-    "A block without gradients in which `models` can be run without changing them"
+    "Run `models` within the block in eval mode, without gradients, leaving them unchanged"
     with eval_mode(*models), torch.no_grad(): yield
 
 # %% ../nbs/core.ipynb #38e408d6
@@ -40,15 +40,15 @@ def is_compiled(model): return any(m._compiled_call_impl is not None or '_orig_m
 def eagerly(
     *models:nn.Module # Compiled or not
 ): # A context manager
-    "A block in which compiled `models` run as they were written, so that every hook is called"
+    "Run compiled `models` eagerly within the block, so that every hook is called"
     return torch.compiler.set_stance('force_eager') if any(map(is_compiled, models)) else nullcontext()
 
 # %% ../nbs/core.ipynb #655669d7
 @contextmanager
 def keep_rng(
-    *dls # Fastai `DataLoader`s whose shuffling is to be kept as well
+    *dls # fastai `DataLoader`s whose shuffling is restored as well
 ):
-    "A block after which all random number generators are as they were before it"
+    "Restore all random number generators after the block"
     states,rngs = get_random_states(),[(dl, deepcopy(dl.rng)) for dl in dls if hasattr(dl, 'rng')]
     try: yield
     finally:
@@ -58,9 +58,9 @@ def keep_rng(
 # %% ../nbs/core.ipynb #7cf57fc0
 def split_batch(
     dls, # `DataLoaders`
-    b # A batch of theirs
+    b # One of their batches
 ) -> tuple: # `(xb,yb)`
-    "A batch taken apart into inputs and targets"
+    "Split a batch into inputs and targets"
     n = getattr(dls, 'n_inp', 1 if len(b)==1 else len(b)-1)
     return b[:n],b[n:]
 
@@ -68,13 +68,13 @@ def split_batch(
 def device_of(
     dls # `DataLoaders`, whose `device` may be a string or missing
 ) -> torch.device:
-    "Where a learner on `dls` computes"
+    "The device of a learner on `dls`"
     return torch.device(getattr(dls, 'device', None) or default_device())
 
 def probe_batch(
     dls # `DataLoaders`
-) -> tuple: # `(xb,yb)` like a training batch, the inputs zeros
-    "Two samples of the shapes that training will see, without touching a random state"
+) -> tuple: # `(xb,yb)`: zeros in the shape of two samples, and the targets of a batch
+    "Inputs and targets shaped as in training, without changing random states"
     dl = dls[1] if len(dls.loaders)>1 and len(dls[1]) else dls[0]
     with keep_rng(dl): b = dl.one_batch() if hasattr(dl, 'one_batch') else first(dl)
     xb,yb = split_batch(dls, b)
@@ -82,16 +82,16 @@ def probe_batch(
 
 def first_batches(
     dls:DataLoaders, # With training data
-    n:int=8 # How many
+    n:int=8 # Number of batches
 ) -> list: # As training sees them
-    "The first training batches, without touching a random state"
+    "The first training batches, without changing random states"
     with keep_rng(dls.train): return [*itertools.islice(dls.train, n)]
 
 # %% ../nbs/core.ipynb #a5c9c32f
 def image_shape(
     dls # `DataLoaders`
 ) -> tuple: # `(c,h,w)` of images
-    "The shape of one of a network's inputs, of several the first"
+    "The shape of one input sample; of the first input if there are several"
     return tuple(probe_batch(dls)[0][0].shape[1:])
 
 # %% ../nbs/core.ipynb #f7c875b5
@@ -105,9 +105,9 @@ def input_shape(
 
 # %% ../nbs/core.ipynb #2b94257e
 def seen_by(
-    tfm, # What is done to the student's inputs before the teacher sees them, or None
+    tfm, # Applied to the student's inputs before the teacher sees them, or None
     xb:tuple # The student's inputs
-) -> tuple: # What the teacher is given
+) -> tuple: # The teacher's inputs
     "Inputs as a teacher sees them"
     return xb if tfm is None else tuplify(tfm(*xb))
 
@@ -115,10 +115,10 @@ def seen_by(
 @contextmanager
 def run_as(
     name:str, # 'student' or 'teacher'
-    model:nn.Module, # What is run in the block
-    xb:tuple # On which inputs
+    model:nn.Module, # The network that the block runs
+    xb:tuple # Its inputs
 ):
-    "A block in which `model` is tried out; raises `ValueError` with what it received and the remedy where it stops"
+    "Try out `model` within the block; raises `ValueError` with its inputs and a remedy if it fails"
     try: yield
     except ValueError: raise
     except Exception as e:
@@ -126,20 +126,20 @@ def run_as(
         ours,given = kinds(model.parameters()),' and '.join(f"{tuple(o.shape)}" for o in xb)
         remedy = f"call .float() on the {name}" if ours!=kinds(xb) and 'float32'==kinds(xb) else \
             "pass tfm=, or size= to Teacher, to change what it receives" if name=='teacher' else "build it for such inputs, for instance with n_in=1"
-        raise ValueError(f"The {name}, in {ours or 'no'} weights, cannot run on {kinds(xb)} inputs {given} ({str(e).strip().splitlines()[0]}): {remedy}") from e
+        raise ValueError(f"The {name} with {ours or 'no'} weights cannot run on {kinds(xb)} inputs {given} ({str(e).strip().splitlines()[0]}): {remedy}") from e
 
 # %% ../nbs/core.ipynb #289f88db
 def logits_of(
-    out # What a network outputs: a tensor, a tuple or list that begins with it, as in language models, a dictionary, as in Hugging Face's, or an object with `logits`
-): # The first, of a dictionary its `logits` if it has any
+    out # Output of a network: a tensor, a tuple or list that starts with it (language models), a dictionary (Hugging Face) or an object with `logits`
+): # The first tensor, or the `logits` of a dictionary that has them
     "The part of a network's outputs that is compared with labels"
     if isinstance(out, dict): return out.get('logits', first(out.values()))
     return out[0] if isinstance(out, (tuple,list)) else getattr(out, 'logits', out)
 
 def random_like(
     xb:tuple # Inputs of a network
-) -> tuple: # Of the same shapes, types and devices, always the same
-    "Random numbers in place of floating point and uint8 inputs, others as they are"
+) -> tuple: # Of the same shapes, types and devices; the same on every call
+    "Replace floating point and uint8 inputs with random values, others unchanged"
     g = torch.Generator().manual_seed(0)
     numbers = lambda o: torch.randint(256, o.shape, generator=g) if o.dtype==torch.uint8 else torch.randn(o.shape, generator=g)
     return tuple(numbers(o).to(o) if o.is_floating_point() or o.dtype==torch.uint8 else o for o in xb)
@@ -151,21 +151,21 @@ def _parts_of(dest): return dest.parent.glob(f'.{glob.escape(dest.name)}.*.part'
 
 @contextmanager
 def whole_file(
-    dest:Path # Its folder is made if it is not there
-): # Gives the name of a file beside it, to write to
-    "A block that writes `dest` whole or not at all"
+    dest:Path # Its folder is created if missing
+): # Yields the path of a temporary file next to it, to write to
+    "Write `dest` atomically: whole or not at all"
     dest.parent.mkdir(parents=True, exist_ok=True)
     for o in _parts_of(dest):
         with suppress(FileNotFoundError):
             if time.time()-o.stat().st_mtime>3600: o.unlink()  # its writer was killed
     part = dest.with_name(f'.{dest.name}.{token_hex(4)}.part')
-    os.close(os.open(part, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o666))  # nobody's link is followed, nobody else writes to it
+    os.close(os.open(part, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o666))  # follows no link, shared with no other process
     try:
         yield part
-        with part.open('rb+') as f: os.fsync(f.fileno())  # on disk before it has the name
+        with part.open('rb+') as f: os.fsync(f.fileno())  # on disk before the rename
         os.replace(part, dest)
-    except (OSError,RuntimeError) as e:  # torch raises the second on a full disk
-        if _no_room(e): raise OSError(f"{dest} cannot be written, as on a full disk: free some space, and run again") from e
+    except (OSError,RuntimeError) as e:  # torch raises RuntimeError on a full disk
+        if _no_room(e): raise OSError(f"{dest} cannot be written, as on a full disk: free some space and rerun") from e
         raise
     finally: part.unlink(missing_ok=True)
 
@@ -174,9 +174,9 @@ def part_of(dest): return dest.with_name(f'.{dest.name}.part')
 
 @contextmanager
 def whole_folder(
-    dest:Path # Its parent is made if it is not there
-): # Gives a folder beside it, to write to
-    "A block that writes `dest` whole or not at all"
+    dest:Path # Its parent is created if missing
+): # Yields a temporary folder next to it, to write to
+    "Write `dest` atomically: whole or not at all"
     part = part_of(dest)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -193,8 +193,8 @@ unreadable = OSError,RuntimeError,EOFError,LookupError,TypeError,ValueError,Attr
 # %% ../nbs/core.ipynb #63e850d1
 def fingerprint(
     model:nn.Module # Any network
-) -> str: # The same for the same layers, names and values, in any process
-    "A digest of what `model` is"
+) -> str: # Equal for equal layers, names and values, in any process
+    "A digest of the layers, names and values of `model`"
     h = hashlib.blake2b(repr(model).encode(), digest_size=12)
     for n,t in model.state_dict().items():
         if not isinstance(t, Tensor): continue
@@ -204,17 +204,17 @@ def fingerprint(
 
 def digest(
     model:nn.Module # Any network
-) -> str: # 12 hexadecimal digits, as records have them
-    "A digest of the values in `model`, whatever its layers are called and do"
+) -> str: # 12 hexadecimal digits, as in the records
+    "A digest of the values in `model`, independent of the names and types of its layers"
     return hashlib.sha256(b''.join(v.float().cpu().contiguous().numpy().tobytes() for v in model.state_dict().values())).hexdigest()[:12]
 
 # %% ../nbs/core.ipynb #61bd433a
 def bisect(cost, n, budget):
-    "The setting under `budget` whose neighbour is above it, of `n+1` whose costs rise or fall"
+    "The most expensive setting within `budget`, of `n+1` settings with rising or falling costs"
     under,above = (0,n) if cost(0)<=cost(n) else (n,0)
     if not cost(under)<=budget<=cost(above): raise ValueError(
         f"The budget of {budget:,} is out of reach: the settings cost {cost(under):,} to {cost(above):,}, "
-        "so pass a budget between or other settings")
+        "so pass a budget in this range, or other settings")
     if cost(above)<=budget: return above
     while abs(above-under)>1:
         mid = (under+above)//2
@@ -224,18 +224,18 @@ def bisect(cost, n, budget):
 # %% ../nbs/core.ipynb #a1bff955
 def import_extra(
     extra:str, # As in `pip install kdfast[extra]`
-    *modules # Their full names
-): # The last of them; raises `ImportError` with the command
-    "Import what an extra installs"
+    *modules # Full module names
+): # The last of them; raises `ImportError` with the install command
+    "Import the modules of an extra"
     try: return [import_module(o) for o in modules][-1]
     except ImportError as e: raise ImportError(f"{' and '.join(modules)} cannot be imported ({e}): pip install kdfast[{extra}]") from e
 
 # %% ../nbs/core.ipynb #f7346ee2
 @contextmanager
 def on_interrupt(
-    say # Called without arguments when it comes, gives a sentence: what is kept, how to go on
+    say # Called without arguments on Ctrl-C, returns a sentence: what is kept, how to resume
 ):
-    "A block in which Ctrl-C is answered before it goes on its way"
+    "Print a message on Ctrl-C within the block, then let it propagate"
     try: yield
     except KeyboardInterrupt as e:
         if not rank_distrib() and not getattr(e, 'answered', False): print(f"\nInterrupted. {say()}", file=sys.stderr)

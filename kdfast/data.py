@@ -22,10 +22,10 @@ from fastai.vision.all import *
 def stratified(
     labels, # The label of every item
     pct:float=1., # Fraction of each class, at least one item; raises `ValueError` outside (0,1]
-    per_class:int=None, # Number of items of each class, instead of `pct`; raises `ValueError` where a class has fewer
-    seed:int=0 # Picks the items
+    per_class:int=None, # Number of items of each class, instead of `pct`; raises `ValueError` if a class has fewer
+    seed:int=0 # Random seed of the selection
 ) -> list: # Indices into `labels`, ascending
-    "A part of the items in which every class has its share"
+    "A subset of the items, stratified by class"
     if not 0<pct<=1: raise ValueError(f"pct must be a fraction of the training set, in (0,1], got {pct}")
     classes = groupby(enumerate(labels), 1, 0)
     least = min(map(len, classes.values()))
@@ -36,7 +36,7 @@ def stratified(
 
 # %% ../nbs/data.ipynb #0e67bdbb
 def _crop(x, tops, lefts, h, w):
-    "From each image of `x` the `h` x `w` window at its own `(top,left)`"
+    "Crop an `h` x `w` window from each image of `x`, each at its own `(top,left)`"
     return x.unfold(2, h, 1).unfold(3, w, 1)[torch.arange(len(x), device=x.device), :, tops, lefts]
 
 class BatchShift(Transform):
@@ -56,13 +56,13 @@ class BatchFlip(Transform):
     "Mirror each training image left to right with probability `p`"
     split_idx,order = 0,6
     def __init__(self,
-        p:float=.5 # Probability, of each image by itself
+        p:float=.5 # Probability, independent for each image
     ): self.p = p
 
     def encodes(self, x:TensorImage):
         res = x.as_subclass(Tensor).clone(memory_format=torch.contiguous_format)
         flip = torch.rand(len(x), device=x.device)<self.p
-        if x.device.type!='cpu': return torch.where(flip[:,None,None,None], res.flip(-1), res)  # a GPU would wait to count them
+        if x.device.type!='cpu': return torch.where(flip[:,None,None,None], res.flip(-1), res)  # indexing would make a GPU wait
         res[flip] = res[flip].flip(-1)
         return res
 
@@ -71,14 +71,14 @@ class BatchResizedCrop(Transform):
     "Resize a random window of each training image to `size`"
     split_idx,order = 0,5
     def __init__(self,
-        size:int, # Side of the result, pixels
-        min_scale:float=.35, # Smallest area of a window, as a part of the image
+        size:int, # Side of the result in pixels
+        min_scale:float=.35, # Smallest area of a window, as a fraction of the image
         ratio:tuple=(3/4,4/3), # Range of width to height
-        groups:int=8 # Parts of a batch that share the size of their window
+        groups:int=8 # Number of parts of a batch, each with one window size
     ): store_attr()
 
     def _resize(self, x):
-        as_byte = x.device.type=='cpu'  # torch has this kernel for uint8 on the CPU alone
+        as_byte = x.device.type=='cpu'  # torch has a uint8 kernel for this on the CPU only
         out = F.interpolate(x if as_byte else x.float(), (self.size,self.size), mode='bilinear', antialias=True)
         return out if as_byte else out.round().clamp(0, 255).byte()
 
@@ -97,32 +97,32 @@ class BatchResizedCrop(Transform):
 
 # %% ../nbs/data.ipynb #d98b4d92
 def _rgb(image):
-    "With 8 bits a channel: converting one of 16 would clip it to white"
-    if image.mode=='F': raise ValueError("its pixels are floating point numbers, which may mean anything")
+    "`image` in RGB with 8 bits per channel: converting 16 bits directly would clip them to white"
+    if image.mode=='F': raise ValueError("its pixels are floating point numbers of unknown range")
     if image.mode[0]=='I':
         pixels = np.asarray(image)
-        if not (0<=pixels.min() and pixels.max()<2**16): raise ValueError("its pixels are numbers of more than 16 bits")
+        if not (0<=pixels.min() and pixels.max()<2**16): raise ValueError("its pixels have more than 16 bits")
         image = Image.fromarray((pixels/257).round().astype(np.uint8))
     return image if image.mode=='RGB' else PILImage(image.convert('RGB'))
 
 class ImageError(ValueError):
     "An image that cannot be read"
-    def __init__(self, text): super().__init__(text.split('ImageError: ')[-1].strip())  # torch puts a worker's traceback before it
+    def __init__(self, text): super().__init__(text.split('ImageError: ')[-1].strip())  # torch prepends a worker's traceback
 
 def open_image(
     o # A file, or anything else that `PILImage.create` takes
 ):
     "`o` as an RGB image; raises `ValueError` naming the file if it cannot be read"
     try: return _rgb(PILImage.create(o, mode=None))
-    except Exception as e: raise ImageError(f"{o} is no readable image ({e}): remove it or replace it") from e
+    except Exception as e: raise ImageError(f"{o} is not a readable image ({e}): remove or replace it") from e
 
 # %% ../nbs/data.ipynb #90362c9b
 class FromMemory(Transform):
-    "The image of a row number; a file or a PIL image is opened and resized as the others were"
+    "The image at an index; a file or a PIL image is opened and resized like those in memory"
     input_types = (int,str,Path,bytes,np.ndarray,Image.Image)
     def __init__(self,
         images:Tensor, # In memory, `(n,c,h,w)`
-        resize=None # What a file or a PIL image goes through, by default a `Resize` to the images' size
+        resize=None # Transform applied to a file or a PIL image; a `Resize` to the images' size by default
     ): self.images,self.resize = images,resize or Resize(tuple(images.shape[-2:]))
     def encodes(self, o):
         x = self.images[o] if isinstance(o, int) else image2tensor(self.resize(open_image(o), split_idx=1))
@@ -131,10 +131,10 @@ class FromMemory(Transform):
     def __deepcopy__(self, memo): return self
 
 class LabelOf(Transform):
-    "The label of a row number; that of a file is the name of its folder"
+    "The label at an index; for a file, the name of its folder"
     input_types = (int,Path)
     def __init__(self,
-        labels # One a row
+        labels # One per row
     ): self.labels = list(labels)
     def encodes(self, o): return self.labels[o] if isinstance(o, int) else o.parent.name
     def __getstate__(self): return {**self.__dict__, 'labels':None}
@@ -147,7 +147,7 @@ class NormalizeInPlace(Normalize):
 
 # %% ../nbs/data.ipynb #77e4bfad
 class TensorDL(TfmdDL):
-    "Makes a batch of a `FromMemory` dataset in one indexing, and anything else, like test files, item by item"
+    "Create batches of a `FromMemory` dataset by indexing once, and those of anything else, such as test files, item by item"
     def create_batches(self, samps):
         tls = getattr(self.dataset, 'tls', ())
         if not isinstance(first(tls and tls[0].items), int): yield from super().create_batches(samps)
@@ -166,26 +166,26 @@ class TensorDL(TfmdDL):
 def _check_images(stats, *parts):
     for x,y in parts:
         if not len(x) or y is not None and len(x)!=len(y): raise ValueError(
-            f"Got {len(x)} images and {len(y or ())} labels: pass at least one, and a label for each, or None for labels")
+            f"Got {len(x)} images and {len(y or ())} labels: pass at least one image, and a label for each or None for labels")
         if x.dtype!=torch.uint8 or x.ndim!=4: raise ValueError(
             f"Images must be a uint8 tensor (n,c,h,w), got a {type(x).__name__} of {x.dtype} {tuple(x.shape)}: "
-            "pass tensor(x), or (255*tensor(x)).round().byte() where they are in [0,1]")
+            "pass tensor(x), or (255*tensor(x)).round().byte() if they are in [0,1]")
         if x.shape[1]!=len(stats[0]): raise ValueError(
             f"Images of {tuple(x.shape)} have {x.shape[1]} channels, stats {len(stats[0])}: permute them to (n,c,h,w), or pass stats=([mean, ...], [std, ...])")
 
 # %% ../nbs/data.ipynb #7dec458a
 def tensor_dls(
-    train:tuple, # uint8 images `(n,c,h,w)` and their n labels, or None in place of the labels
+    train:tuple, # uint8 images `(n,c,h,w)` and their n labels, or None instead of the labels
     valid:tuple, # The same for validation
     bs:int=64, # Batch size
     tfms=None, # Transforms of uint8 batches, such as `BatchShift()`
     stats:tuple=imagenet_stats, # Mean and standard deviation of each channel, for images in [0,1]
-    resize=None, # What a file is resized with before `predict`; by default to the size of the images
-    repeat:int=1, # Passes over the training set that make an epoch
-    path='.', # Where learners save
+    resize=None, # Transform that resizes files for `predict`; to the size of the images by default
+    repeat:int=1, # Passes over the training set per epoch
+    path='.', # Folder in which learners save
     device=None # fastai's default device
 ) -> DataLoaders: # The classes are the sorted labels
-    "`DataLoaders` over images in memory, augmented a batch at a time on the device"
+    "`DataLoaders` for images in memory, augmented batch by batch on the device"
     train,valid = ((x, y.tolist() if hasattr(y, 'tolist') else y and list(y)) for x,y in (train,valid))
     _check_images(stats, train, valid)
     vocab = sorted({*(train[1] or ()),*(valid[1] or ())})
@@ -200,22 +200,22 @@ def tensor_dls(
 
 # %% ../nbs/data.ipynb #4978187a
 Facts = namedtuple('Facts', 'size classes images urls')
-Facts.__doc__ = "Of a data set: side of its images in pixels, number of classes, images to train on and to validate, URL by name"
+Facts.__doc__ = "Facts about a data set: image size in pixels, number of classes, numbers of training and validation images, URLs by name"
 
 def data_set(
     size:int, # Side of the images, pixels
     classes:int, # Number of classes
-    images:tuple, # How many to train on, and to validate
-    **urls # Name to address of what is downloaded
-): # A decorator of a function that gives `DataLoaders` and is called `..._dls`
-    "Note what is known of a data set as `facts` of its function"
+    images:tuple, # Numbers of training and validation images
+    **urls # URLs of the downloads, by name
+): # A decorator for a function `..._dls` that returns `DataLoaders`
+    "Store the facts about a data set as `facts` of its function"
     def note(f):
         f.facts = Facts(size, classes, images, urls)
         return f
     return note
 
 def data_sets() -> dict: # Name to function
-    "All data sets, by the names that the command line knows"
+    "All data sets, by their names on the command line"
     return {n.removesuffix('_dls'):f for n,f in globals().items() if n.endswith('_dls') and hasattr(f, 'facts')}
 
 # %% ../nbs/data.ipynb #58b6060e
@@ -226,13 +226,13 @@ def digits_dls(
     bs:int=64, # Batch size
     pct:float=1., # Fraction of each class to train on
     per_class:int=None, # Images of each class to train on, instead of `pct`
-    seed:int=0, # Picks the part
-    repeat:int=1, # Passes over the part that make an epoch
-    pad:int=None, # Training images are shifted by up to so many pixels, an eighth of `size` by default
+    seed:int=0, # Random seed of the selection
+    repeat:int=1, # Passes over the selected images per epoch
+    pad:int=None, # Maximum shift of training images in pixels; an eighth of `size` by default
     size:int=32, # Side of the images, pixels
-    valid:int=None, # Validate on the first so many of the 599 images
+    valid:int=None, # Number of validation images, the first of the 599; all by default
     device=None # fastai's default device
-) -> DataLoaders: # 1,198 images to train on, 599 to validate
+) -> DataLoaders: # 1,198 training and 599 validation images
     "Scikit-learn's digits, embedded in the installed package: nothing is downloaded"
     raw = load_digits()
     x = tensor(raw.images)[:,None].float()*255/16
@@ -252,9 +252,9 @@ def _content(file):
     return h.hexdigest()
 
 def _to_the_end(tar):
-    "Read what follows the last file: check sums are compared at the end, and an archive that was cut has none"
+    "Read past the last file: checksums are verified at the end, which a truncated archive lacks"
     tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(512)!=bytes(512): raise EOFError("it was cut off")
+    if tar.fileobj.read(512)!=bytes(512): raise EOFError("it is truncated")
     while tar.fileobj.read(1<<20): pass
 
 def _unpack(archive):
@@ -267,7 +267,7 @@ def _unpack(archive):
                 f.extractall(Path(tmp)/'data', filter='data')
                 _to_the_end(f)
         except (tarfile.TarError, OSError, EOFError, LZMAError, zlib.error) as e:
-            raise ValueError(f"{archive} cannot be unpacked ({e}): get it again, or pass a folder, a .tgz or a .tar.xz") from e
+            raise ValueError(f"{archive} cannot be unpacked ({e}): download it again, or pass a folder, a .tgz or a .tar.xz") from e
         try: (Path(tmp)/'data').rename(dest)
         except OSError:
             if not dest.exists(): raise  # else another process was first
@@ -276,14 +276,14 @@ def _unpack(archive):
 # %% ../nbs/data.ipynb #1d223ff0
 @contextmanager
 def _if_usable(path, root):
-    "A block after whose `ValueError` nothing is left of the archive `path`, unpacked as `root`"
+    "Delete `root`, into which the archive `path` was unpacked, if the block raises `ValueError`"
     try: yield
     except ValueError:
         if path.is_file() and root!=path.parent: shutil.rmtree(root, ignore_errors=True)
         raise
 
 def _dataset(path, url, parts):
-    "The folder that holds the folders `parts`: `path`, what is in it or in the archive, or what `url` gives"
+    "The folder that contains the folders `parts`: `path`, a subfolder, an unpacked archive, or a download of `url`"
     try: path = untar_data(url) if path is None else path
     except URLError as e: raise OSError(
         f"{url} cannot be downloaded ({e.reason}): pass path=, or --path, with the archive or its folder") from e
@@ -296,24 +296,24 @@ def _dataset(path, url, parts):
         f"{path} must hold the folders {' and '.join(parts)}, each with a folder per class; it holds {held}")
 
 # %% ../nbs/data.ipynb #5b0f3c11
-def _shown(name): return name[0] not in '.@'  # as .ipynb_checkpoints and @eaDir are
+def _shown(name): return name[0] not in '.@'  # hides .ipynb_checkpoints and @eaDir
 
 def _folders(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and _shown(p.name))
 
 def _files(folder, **kwargs):
-    "Images, but for those in hidden folders"
+    "Images, except those in hidden folders"
     return get_image_files(folder, **kwargs).filter(lambda f: all(map(_shown, f.relative_to(folder).parts))).sorted()
 
 # %% ../nbs/data.ipynb #7d21aa90
 def _few(names): return ', '.join(map(str, names[:5])) + ' and more'*(len(names)>5)
 
 def _wrong_classes(train, valid):
-    "What is wrong with the classes of images, None standing for no label"
+    "What is wrong with the classes of images, where None means no label; '' if nothing is"
     new = sorted(map(str, {*valid}-{*train}))
-    if not valid: return "has one image of each class: add some, so that one of each can be held out"
-    if new: return f"has no images of {_few(new)} to train on: add some, or leave the class out of those to validate with"
+    if not valid: return "has one image of each class: add more, so that some can be held out"
+    if new: return f"has no images of {_few(new)} to train on: add some, or remove the class from the validation images"
     one = len({*train})==1 and first(train)
-    return f"has one class, {one}: add a second one, or take its images out of their folder to distil without labels" if one else ''
+    return f"has one class, {one}: add a second one, or move its images out of their folder to distil without labels" if one else ''
 
 def _images(folder):
     files = {p.name: _files(p) for p in _folders(folder)}
@@ -325,13 +325,13 @@ def _images(folder):
 def _labels_of(folder, nested=False): return {f: f.parent.name if nested else c for c,fs in _images(folder).items() for f in fs}
 
 def _some(files, labels, pct=1., per_class=None, seed=0):
-    "A part of `files`, the same of each class"
+    "A subset of `files`, stratified by class"
     return [files[i] for i in stratified([labels and labels[f] for f in files], pct, per_class, seed)]
 
 def _split(root, parts, pct, seed, nested=False):
     train,valid = (_labels_of(root/p, nested) for p in parts)
     odd = sorted({*train.values()} ^ {*valid.values()})
-    wrong = f"has classes in {' and '.join(parts)} that differ: {odd}, so give each a folder in both" if odd else \
+    wrong = f"has classes in {' and '.join(parts)} that differ, {odd}: give each class a folder in both" if odd else \
         _wrong_classes(train.values(), valid.values())
     if wrong: raise ValueError(f"{root} {wrong}")
     return _some([*train], train, pct, seed=seed),[*valid],{**train, **valid}
@@ -370,29 +370,29 @@ def _cifar_dls(path, url, nested, stats, bs, pct, seed, in_memory, device, num_w
 # %% ../nbs/data.ipynb #bb61f766
 @data_set(size=32, classes=10, images=(50_000,10_000), cifar10=URLs.CIFAR)
 def cifar10_dls(
-    path=None, # A folder with `train` and `test`, or its archive; None downloads it
+    path=None, # A folder with `train` and `test`, or an archive of it; None downloads it
     bs:int=128, # Batch size
     pct:float=1., # Fraction of each class to train on
-    seed:int=0, # Picks the part
-    in_memory:bool=False, # Keep the images as uint8 tensors: as accurate, many times faster
+    seed:int=0, # Random seed of the selection
+    in_memory:bool=False, # Keep the images as uint8 tensors: just as accurate, many times faster
     device=None, # fastai's default device
-    num_workers:int=None # Processes that load files
-) -> DataLoaders: # 50,000 images to train on, 10,000 to validate, 32 px
-    "CIFAR-10 with 4-pixel shifts and flips; raises `ValueError` for a folder that is not like it"
+    num_workers:int=None # Number of processes that load files
+) -> DataLoaders: # 50,000 training and 10,000 validation images, 32 px
+    "CIFAR-10 with 4-pixel shifts and flips; raises `ValueError` for a folder with another layout"
     return _cifar_dls(path, URLs.CIFAR, False, cifar_stats, bs, pct, seed, in_memory, device, num_workers)
 
 # %% ../nbs/data.ipynb #e613c19d
 @data_set(size=32, classes=100, images=(50_000,10_000), cifar100=URLs.CIFAR_100)
 def cifar100_dls(
-    path=None, # A folder with `train` and `test`, each with a folder per class or per superclass of classes; or its archive; None downloads it
+    path=None, # A folder with `train` and `test`, each with class folders, inside superclass folders or not; or an archive; None downloads it
     bs:int=64, # Batch size
     pct:float=1., # Fraction of each class to train on
-    seed:int=0, # Picks the part
-    in_memory:bool=False, # Keep the images as uint8 tensors: as accurate, many times faster
+    seed:int=0, # Random seed of the selection
+    in_memory:bool=False, # Keep the images as uint8 tensors: just as accurate, many times faster
     device=None, # fastai's default device
-    num_workers:int=None # Processes that load files
-) -> DataLoaders: # 50,000 images to train on, 10,000 to validate, 32 px, 100 classes
-    "CIFAR-100 with 4-pixel shifts and flips; raises `ValueError` for a folder that is not like it"
+    num_workers:int=None # Number of processes that load files
+) -> DataLoaders: # 50,000 training and 10,000 validation images, 32 px, 100 classes
+    "CIFAR-100 with 4-pixel shifts and flips; raises `ValueError` for a folder with another layout"
     return _cifar_dls(path, URLs.CIFAR_100, True, cifar100_stats, bs, pct, seed, in_memory, device, num_workers)
 
 # %% ../nbs/data.ipynb #3ebfc8ff
@@ -409,17 +409,17 @@ def _imagenette_url(size, woof):
 @data_set(size=128, classes=10, images=(9469,3925),
     imagenette=URLs.IMAGENETTE, imagenette_160=URLs.IMAGENETTE_160, imagenette_320=URLs.IMAGENETTE_320)
 def imagenette_dls(
-    path=None, # A folder with `train` and `val`, or its archive; None downloads the smallest version that has `size`
+    path=None, # A folder with `train` and `val`, or an archive of it; None downloads the smallest version of at least `size`
     size:int=128, # Side of the images, pixels
     bs:int=64, # Batch size
-    woof:bool=False, # Download Imagewoof, ten breeds of dogs
+    woof:bool=False, # Download Imagewoof, ten dog breeds, instead
     pct:float=1., # Fraction of each class to train on
-    seed:int=0, # Picks the part
-    in_memory:bool=False, # Keep the images as uint8 tensors of 1.25 times `size`: as accurate, many times faster
+    seed:int=0, # Random seed of the selection
+    in_memory:bool=False, # Keep the images as uint8 tensors of 1.25 times `size`: just as accurate, many times faster
     device=None, # fastai's default device
-    num_workers:int=None # Processes that load files
-) -> DataLoaders: # 9,469 images to train on, 3,925 to validate
-    "Imagenette with random resized crops and flips; raises `ValueError` for a folder that is not like it"
+    num_workers:int=None # Number of processes that load files
+) -> DataLoaders: # 9,469 training and 3,925 validation images
+    "Imagenette with random resized crops and flips; raises `ValueError` for a folder with another layout"
     parts = ('train','val')
     images = _split(_dataset(path, _imagenette_url(size, woof), parts), parts, pct, seed)
     return _photo_dls(images, size, bs, in_memory, device, num_workers)
@@ -427,15 +427,15 @@ def imagenette_dls(
 # %% ../nbs/data.ipynb #31d4b83b
 @data_set(size=224, classes=1000, images=(1_281_167,50_000))
 def imagenet_dls(
-    path=None, # A folder with `train` and `val`, each with a folder a class; raises `ValueError` if left out
+    path=None, # A folder with `train` and `val`, each with a folder per class; raises `ValueError` if None
     size:int=224, # Side of the images, pixels
     bs:int=64, # Batch size
     pct:float=1., # Fraction of each class to train on
-    seed:int=0, # Picks the part
+    seed:int=0, # Random seed of the selection
     device=None, # fastai's default device
-    num_workers:int=None # Processes that load files
-) -> DataLoaders: # 1,281,167 images to train on, 50,000 to validate, 1,000 classes
-    "ImageNet with random resized crops and flips, from files; raises `ValueError` for a folder that is not like it"
+    num_workers:int=None # Number of processes that load files
+) -> DataLoaders: # 1,281,167 training and 50,000 validation images, 1,000 classes
+    "ImageNet with random resized crops and flips, from files; raises `ValueError` for a folder with another layout"
     if path is None: raise ValueError("ImageNet cannot be downloaded: pass the folder that holds its train and val")
     parts = ('train','val')
     images = _split(_dataset(path, None, parts), parts, pct, seed)
@@ -443,7 +443,7 @@ def imagenet_dls(
 
 # %% ../nbs/data.ipynb #2d3e30ad
 def _parts(root):
-    "Folders of the images to train on and to validate with, the second None where there is none"
+    "Folders of the training and the validation images, the second None if there is none"
     folders = {p.name:p for p in _folders(root)}
     only = first(folders.values()) if len(folders)==1 and not _files(root, recurse=False) else None
     if only and (only.name=='train' or _folders(only)): return _parts(only)
@@ -451,10 +451,10 @@ def _parts(root):
     return (folders['train'],valid) if 'train' in folders and (valid or {*folders}<={'train','test'}) else (root,None)
 
 def _in_folder(folder):
-    "Files to their labels, which are None where there are no folders of classes"
+    "Files to their labels, which are None if there are no class folders"
     loose = _files(folder, recurse=False)
     if loose and len(loose)<len(_files(folder)): raise ValueError(
-        f"{folder} has images beside its folders, such as {loose[0].name}: move them into the folder of a class, or elsewhere")
+        f"{folder} has images next to its folders, such as {loose[0].name}: move them into a class folder, or elsewhere")
     return dict.fromkeys(loose) if loose else _labels_of(folder)
 
 # %% ../nbs/data.ipynb #12091235
@@ -469,10 +469,10 @@ def _wrong_in(csv, table):
     if twice or blank: return f"lists {_few(twice or blank)} {'twice' if twice else 'without a label'}: give each file one row and a label"
     held = {_valid.get(o.lower()) for o in table.get('valid', ())}
     odd = held not in (set(), {True,False})
-    return f"has the values {_few([*table['valid'].unique()])} as valid: write 0 and 1, or leave it out" if odd else ''
+    return f"has the values {_few([*table['valid'].unique()])} as valid: use 0 and 1, or leave out the column" if odd else ''
 
 def _in_csv(csv):
-    "Files to their labels, and those of them to validate with"
+    "Files to their labels, and the files to validate on"
     try: table = pd.read_csv(csv, dtype=str, keep_default_na=False)
     except ValueError as e: table,wrong = None,f"cannot be read ({e}): write the columns file and label"
     else: wrong = _wrong_in(csv, table)
@@ -489,7 +489,7 @@ def _hold_out(labels):
     return _some(several, labels, .2) if several else []
 
 def _in_folders(root):
-    if not _files(root): raise ValueError(f"{root} holds no images: pass a folder or an archive of some, or a CSV that lists them")
+    if not _files(root): raise ValueError(f"{root} holds no images: pass a folder or an archive of images, or a CSV that lists them")
     train,valid = (o and _in_folder(o) for o in _parts(root))
     return {**train, **(valid or {})},[*(valid or ())]
 
@@ -497,7 +497,7 @@ def _in_folders(root):
 class ImageFiles:
     "Images in folders, in an archive or listed in a CSV"
     def __init__(self,
-        path # A folder, an archive or a CSV; raises `ValueError` where the images cannot be told from each other
+        path # A folder, an archive or a CSV; raises `ValueError` if the images cannot be used as a data set
     ):
         self.path = Path(path).expanduser()
         csv = self.path.suffix.lower()=='.csv'
@@ -518,7 +518,7 @@ class ImageFiles:
         n = Counter((self.labels or {}).values()).most_common()
         least,most = ('{} with {:,}'.format(*o) for o in (n[-1],n[0])) if n else ('','')
         of = f"in {len(n)} classes, the smallest {least}, the largest {most}" if n else "without labels"
-        return f"{sum(self.facts.images):,} images {of}; {len(self.train):,} to train on, {len(self.valid):,} to validate with"
+        return f"{sum(self.facts.images):,} images {of}; {len(self.train):,} to train on, {len(self.valid):,} to validate on"
 
 # %% ../nbs/data.ipynb #c489e4ba
 def _each(f, items): return [*parallel(f, items, threadpool=True, n_workers=defaults.cpus, progress=False)]
@@ -530,8 +530,8 @@ def _sides(file):
 
 # %% ../nbs/data.ipynb #5166b61a
 @patch(as_prop=True)
-def name(self:ImageFiles) -> str: # As `pets-1a2b3c4d`
-    "What they are called in records, on every machine"
+def name(self:ImageFiles) -> str: # Such as `pets-1a2b3c4d`
+    "Name of the images in records, the same on every machine"
     files,held = [*self.train,*self.valid],{*self.valid}
     told = zip((os.path.relpath(f, self.root).replace(os.sep, '/') for f in files), files, _each(_content, files))
     rows = sorted(f"{o}\t{self.labels and self.labels[f]}\t{f in held}\t{content}" for o,f,content in told)
@@ -539,8 +539,8 @@ def name(self:ImageFiles) -> str: # As `pets-1a2b3c4d`
     return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', self.path.resolve().name.split('.')[0]) or 'images'}-{digest}"
 
 @patch
-def survey(self:ImageFiles) -> str: # A line
-    "Open every image and tell what there is; raises `ValueError` naming those that cannot be read"
+def survey(self:ImageFiles) -> str: # One line
+    "Open every image and summarize them; raises `ValueError` naming those that cannot be read"
     files = [*self.train,*self.valid]
     sizes = dict(zip(files, _each(_sides, files)))
     broken = [os.path.relpath(f, self.root) for f,o in sizes.items() if not o]
@@ -552,17 +552,17 @@ def survey(self:ImageFiles) -> str: # A line
 
 # %% ../nbs/data.ipynb #470211b3
 def folder_dls(
-    path, # A folder of images, in folders of classes or not; an archive of it; or a CSV with columns `file`, `label` and perhaps `valid`
+    path, # A folder of images, in class folders or not; an archive of it; or a CSV with columns `file`, `label` and optionally `valid`
     size:int=128, # Side of the images, pixels
     bs:int=64, # Batch size
     pct:float=1., # Fraction of each class to train on
     per_class:int=None, # Images of each class to train on, instead of `pct`
-    seed:int=0, # Picks the part
-    in_memory:bool=False, # Keep the images as uint8 tensors of 1.25 times `size`: as accurate, many times faster
+    seed:int=0, # Random seed of the selection
+    in_memory:bool=False, # Keep the images as uint8 tensors of 1.25 times `size`: just as accurate, many times faster
     device=None, # fastai's default device
-    num_workers:int=None # Processes that load files
-) -> DataLoaders: # A fifth is held out where the folder has no `valid` or `val`; batches of images alone where there are no classes
-    "Your own images, with random resized crops and flips; raises `ValueError` for what is no data set"
+    num_workers:int=None # Number of processes that load files
+) -> DataLoaders: # A fifth is held out if the folder has no `valid` or `val`; without classes, batches consist of images only
+    "Your own images, with random resized crops and flips; raises `ValueError` if they cannot be used as a data set"
     images = path if isinstance(path, ImageFiles) else ImageFiles(path)
     train = _some(images.train, images.labels, pct, per_class, seed)
     return _photo_dls((train,images.valid,images.labels), size, bs, in_memory, device, num_workers)

@@ -17,9 +17,9 @@ from .data import TensorDL
 
 # %% ../nbs/devices.ipynb #70e85944
 def native_bf16(
-    device:torch.device # Where a network is to run
-) -> bool: # Whether it computes bfloat16 itself; raises `ValueError` where `KDFAST_NATIVE_BF16` is neither 0 nor 1
-    "Does `device` multiply in bfloat16? The environment variable `KDFAST_NATIVE_BF16`, 0 or 1, overrides what the hardware reports"
+    device:torch.device # Device of a network
+) -> bool: # Raises `ValueError` if `KDFAST_NATIVE_BF16` is neither 0 nor 1
+    "Whether `device` multiplies in bfloat16; the environment variable `KDFAST_NATIVE_BF16`, 0 or 1, overrides what the hardware reports"
     if answer := os.environ.get('KDFAST_NATIVE_BF16'):
         if answer not in ('0','1'): raise ValueError(f"KDFAST_NATIVE_BF16 is {answer!r}: set it to 0 or 1, or unset it")
         return answer=='1'
@@ -31,27 +31,27 @@ _dtypes = dict(float32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 # %% ../nbs/devices.ipynb #a30c0e0d
 def autocast_dtype(
-    precision:str, # 'auto', 'float32', 'bf16' or 'fp16'; raises `ValueError` for another, and for one that the device cannot compute
-    device:torch.device # Where a network is to run
-) -> torch.dtype: # None for 'auto' on a GPU that has no bfloat16: as around it
-    "What `device` computes in under `precision`"
+    precision:str, # 'auto', 'float32', 'bf16' or 'fp16'; raises `ValueError` for any other, and if the device does not support it
+    device:torch.device # Device of a network
+) -> torch.dtype: # None for 'auto' on a GPU without bfloat16: the surrounding precision
+    "The dtype in which `device` computes at `precision`"
     if precision=='auto': return torch.bfloat16 if native_bf16(device) else torch.float32 if device.type=='cpu' else None
     if precision not in _dtypes: raise ValueError(
-        f"precision is 'auto', {', '.join(map(repr, _dtypes))} or a function such as int8_teacher, got {precision!r}")
+        f"precision must be 'auto', {', '.join(map(repr, _dtypes))} or a function such as int8_teacher, got {precision!r}")
     cannot = precision=='bf16' and not native_bf16(device) or precision=='fp16' and device.type=='cpu'
-    if cannot: raise ValueError(f"This {device.type} does not compute {precision} itself: use precision='auto' or 'float32'")
+    if cannot: raise ValueError(f"This {device.type} does not compute {precision} natively: use precision='auto' or 'float32'")
     return _dtypes[precision]
 
 # %% ../nbs/devices.ipynb #63c2ad71
 def _end_group():
-    "Gloo's threads hold tensors, which must not outlive the interpreter: a process that leaves without this may abort"
+    "Destroy a Gloo process group: its threads hold tensors, which must not outlive the interpreter, or the process may abort on exit"
     if torch.distributed.is_initialized() and torch.distributed.get_backend()=='gloo': torch.distributed.destroy_process_group()
 
 @functools.cache
 def any_device():
-    "Let fastai's distributed loader, which wants CUDA, use the device of the process group"
+    "Let fastai's distributed loader, which expects CUDA, use the device of the process group"
     try: from fastai.distributed import DistributedDL
-    except NameError as e: raise ImportError("Several processes need accelerate: pip install kdfast[distributed]") from e
+    except NameError as e: raise ImportError("Training with several processes needs accelerate: pip install kdfast[distributed]") from e
     def broadcast(self, t, rank):
         t = tensor(t, device='cuda' if torch.distributed.get_backend()=='nccl' else 'cpu')
         torch.distributed.broadcast(t, rank)
@@ -63,15 +63,15 @@ def any_device():
 def all_processes(
     learn:Learner # Any learner
 ): # A context manager
-    "A block in which all processes that were launched train `learn` together; it changes nothing where there is one"
+    "Train `learn` with all launched processes within the block; changes nothing if there is only one"
     if num_distrib()<2: return nullcontext()
     any_device()
     device = device_of(learn.dls).type
-    return learn.distrib_ctx(sync_bn=device=='cuda', cpu=device=='cpu', mixed_precision='no')  # precision is the learner's own affair
+    return learn.distrib_ctx(sync_bn=device=='cuda', cpu=device=='cpu', mixed_precision='no')  # the learner sets its own precision
 
 # %% ../nbs/devices.ipynb #procver2
 def in_turn():
-    "A block that the first process runs before the others, so that it alone downloads and unpacks"
+    "Run the block in the first process before the others, so that only it downloads and unpacks"
     if num_distrib()<2: return nullcontext()
     any_device()
     from accelerate import PartialState
@@ -81,17 +81,17 @@ def say(*args):
     if not rank_distrib(): print(*args, flush=True)
 
 def from_first(o=None):
-    "What the first process has, in all of them"
+    "Broadcast the object of the first process to all processes"
     box = [o]
     torch.distributed.broadcast_object_list(box, 0)
     return box[0]
 
 # %% ../nbs/devices.ipynb #4a6ccd82
 class LoaderHint(Callback):
-    "Says after the first epoch if training waits for its images"
+    "Warns after the first epoch if training waits for its images"
     order,run_valid,told,tick,n,waited,stepped = 1000,False,False,None,0,0.,0.
     def before_train(self):
-        if not len(self.dl): raise ValueError("The training loader gives no batch: it has fewer samples than a batch, so lower bs, or pass drop_last=False")
+        if not len(self.dl): raise ValueError("The training loader has no batches, since it has fewer samples than a batch: lower bs, or pass drop_last=False")
         self.tick,self.n,self.waited,self.stepped = None,0,0.,0.
 
     def before_batch(self):
@@ -111,12 +111,12 @@ class LoaderHint(Callback):
         self.told = True
         loader = self.n/(self.waited + self.stepped*bool(dl.fake_l.num_workers))  # workers load while the step runs
         step = self.n/self.stepped
-        if loader<.9*step: warnings.warn(f"Training waits for its images: the loader gives {loader:,.0f} a second, the step {step:,.0f}. "
+        if loader<.9*step: warnings.warn(f"Training waits for its images: the loader yields {loader:,.0f} per second, the step processes {step:,.0f}. "
             "Pass in_memory=True, use tensor_dls, or increase num_workers")
 
 # %% ../nbs/devices.ipynb #35116ca1
 def _closing(learn, cb, *batch):
-    "A batch after which autocast is closed, however it ends: no event survives Ctrl-C"
+    "Run a batch and always close autocast afterwards, since no event follows Ctrl-C"
     try: type(learn).one_batch(learn, *batch)
     finally: cb._close()
 
@@ -150,7 +150,7 @@ class BF16(MixedPrecision):
 # %% ../nbs/devices.ipynb #bb5c34c0
 @patch
 def to_bf16(self:Learner):
-    "Compute in bfloat16 where that is safe, on the learner's own device; `to_fp32` takes it back; warns where the device only emulates it"
+    "Compute in bfloat16 where that is safe, on the learner's own device; `to_fp32` undoes it; warns if the device only emulates it"
     device = device_of(self.dls)
-    if not native_bf16(device): warnings.warn(f"This {device.type} only emulates bfloat16, slower than float32: leave to_bf16 out")
+    if not native_bf16(device): warnings.warn(f"This {device.type} only emulates bfloat16, which is slower than float32: leave to_bf16 out")
     return self.add_cb(BF16())

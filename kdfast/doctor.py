@@ -17,19 +17,19 @@ from .devices import native_bf16
 
 # %% ../nbs/doctor.ipynb #8a7fc93c
 def _found(o):
-    "Version of a required package, None where it is missing"
+    "Version of a required package, None if it is missing"
     try: return version(o.name)
     except PackageNotFoundError: return None
 
 def _lacks(o):
     found = _found(o)
     if found and o.specifier.contains(found, prereleases=True): return None
-    return str(o).partition(';')[0] + (f', here is {found}' if found else '')
+    return str(o).partition(';')[0] + (f', found {found}' if found else '')
 
 def missing(
-    extra:str='' # An extra such as 'onnx'; '' for what every use needs
+    extra:str='' # An extra such as 'onnx'; '' for the packages that are always required
 ) -> list: # Requirements
-    "What `kdfast[extra]` requires and this environment does not have, or has in another version"
+    "Requirements of `kdfast[extra]` that this environment lacks or has in another version"
     needed = [Requirement(o) for o in requires('kdfast')]
     return [_lacks(o) for o in needed if (o.marker.evaluate(dict(extra=extra)) if o.marker else not extra) and _lacks(o)]
 
@@ -42,32 +42,32 @@ def _device():
     return f'{d.type}, {name}, {many}'
 
 def _bf16():
-    if native_bf16(default_device()): return "computed by this device: use --bf16, learn.to_bf16()"
-    return "only emulated by this device, slower than float32: leave --bf16 and to_bf16 out"
+    if native_bf16(default_device()): return "native on this device: use --bf16 or learn.to_bf16()"
+    return "only emulated on this device, slower than float32: leave out --bf16 and to_bf16"
 
 # %% ../nbs/doctor.ipynb #0173c393
 def _place(url):
     where = fastai_path('data')/Path(url).stem
-    return str(where) if where.exists() else f'not in {where.parent}: downloaded when first used, or pass --path'
+    return str(where) if where.exists() else f'not in {where.parent}: downloaded on first use, or pass --path'
 
 def _places():
-    "Where the data sets are, a line an address"
+    "Where the data sets are, one line per URL"
     for name,f in data_sets().items():
         takes = inspect.signature(f).parameters
         if f.facts.urls: yield from ((k, _place(url)) for k,url in f.facts.urls.items())
-        else: yield name,'pass --path: it cannot be downloaded' if 'path' in takes else 'embedded in an installed package'
+        else: yield name,'cannot be downloaded: pass --path' if 'path' in takes else 'embedded in an installed package'
 
 def _extra(name): return ' and '.join(lacks) + f": pip install 'kdfast[{name}]'" if (lacks := missing(name)) else 'installed'
 
 # %% ../nbs/doctor.ipynb #761b45f5
-def doctor() -> PrettyString: # A line each
-    "Tell versions, device, bfloat16, where data are, and what is missing for which extra"
+def doctor() -> PrettyString: # One line each
+    "Report versions, device, bfloat16 support, where data sets are, and what each extra lacks"
     needed = [Requirement(o) for o in requires('kdfast')]
     extras = dict.fromkeys(str(o.marker).split('"')[1] for o in needed if o.marker and 'dev' not in str(o.marker))
     versions = dict(kdfast=version('kdfast'), python=f'{platform.python_version()}, {platform.system()}',
         **{o.name:_found(o) or 'missing' for o in needed if not o.marker})
-    device = dict(device=_device(), bfloat16=_bf16(), int8=f'by the backend {torch.backends.quantized.engine}')
+    device = dict(device=_device(), bfloat16=_bf16(), int8=f'backend {torch.backends.quantized.engine}')
     sections = dict(Versions=versions, Device=device, Data=dict(_places()), Extras={o:_extra(o) for o in extras})
     told = '\n\n'.join('\n'.join([k, *(f'  {a:16} {b}' for a,b in rows.items())]) for k,rows in sections.items())
     wrong = missing()
-    return PrettyString(told + (f"\n\nMissing for every use: {' and '.join(wrong)}. pip install kdfast" if wrong else ''))
+    return PrettyString(told + (f"\n\nRequired but missing: {' and '.join(wrong)}: pip install kdfast" if wrong else ''))

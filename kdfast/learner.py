@@ -26,7 +26,7 @@ from .teacher.task import task_of
 
 # %% ../nbs/learner.ipynb #85a1d536
 def _unwrapped(student):
-    "What `torch.compile` or an average of weights has wrapped, so that its checkpoints fit the network itself; compiled in place where it was"
+    "The network inside `torch.compile` or `AveragedModel`, so that checkpoints fit it; compiled in place if it was compiled"
     if isinstance(student, AveragedModel): return _unwrapped(student.module)
     net = student._modules.get('_orig_mod')
     if net is None: return student
@@ -34,72 +34,72 @@ def _unwrapped(student):
     return net
 
 def student_of(
-    student, # A module; a callable that takes `n_out`, such as `partial(wrn, 16, 1)`; or an architecture as `vision_learner` takes it
-    dls # Tells the number of classes
-) -> nn.Module: # With random weights unless a module was given
+    student, # A module; a callable that takes `n_out`, such as `partial(wrn, 16, 1)`; or an architecture as for `vision_learner`
+    dls # Defines the number of classes
+) -> nn.Module: # With random weights unless `student` is a module
     "The student's network"
     if isinstance(student, nn.Module): return _unwrapped(student)
     takes = inspect.signature(student).parameters if callable(student) and not isinstance(student, Learner) else {}
     fits = isinstance(student, str) or {'n_out','pretrained'} & {*takes} or any(o.kind==o.VAR_KEYWORD for o in takes.values())
-    if not fits: raise TypeError("The student is a module, such as learn.model, a function of n_out or an architecture, "
-        f"got a {type(student).__name__}" + f" of {', '.join(takes)}"*bool(takes))
+    if not fits: raise TypeError("The student must be a module, such as learn.model, a function of n_out or an architecture, "
+        f"got a {type(student).__name__}" + f" with arguments {', '.join(takes)}"*bool(takes))
     n_out = get_c(dls)
-    if not n_out: raise ValueError("These DataLoaders have no number of classes: set dls.c, or pass a module as student")
+    if not n_out: raise ValueError("These DataLoaders do not define a number of classes: set dls.c, or pass a module as student")
     if isinstance(student, str): return create_timm_model(timm_name(student), n_out, pretrained=False)[0]
     return student(n_out=n_out) if 'n_out' in takes else create_vision_model(student, n_out, pretrained=False)
 
 # %% ../nbs/learner.ipynb #cc2940c2
 def _thawed(learn, kwargs):
-    "The network of a learner, all of it to be trained, whose groups go to `kwargs`"
+    "The network of a learner, unfrozen; its splitter is the default of `kwargs`"
     kwargs.setdefault('splitter', learn.splitter)
     return bare_model(learn.model).requires_grad_()
 
 def _tell_frozen(student):
     n = [p.requires_grad for p in student.parameters()].count(False)
-    if n: warnings.warn(f"{n} parameters of the student are frozen and learn nothing, unfreeze() does not reach them: pass its Learner as student")
+    if n: warnings.warn(f"{n} parameters of the student are frozen and will not train, even after unfreeze(): pass its Learner as student")
 
 # %% ../nbs/learner.ipynb #c6b20e16
 def _outputs(xb, net, run, name='student'):
-    "Logits of zeros"
+    "The logits of a network for a probe batch"
     with keep_rng(), probing(net), run_as(name, net, xb): return logits_of(run(*to_device(xb, next(net.parameters(), xb[0]).device)))
 
 def _has_stages(net, xb): return bool(stage_taps(net, to_device(xb, next(net.parameters(), xb[0]).device)))
 
 def default_term(
     cb, # The `TeacherCallback`
-    student:nn.Module, # The network to be taught
+    student:nn.Module, # The student network
     dls, # Its `DataLoaders`
-    loss, # Its loss function, None where there are no targets
-    lacking=() # Classes of the student's that the teacher has not
+    loss, # Its loss function; None if there are no targets
+    lacking=() # Classes of the student that the teacher lacks
 ) -> DistillCallback:
-    "`KD` where the networks have the same classes, `SigmoidKD` for labels and `Logits` for numbers, otherwise `FitNet`"
+    "`KD` if the networks have the same classes, `SigmoidKD` for labels and `Logits` for numbers, else `FitNet`"
     xb,yb = probe_batch(dls)
     s,t = _outputs(xb, student, student),cb.picked(_outputs(xb, cb.network, cb.see, 'teacher'))
-    tensors = all(isinstance(o, (Tensor,NoneType)) for o in (s,t))  # a cache without logits gives None
+    tensors = all(isinstance(o, (Tensor,NoneType)) for o in (s,t))  # None for a cache without logits
     ours,theirs = (tuple(getattr(o, 'shape', ())[1:]) for o in (s,t))
     if ours==theirs and not lacking and isinstance(s, Tensor):
         return dict(classes=KD, labels=SigmoidKD, numbers=Logits)[task_of(loss, first(yb), s, cb.outputs, cb.axis).kind]()
-    if not (tensors and _has_stages(student, xb) and _has_stages(cb.network, seen_by(cb.tfm, xb))): return KD()  # whose error tells both sizes
-    why = f"lack {', '.join(map(str, lacking[:5]))}" if lacking else f"are {theirs}, the student's {ours}"
+    if not (tensors and _has_stages(student, xb) and _has_stages(cb.network, seen_by(cb.tfm, xb))): return KD()  # its error reports both shapes
+    why = f"lack {', '.join(map(str, lacking[:5]))}" if lacking else f"are {theirs} and the student's {ours}"
     cb.about += f"\nIt teaches through features, since its outputs {why}"
     return FitNet(standardize=True)
 
 # %% ../nbs/learner.ipynb #36ebd4b7
 def _match(teacher, tfm, cb, dls):
-    "Give a `TeacherCallback` what a teacher is to the images and classes of `dls`; returns the classes that it lacks"
+    "Match a teacher to the images and classes of `dls` in its `TeacherCallback`; returns the classes that it lacks"
     cb.picks,lacking = teacher.picks(dls)
     cb.tfm = one_after_another(teacher.tfm(dls), tfm)
     cb.n_out = len(teacher.vocab) if cb.picks and not (teacher.given and cb.picks is teacher.vocab) else None
     return lacking
 
 def _listener(teacher, dls, tfm, vocab, precision, compile, **task):
-    "The teacher's callback, and the student's classes that it lacks"
+    "The `TeacherCallback`, and the student's classes that the teacher lacks"
     if teacher is None: return TeacherCallback(NoTeacher(), **task),[]
     if isinstance(teacher, TeacherCache):
         stand_in = teacher.recorded()
-        return TeacherCallback(stand_in, about=f"It stands in for a {stand_in.named}, whose answers are in {teacher.path}", **task),[]
+        return TeacherCallback(stand_in, about=f"It stands in for a {stand_in.named}, whose outputs are in {teacher.path}", **task),[]
     if not isinstance(teacher, Teacher): teacher = Teacher(teacher, vocab)
-    elif vocab is not None: raise ValueError("A Teacher has its classes: pass teacher_vocab to it, as vocab")
+    elif vocab is not None: raise ValueError("A Teacher defines its own classes: pass teacher_vocab to it as vocab")
     cb = TeacherCallback(teacher.network, precision=precision, compile=compile, **task)
     cb.match = partial(_match, teacher, tfm)
     lacking = cb.match(cb, dls)
@@ -119,19 +119,19 @@ def _check_terms(teacher, terms):
 @delegates(Learner.__init__)
 def distill_learner(
     dls:DataLoaders, # Any fastai `DataLoaders`, with targets or without
-    teacher, # As `Teacher` takes a network, a `Teacher`, or the `TeacherCache` of one that is not here; None for the control arm, and for terms that ask none
-    student, # A module; a callable that takes `n_out`; an architecture as `vision_learner` takes it; or a `Learner`, for its network and groups
-    cbs=None, # `Callback`s; those that distil, such as `[KD(), AT()]`, are by default `KD()`, for labels `SigmoidKD()`, for numbers `Logits()`, or `FitNet(standardize=True)` where the outputs differ
-    precision='auto', # As for `TeacherCallback`: what the teacher computes in, bfloat16 where the device does so natively
+    teacher, # A network as for `Teacher`, a `Teacher`, or the `TeacherCache` of one that is not at hand; None for the control arm, or if no term needs one
+    student, # A module; a callable that takes `n_out`; an architecture as for `vision_learner`; or a `Learner`, for its network and parameter groups
+    cbs=None, # `Callback`s; terms, as in `[KD(), AT()]`, default to `KD()`, for labels `SigmoidKD()`, for numbers `Logits()`, else `FitNet(standardize=True)`
+    precision='auto', # Of the teacher, as for `TeacherCallback`; 'auto' is bfloat16 where the device supports it natively
     compile:bool=False, # Compile the teacher with `torch.compile`
-    tfm=None, # Applied to the student's inputs before the teacher sees them, after what a teacher's own size and normalization ask for
-    pretrained:bool=False, # Start an architecture from its pretrained weights, normalized and in groups as `vision_learner` has them
-    teacher_vocab=None, # As `vocab` of `Teacher`: names of the teacher's classes, or the numbers of those outputs that are the student's classes
-    outputs:str=None, # What the outputs mean, 'classes', 'labels' or 'numbers'; by default what loss function and targets tell
-    axis:int=None, # That of the classes; by default what loss function and targets tell
+    tfm=None, # Applied to the student's inputs before the teacher sees them, after conversion to the teacher's size and normalization
+    pretrained:bool=False, # Start an architecture from pretrained weights, with normalization and parameter groups as in `vision_learner`
+    teacher_vocab=None, # As `vocab` of `Teacher`: names of the teacher's classes, or indices of the outputs that are the student's classes
+    outputs:str=None, # Meaning of the outputs, 'classes', 'labels' or 'numbers'; by default inferred from loss function and targets
+    axis:int=None, # Axis of the classes; by default inferred from loss function and targets
     **kwargs
 ) -> Learner: # An ordinary `Learner`, whose `student` is the bare network
-    "A `Learner` that teaches `student` what `teacher` knows; raises `ValueError` where they do not fit"
+    "A `Learner` that distils `teacher` into `student`; raises `ValueError` if they do not fit"
     if num_distrib()>1: any_device()
     if pretrained: student = vision_learner(dls, student)
     if isinstance(student, Learner): student = _thawed(student, kwargs)
@@ -150,7 +150,7 @@ def distill_learner(
 
 # %% ../nbs/learner.ipynb #da46ea04
 class Headed(nn.Sequential):
-    "A network and a new head for its vectors, `(bs,d)`, or feature maps"
+    "A network with a new head on its vectors `(bs,d)` or feature maps"
     def __init__(self, body, d, n_out): super().__init__(OrderedDict(body=body, pool=_Pool(), head=nn.Linear(d, n_out)))
 
 class _Pool(nn.Module):
@@ -158,7 +158,7 @@ class _Pool(nn.Module):
 
 # %% ../nbs/learner.ipynb #a80af0a6
 def _body_and_head(name, net):
-    "Parameters in two groups, those of the layer `name` the second"
+    "Parameters in two groups, the second those of layer `name`"
     head = L(net.get_submodule(name).parameters())
     return [L(p for p in net.parameters() if not any(p is o for o in head)),head]
 
@@ -168,8 +168,8 @@ def classifier_learner(
     dls:DataLoaders, # Labelled images
     student, # A network, or the learner that distilled it; a copy is trained
     **kwargs
-) -> Learner: # In two groups, body and head, for `fine_tune` and discriminative rates
-    "A `Learner` on the labels of `dls`, which begins with a distilled student and a new head"
+) -> Learner: # With two parameter groups, body and head, for `fine_tune` and discriminative learning rates
+    "A `Learner` on the labels of `dls`, which starts from a distilled student with a new head"
     net,xb,n_out = deepcopy(bare_model(getattr(student, 'model', student))),probe_batch(dls)[0],get_c(dls)
     xb = to_device(xb, next(net.parameters()).device)
     try: name = to_classifier(net, xb)[1]
@@ -180,25 +180,25 @@ def classifier_learner(
 # %% ../nbs/learner.ipynb #de5f482c
 @patch(as_prop=True)
 def history(self:Recorder) -> pd.DataFrame:
-    "The progress table of the last fit, one row an epoch, without the times; raises `ValueError` once fastai has replaced it"
+    "The progress table of the last fit, one row per epoch, without times; raises `ValueError` once fastai has replaced it"
     names = [n for n in vars(self).get('metric_names', ())[1:] if n!='time']
     if not names or any(len(v)!=len(names) for v in self.values): raise ValueError(
-        "There was no fit yet, or validate or get_preds has replaced its record: read learn.recorder.history right after fit")
+        "There was no fit yet, or validate or get_preds has overwritten its record: read learn.recorder.history right after fit")
     return pd.DataFrame([[*v] for v in self.values], columns=names).rename_axis('epoch')
 
 # %% ../nbs/learner.ipynb #d6d70038
 def plain_curves(history):
-    "Curves as JSON takes them"
+    "Curves in a form that JSON can store"
     return history.astype(object).where(history.notna(), None).to_dict('list')
 
 # %% ../nbs/learner.ipynb #53be5863
 def accuracy_of(
-    model:nn.Module, # Gives logits `(bs,c)`
+    model:nn.Module, # Outputs logits `(bs,c)`
     dls:DataLoaders, # With validation data
     tfm=None, # Applied to the inputs first, as `TeacherCallback` does
-    picks:list=None # Numbers of the outputs that are the classes of `dls`, by default all
+    picks:list=None # Indices of the outputs that are the classes of `dls`; by default all
 ) -> float: # Between 0 and 1
-    "Part of the validation data that `model` gets right"
+    "Fraction of the validation data that `model` classifies correctly"
     right,n = 0,0
     with probing(model):
         for *xb,y in dls.valid:
@@ -211,23 +211,23 @@ def accuracy_of(
 # %% ../nbs/learner.ipynb #f2998605
 @patch(as_prop=True)
 def student(self:Learner) -> nn.Module:
-    "The bare student: no adapters, no wrapper of distributed training"
+    "The bare student, without adapters or the wrapper of distributed training"
     return bare_model(self.model)
 
 # %% ../nbs/learner.ipynb #40bc0687
 def _exportable(dls):
-    "`dls`, or, where fastai cannot empty them, as torch's own and those over a list, loaders of nothing"
+    "`dls`, or empty loaders in its place if fastai cannot empty it, such as PyTorch loaders and loaders over a list"
     with suppress(AttributeError): return dls.new_empty() and dls
     dl,(xb,yb) = TfmdDL(TfmdLists([], [noop], do_setup=False), bs=1, do_setup=False),probe_batch(dls)
-    dl._n_inp,dl._types = len(xb),(Tensor,)*len([*xb,*yb])  # which fastai finds out from a batch
+    dl._n_inp,dl._types = len(xb),(Tensor,)*len([*xb,*yb])  # which fastai infers from a batch
     return DataLoaders(dl, device=device_of(dls))
 
 # %% ../nbs/learner.ipynb #3574d1de
 @patch
 def export_student(self:Learner,
     fname='student.pkl' # File, relative to `learn.path`
-) -> Path: # The file, to be opened with `load_learner`
-    "Write the bare student as a learner for inference, whole or not at all; of several processes only the first writes"
+) -> Path: # The file, to be loaded with `load_learner`
+    "Export the bare student as a learner for inference, atomically; of several processes, only the first writes"
     if rank_distrib(): return self.path/fname
     splitter = self.splitter.splitter if isinstance(self.splitter, AdaptedSplitter) else self.splitter
     bare = Learner(_exportable(self.dls), self.student, self.loss_func, splitter=splitter, metrics=[*self.metrics], path=self.path)

@@ -41,10 +41,10 @@ def never(learn): pytest.fail('trained')
 
 def test_bad_chains(dls, teacher, recwarn):
     net = wrn(10, 1)
-    with pytest.raises(ValueError, match='stands in the chain twice'): assist(dls, teacher, [net], net, never)
-    with pytest.raises(ValueError, match='stands in the chain twice'): assist(dls, teacher, [net], teacher, never)
+    with pytest.raises(ValueError, match='is in the chain twice'): assist(dls, teacher, [net], net, never)
+    with pytest.raises(ValueError, match='is in the chain twice'): assist(dls, teacher, [net], teacher, never)
     with pytest.raises(ValueError, match=r'the same outputs, got \(10,\), \(10,\), \(7,\)'): assist(dls, teacher, [net], wrn(10, 1, n_out=7), never)
-    with pytest.raises(TypeError, match='The student is a module'): assist(dls, teacher, [3], net, never)
+    with pytest.raises(TypeError, match='The student must be a module'): assist(dls, teacher, [3], net, never)
     assert not [o for o in recwarn if 'parameters' in str(o.message)]
 
 def test_a_larger_assistant_warns(dls, teacher, quiet):

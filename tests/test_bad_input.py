@@ -39,7 +39,7 @@ cases = {
     'unknown teacher layer': (lambda d: taught(d, wrn(10,2), wrn(10,1), FitNet({'group1':'group1.0.conv'})), "'group1.0.conv1'"),
     'numbers of outputs':    (lambda d: distill_learner(d, wrn(10,2,n_out=5), wrn(10,1), cbs=KD()), "same outputs, got (10,) and (5,)"),
     'sizes a hint cannot adapt': (lambda d: taught(d, nn.Sequential(OrderedDict(stem=nn.Conv2d(3,8,3,padding=4), net=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10)))),
-                                   wrn(10,1), FitNet({'fc':'stem'})), "adapts feature maps, or vectors"),
+                                   wrn(10,1), FitNet({'fc':'stem'})), "need two feature maps or two vectors"),
     'unequal maps for a loss that needs equal': (lambda d: taught(d, wrn(10,2), wrn(10,1), FeatureKD(F.mse_loss, {'group1':'group2'})), "cannot compare 'group1', (2, 16, 16, 16), with 'group2'"),
     'broadcast maps':        (lambda d: taught(d, wrn(10,2), wrn(10,1), FeatureKD(F.mse_loss, {'fc':'group2'})), "cannot compare"),
     'no pair found':         (lambda d: taught(d, wrn(10,2), nn.Sequential(nn.Flatten(), nn.Linear(3*16*16, 10)), AT()), "the student has no convolutional stages: use KD"),
@@ -50,7 +50,7 @@ cases = {
     'one module twice':      (lambda d: (lambda net: distill_learner(d, net, net))(wrn(10,1)), "share parameters"),
     'shared body':           (lambda d: (lambda net: distill_learner(d, nn.Sequential(*net), net))(wrn(10,1)), "share parameters"),
     'NaN in the teacher':    (lambda d: distill_learner(d, nan_teacher(), wrn(10,1)), "NaN or infinity for a batch of zeros"),
-    'teacher gives a dict':  (lambda d: distill_learner(d, type('Named', (nn.Module,), {'forward': lambda self,x: {'logits':[x]}})(), wrn(10,1)), "must put out a tensor"),
+    'teacher gives a dict':  (lambda d: distill_learner(d, type('Named', (nn.Module,), {'forward': lambda self,x: {'logits':[x]}})(), wrn(10,1)), "must return a tensor"),
     'term without teacher':  (lambda d: distill_learner(d, None, wrn(10,1), cbs=KD()), "needs a teacher"),
     'class without teacher': (lambda d: distill_learner(d, None, wrn(10,1), cbs=[KD]), "needs a teacher"),
     'two teachers':          (lambda d: taught(d, wrn(10,2), wrn(10,1), TeacherCallback(wrn(10,2)), KD()), "one TeacherCallback"),
@@ -69,9 +69,9 @@ cases = {
     'timm is not installed':  (lambda d: distill_learner(d, wrn(10,2), 'no_such_architecture'), "timm"),
     'attention of vectors':  (lambda d: taught(d, wrn(10,2), wrn(10,1), AT({'flat':'flat'})), "maps (bs,c,h,w)"),
     'alpha between the ends': (lambda d: KD(alpha=combine_scheds([.5,.5], [SchedLin(0.,5.), SchedLin(5.,0.)])), "in [0,1]"),
-    'regression':            (lambda d: taught(loaders(torch.randn(16,3)), wrn(10,2,n_out=3), wrn(10,1,n_out=3), KD(), loss_func=MSELossFlat()), "numbers: use Logits"),
+    'regression':            (lambda d: taught(loaders(torch.randn(16,3)), wrn(10,2,n_out=3), wrn(10,1,n_out=3), KD(), loss_func=MSELossFlat()), "regression targets: use Logits"),
     'functional BCE':        (lambda d: taught(loaders(torch.ones(16,3)), wrn(10,2,n_out=3), wrn(10,1,n_out=3), KD(), loss_func=F.binary_cross_entropy_with_logits), "multi-label"),
-    'student gives a tuple': (lambda d: distill_learner(d, wrn(10,2), Pair()), "The student must put out a tensor"),
+    'student gives a tuple': (lambda d: distill_learner(d, wrn(10,2), Pair()), "The student must return a tensor"),
     'layer gives a tuple':   (lambda d: taught(d, wrn(10,2), nn.Sequential(OrderedDict(pair=Pair(), pick=First(), net=wrn(10,1))), FeatureKD(F.mse_loss, {'pair':'group1'})), "outputs a tuple"),
     'student is a number':   (lambda d: distill_learner(d, wrn(10,2), 18), "such as learn.model"),
     'number of classes':     (lambda d: distill_learner(loaders(torch.zeros(16).long()), None, partial(wrn,10,1), loss_func=CrossEntropyLossFlat()), "set dls.c"),
@@ -126,7 +126,7 @@ def test_nan_later(dls, quiet):
     learn = distill_learner(dls, teacher, wrn(10, 1))
     quiet(learn, 1, 1e-3)
     nn.init.constant_(teacher.fc.bias, float('nan'))
-    with pytest.raises(ValueError, match='put out NaN or infinity in epoch 0'): quiet(learn, 2)
+    with pytest.raises(ValueError, match='returned NaN or infinity in epoch 0'): quiet(learn, 2)
     assert n_hooks(teacher, learn.student)==0 and teacher.training
 
 events = ['before_train','before_batch','after_pred','after_loss','before_step','after_batch','before_validate','after_epoch']

@@ -475,7 +475,7 @@ def test_a_broken_pass_for_statistics_leaves_them(learn, quiet, fit):
 def test_what_is_overwritten_in_training_is_found(dls, fit):
     def net(): return nn.Sequential(OrderedDict(a=nn.Conv2d(3, 8, 3, 2, 1), d=nn.Dropout(.5, inplace=True), b=nn.Conv2d(8, 8, 3, 2, 1), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(8, 10)))
     for mode in ('parallel','simultaneous'):
-        with pytest.raises(ValueError, match='dropout in place'): fit(distill_learner(dls, net(), net()), 1, {'a':'a', 'b':'b'}, mode=mode)
+        with pytest.raises(ValueError, match='in-place dropout'): fit(distill_learner(dls, net(), net()), 1, {'a':'a', 'b':'b'}, mode=mode)
 
 # Bad input, before anything is changed
 
@@ -523,9 +523,9 @@ bad = {
     'no pairs':          (None, dict(n_epoch=1, pairs={}), "at least two pairs"),
     'pairs of no dict':  (None, dict(n_epoch=1, pairs=['group1','group2']), "{'student.layer': 'teacher.layer'"),
     'student out of order': (None, dict(n_epoch=1, pairs={'group2':'group2', 'group1':'group1'}), "out of turn"),
-    'teacher out of order': (None, dict(n_epoch=1, pairs={'group1':'group3', 'group2':'group1'}), "another order"),
+    'teacher out of order': (None, dict(n_epoch=1, pairs={'group1':'group3', 'group2':'group1'}), "different order"),
     'unknown layer':     (None, dict(n_epoch=1, pairs={'grup1':'group1', 'group2':'group2'}), "did you mean 'group1'"),
-    'unknown mode':      (None, dict(n_epoch=1, mode='paralel'), "mode is one of stagewise"),
+    'unknown mode':      (None, dict(n_epoch=1, mode='paralel'), "mode must be one of stagewise"),
     'a list too short':  (None, dict(n_epoch=[1,1]), "one for each of 3 stages, got 2"),
     'rates too few':     (None, dict(n_epoch=1, lr_max=[1e-3,1e-3]), "one for each of 4 stages, got 2"),
     'no epochs':         (None, dict(n_epoch=0), "at least one of them above 0"),
@@ -534,9 +534,9 @@ bad = {
     'shared statistics': (lambda d: distill_learner(d, wrn(10, 2), Shares(norm=True)), dict(n_epoch=1, pairs={'ta':'group2', 'tb':'group3'}), "blocks share 'both',"),
     'a skip connection': (lambda d: distill_learner(d, wrn(10, 2), Skips()), dict(n_epoch=1, pairs=halves), "cannot be cut at 'a'"),
     'side by side':      (lambda d: distill_learner(d, wrn(10, 2), SideBySide()), dict(n_epoch=1, pairs=halves), "cannot be cut at 'a'"),
-    'nothing to train':  (lambda d: distill_learner(d, wrn(10, 2), NothingBetween()), dict(n_epoch=1, pairs=halves), "'b' has nothing to train: leave that pair out"),
+    'nothing to train':  (lambda d: distill_learner(d, wrn(10, 2), NothingBetween()), dict(n_epoch=1, pairs=halves), "'b' has no trainable parameters: leave that pair out"),
     'frozen block':      (lambda d: (lambda o: (o.student.group2.requires_grad_(False), o)[1])(distill_learner(d, wrn(10, 2), wrn(10, 1))), dict(n_epoch=1), "learn.unfreeze() first"),
-    'no classifier':     (lambda d: (lambda o: ([m.requires_grad_(False) for m in (o.student.bn,o.student.fc)], o)[1])(distill_learner(d, wrn(10, 2), wrn(10, 1))), dict(n_epoch=1), "classifier has nothing to train"),
+    'no classifier':     (lambda d: (lambda o: ([m.requires_grad_(False) for m in (o.student.bn,o.student.fc)], o)[1])(distill_learner(d, wrn(10, 2), wrn(10, 1))), dict(n_epoch=1), "classifier has no trainable parameters"),
     'frozen learner':    (frozen, dict(n_epoch=1), "learn.unfreeze() first"),
     'a teacher\'s layer twice': (lambda d: distill_learner(d, TwiceTapped(), wrn(10, 1)), dict(n_epoch=1, pairs={'group2':'a', 'group3':'relu'}), "more than once"),
     'an optimizer made': (lambda d: (lambda s: distill_learner(d, wrn(10, 2), s, opt_func=OptimWrapper(s.parameters(), torch.optim.AdamW)))(wrn(10, 1)), dict(n_epoch=1), "partial(OptimWrapper"),

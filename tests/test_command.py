@@ -120,7 +120,7 @@ def test_an_interrupted_demo_goes_on(tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.setattr('kdfast.experiments.sweep._watched', lambda sweep: lambda run=None: [Watch()])
     with pytest.raises(SystemExit) as e: main(args)
     err = capsys.readouterr().err
-    assert e.value.code==130 and 'Interrupted' in err and 'goes on after the last whole epoch' in err
+    assert e.value.code==130 and 'Interrupted' in err and 'resumes after the last whole epoch' in err
     Watch.stop = False
     seen.clear()
     main(args)
@@ -139,7 +139,7 @@ def test_ctrl_c_keeps_what_was_reached(tmp_path):
     p.send_signal(signal.SIGINT)
     out,err = p.communicate(timeout=60)
     assert p.returncode==130 and 'Traceback' not in err
-    assert 'Sweep distill: 2 of 4 runs done' in err and 'The same command' in err and 'goes on after the last whole epoch' in err
+    assert 'Sweep distill: 2 of 4 runs done' in err and 'The same command' in err and 'resumes after the last whole epoch' in err
     before = results_of(tmp_path/'out')
     assert arms(before)==[('control',0),('control',0)]  # the first is the teacher, which nobody on record needs yet
     res = subprocess.run(args, capture_output=True, text=True, timeout=120)
@@ -182,42 +182,42 @@ bad = {
     'second method': (['--method','kd,at+magic'], 'Unknown method magic'),
     'student': (['--student','tiny'], "Unknown network 'tiny': choose from resnet10, resnet14"),
     'teacher': (['--teacher','resnet11'], "Unknown network 'resnet11'"),
-    'depth': (['--teacher','wrn-17-1'], 'depth of a WRN is 6n+4'),
+    'depth': (['--teacher','wrn-17-1'], 'depth of a WRN must be 6n+4'),
     'data': (['--data','mnist'], 'choose from digits, cifar10, cifar100, imagenette'),
     'path of digits': (['--path','x'], 'digits has no path'),
     'folder': (['--data','imagenette','--path','/nowhere'], "No such file or directory: '/nowhere'"),
     'teacher file': (['--teacher-file','/nowhere.pth'], "No such file or directory: '/nowhere.pth'"),
-    'size': (['--data','imagenette','--size','0'], '--size is at least 1'),
-    'lr': (['--lr','nan'], 'lr is a number, got nan'),
+    'size': (['--data','imagenette','--size','0'], '--size must be at least 1'),
+    'lr': (['--lr','nan'], 'lr must be a number, got nan'),
     'no width': (['--student','wrn-16'], "Unknown network 'wrn-16'"),
     'too much': (['--student','wrn-10-1-5'], "Unknown network 'wrn-10-1-5'"),
     'no resnet': (['--student','resnet10.5'], "Unknown network 'resnet10.5'"),
     'files of digits': (['--from-files'], 'leave --from-files out'),
     'too small images': (['--student','alexnet'], 'on images of 32x32: '),
-    'no body': (['--student','vit_b_16'], 'cannot be trained so'),
+    'no body': (['--student','vit_b_16'], 'cannot be trained on images of'),
     'no sizes': (['--student','torchvision.squeezenet1_0','--method','reviewkd'], 'reviewkd cannot compare'),
     'two teachers': (['--teacher-file','a.pth','--pretrained'], 'leave one out'),
     'pretrained wrn': (['--pretrained'], "Unknown network 'wrn-16-2': choose from torchvision's"),
     'pct': (['--pct','2'], 'in (0,1]'),
     'epochs': (['--epochs','0'], 'at least 1'),
-    'no value': (['--conv','grouped:groups='], "groups= is no number"),
+    'no value': (['--conv','grouped:groups='], "groups= is not a number"),
     'no weight': (['--method','at:weight=None'], 'at takes a finite number as weight, got None'),
     'infinite': (['--method','kd,at:weight=1e400'], 'at takes a finite number as weight, got inf'),
     'hot': (['--method','kd:T=1e400'], 'kd takes a finite number as T, got inf'),
     'no temperature': (['--method','kd:T=True'], 'kd takes a finite number as T, got True'),
     'no part': (['--method','kd:since=None'], 'kd takes a finite number as since, got None'),
     'no channels': (['--student','wrn-10-0'], "Unknown network 'wrn-10-0'"),
-    'no number': (['--conv','grouped:groups=four'], "groups=four is no number"),
+    'no number': (['--conv','grouped:groups=four'], "groups=four is not a number"),
     'groups': (['--conv','grouped:groups=5'], 'groups=5 does not divide 16 channels in and 16 out'),
-    'no budget': (['--params','0'], '--params is at least 1'),
+    'no budget': (['--params','0'], '--params must be at least 1'),
     'low budget': (['--params','300'], 'The budget of 300 is out of reach'),
     'low ratio': (['--conv','hashed','--params','1000'], 'The budget of 1,000 is out of reach'),
     'empty': (['--conv',''], '--conv is empty: give it a value'),
     'empty method': (['--method',''], '--method is empty'),
-    'endless seeds': (['--seeds','1'+'0'*20], '--seeds is at least 1 and at most 1e9'),
-    'huge batch': (['--bs','1'+'0'*20], '--bs is at least 1 and at most 1e9'),
-    'minus signs': (['--method',f"kd:T={'-'*100_000}1"], 'is no number: write an argument as name=number'),
-    'negative decay': (['--wd','-1'], '--wd is at least 0'),
+    'endless seeds': (['--seeds','1'+'0'*20], '--seeds must be at least 1 and at most 1e9'),
+    'huge batch': (['--bs','1'+'0'*20], '--bs must be at least 1 and at most 1e9'),
+    'minus signs': (['--method',f"kd:T={'-'*100_000}1"], 'is not a number: write it as name=number'),
+    'negative decay': (['--wd','-1'], '--wd must be at least 0'),
     'no decay': (['--conv','separable','--wd','0','--wd-groups'], 'The weight decay is 0'),
     'nothing to scale': (['--wd-groups'], 'No layer of this network is compressed'),
     'out': (['--out','/proc/nothing/here'], '/proc/nothing'),
@@ -243,7 +243,7 @@ def test_a_place_that_may_not_be_written(command, tmp_path, monkeypatch):
         if self==tmp_path/'out': raise PermissionError(13, 'Permission denied', str(self))
         mkdir(self, *args, **kwargs)
     monkeypatch.setattr(Path, 'mkdir', denied)
-    with pytest.raises(SystemExit, match=f'^kdfast: {tmp_path}/out may not be read or written: choose another place'): main([*command.split(), '--out', f'{tmp_path}/out'])
+    with pytest.raises(SystemExit, match=f'^kdfast: {tmp_path}/out cannot be read or written: choose another path'): main([*command.split(), '--out', f'{tmp_path}/out'])
 
 @pytest.mark.parametrize('name', ['SIGTERM','SIGHUP','SIGINT'])
 @pytest.mark.parametrize('command', ['demo','distill','compress','table'])
@@ -261,7 +261,7 @@ def test_a_scheduler_is_answered_as_ctrl_c(command, name, monkeypatch, capsys):
         for k,o in before.items(): signal.signal(getattr(signal, k), o)
     assert e.value.code==130 and 'Interrupted. The same command resumes' in capsys.readouterr().err
 
-bad_tables = {'--rows nothing':"Unknown row 'nothing'", '--schedule later':"Unknown schedule 'later'", '--workers 0':'--workers is at least 1', '--data nowhere --schedule cpu':"No such file or directory: 'nowhere'",
+bad_tables = {'--rows nothing':"Unknown row 'nothing'", '--schedule later':"Unknown schedule 'later'", '--workers 0':'--workers must be at least 1', '--data nowhere --schedule cpu':"No such file or directory: 'nowhere'",
     '--schedule smoke --cluster 127.0.0.1:1':'Timed out trying to connect to tcp://127.0.0.1:1'}
 
 @pytest.mark.parametrize('options', [*bad_tables, '--arms', '--cluster'])
@@ -300,7 +300,7 @@ def test_teacher_files(tmp_path, monkeypatch):
     learn = distill_learner(tensor_dls(*[(torch.zeros(4,3,32,32, dtype=torch.uint8), [*'abab'])]*2, bs=2), None, partial(wrn, 10, 1), path=tmp_path)
     learn.export('learner.pkl')
     for file,message in {'other.pth':'holds wrn-10-2, which differs in', 'classes.pth':"trained on the classes ['a', 'b'", 'few.pth':'differs in fc', 'state.pth':'holds another network',
-        'list.pth':'holds no weights but a list', 'odd.pth':'holds no weights but a dict', 'garbage.pth':'cannot be read as weights', 'learner.pkl':"classes ['a', 'b'] are not"}.items():
+        'list.pth':'contains a list, not weights', 'odd.pth':'contains a dict, not weights', 'garbage.pth':'cannot be read as weights', 'learner.pkl':"classes ['a', 'b'] must be"}.items():
         fails(message, '--teacher-file', file)
     assert not (tmp_path/'distill').exists()
 
@@ -355,7 +355,7 @@ def test_other_images_are_refused(done, tmp_path, monkeypatch):
 def test_a_foreign_file_stays(tmp_path):
     for text in ('{', '[]', '{"runs": 3}', '{"state": "done", "settings": {"magic": 1}, "result": {}}', '{"settings": null}'):
         (tmp_path/'records.jsonl').write_text(text)
-        fails('holds no runs that could be taken', '--out', tmp_path)
+        fails('holds no runs that can be imported', '--out', tmp_path)
         assert (tmp_path/'records.jsonl').read_text()==text
 
 @pytest.mark.slow
@@ -414,7 +414,7 @@ def test_arms_with_unequal_seeds(done, tmp_path, capsys):
     main(['distill', *args])
     results,printed = results_of(out),capsys.readouterr().out
     accs = by_arm(results, 'accuracy')
-    assert '--method kd,kd+at --epochs 2 --teacher-epochs 1 --seeds 2' in printed and '--method at' in printed and 'Undecided by one seed: at' in printed
+    assert '--method kd,kd+at --epochs 2 --teacher-epochs 1 --seeds 2' in printed and '--method at' in printed and 'Undecided with one seed: at' in printed
     assert result_table(results).loc['at','against control (points)'].startswith(f"{100*(accs['at'][0]-accs['control'][0]):+.1f} (one seed)")
     assert [*result_table(results)['seeds']]==[1,2,2,2,1]
 

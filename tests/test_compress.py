@@ -64,7 +64,7 @@ def test_it_goes_on(done, tmp_path, capsys):
     out = shutil.copytree(done, tmp_path/'out')
     before,_ = told(out)
     main(['compress', *quick, '--steps', 'factorize:.5:tucker', '--out', str(out)])
-    (after,_),printed = told(out),capsys.readouterr().out.split('ms per image of one')[1]
+    (after,_),printed = told(out),capsys.readouterr().out.split('ms per image at batch sizes')[1]
     assert {k:o['report'] for k,o in after.items() if k in before}=={k:o['report'] for k,o in before.items()}
     assert [*after]==[*before,'factorize:.5:tucker'] and all(o in printed for o in after) and printed.count('kdfast compress')==2
 
@@ -83,7 +83,7 @@ def test_it_goes_on_after_the_last_epoch(done, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_module, '_learner', lambda *args, cbs=None, **kwargs: make(*args, cbs=[*L(cbs), Watch()], **kwargs))
     with pytest.raises(SystemExit) as e: main(args)
     err = capsys.readouterr().err
-    assert e.value.code==130 and 'goes on after the last whole epoch' in err and err.count('Interrupted')==1
+    assert e.value.code==130 and 'resumes after the last whole epoch' in err and err.count('Interrupted')==1
     first_step,second_step = dict.fromkeys(o[0] for o in seen)
     Watch.stop = False
     seen.clear()
@@ -151,8 +151,8 @@ def test_labels_alone(done, tmp_path):
     run, = told(tmp_path/'out')[0].values()
     assert list(run['history'])==['train_loss','valid_loss','accuracy','top5']
 
-bad = {'shrink:.5':"Unknown step 'shrink': choose from swap, distill, prune", 'int8,prune:.5':'is quantized', 'int8,int8':'int8 already', 'int8:aware,int8':'int8 already', 'distill:resnet11':'Unknown network', 'swap:sparable':'Unknown convolution', 'prune':'is written as prune:.5', 'prune:.5:l3':"Unknown importance 'l3': choose from l1, l2", 'prune:energy=.5':'prune has no energy: it takes ratio, params, macs', 'factorize:x':'is no number',
-    'prune:1.5':'between 0 and 1, got 1.5', 'prune:.99':'would leave none', 'prune:params=10':'The budget of 10 is out of reach', 'factorize:energy=2':'energy is above 0', 'prune:.5,factorize:params=1':'out of reach: factorized'}
+bad = {'shrink:.5':"Unknown step 'shrink': choose from swap, distill, prune", 'int8,prune:.5':'is quantized', 'int8,int8':'int8 already', 'int8:aware,int8':'int8 already', 'distill:resnet11':'Unknown network', 'swap:sparable':'Unknown convolution', 'prune':'write it as prune:.5', 'prune:.5:l3':"Unknown importance 'l3': choose from l1, l2", 'prune:energy=.5':'prune has no energy: it takes ratio, params, macs', 'factorize:x':'is not a number',
+    'prune:1.5':'between 0 and 1, got 1.5', 'prune:.99':'would leave none', 'prune:params=10':'The budget of 10 is out of reach', 'factorize:energy=2':'energy must be above 0', 'prune:.5,factorize:params=1':'out of reach: factorized'}
 
 @pytest.mark.parametrize('steps', bad)
 def test_bad_steps(steps, tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_bad_steps(steps, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as e: main(['compress', '--teacher', 'wrn-10-1', '--steps', steps, '--out', str(tmp_path/'out')])
     assert bad[steps] in str(e.value)
 
-@pytest.mark.parametrize('args,message', [(['--method','blocks'], 'trains block by block'), (['--method','magic'], 'Unknown method magic'), (['--epochs','0'], '--epochs is at least 1'), (['--method','fitnet'], 'take one step a chain')])
+@pytest.mark.parametrize('args,message', [(['--method','blocks'], 'trains block by block'), (['--method','magic'], 'Unknown method magic'), (['--epochs','0'], '--epochs must be at least 1'), (['--method','fitnet'], 'use one step per chain')])
 def test_bad_arguments(args, message, done, tmp_path, monkeypatch):
     monkeypatch.setattr(Learner, 'fit', lambda *args, **kwargs: pytest.fail('trained'))
     with pytest.raises(SystemExit) as e: main(['compress', '--teacher', 'wrn-10-1', '--teacher-file', str(network_of(done)), '--out', str(tmp_path/'out'), *args])

@@ -162,7 +162,7 @@ def test_cifar_100_is_read_with_and_without_superclasses(in_memory, cifar, tmp_p
 def test_a_corrupt_image_is_named(in_memory, cifar):
     bad = next((cifar/'train/6').iterdir())
     bad.write_bytes(bad.read_bytes()[:40])
-    with pytest.raises(ValueError, match=f'^[^\n]*{bad.name} is no readable image[^\n]*$'):  # without the traceback of a worker
+    with pytest.raises(ValueError, match=f'^[^\n]*{bad.name} is not a readable image[^\n]*$'):  # without the traceback of a worker
         for _ in cifar10_dls(cifar, bs=36, in_memory=in_memory, num_workers=2).train: pass
 
 @pytest.mark.parametrize('make,root', [(cifar10_dls,'cifar'), (partial(imagenette_dls, size=32),'imagenette')])

@@ -78,7 +78,7 @@ def test_save_and_load(dls, quiet, tmp_path):
     assert len(decays(learn))>1
 
 @pytest.mark.parametrize('fit,message', [(lambda l: l.fit_one_cycle(1, slice(1e-4, 1e-2)), r'one learning rate, got \[.*\]: pass a number'), (lambda l: l.fit(1, [1e-3]*3+[1e-2]), 'one learning rate'),
-    (lambda l: l.fit(1, cbs=ParamScheduler({'wd':SchedLin(.1, .2)})), 'A schedule of wd overrides'), (lambda l: l.fine_tune(1), 'are no stages of the network')])
+    (lambda l: l.fit(1, cbs=ParamScheduler({'wd':SchedLin(.1, .2)})), 'A schedule of wd overrides'), (lambda l: l.fine_tune(1), 'are not stages of the network')])
 def test_what_would_undo_it(dls, quiet, fit, message):
     learn = wd_groups(Learner(dls, hashed()), wd=.1)
     with pytest.raises(ValueError, match=message): fit(learn)

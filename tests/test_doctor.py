@@ -15,13 +15,13 @@ def _without(monkeypatch, **gone):
 
 def test_what_is_missing_is_named_with_the_command(monkeypatch):
     _without(monkeypatch, onnxscript=None, **{'torch-pruning':'1.0'})
-    assert missing('onnx')==['onnxscript'] and missing('prune')==['torch-pruning>=1.5, here is 1.0'] and missing('factorize')==missing()==[]
+    assert missing('onnx')==['onnxscript'] and missing('prune')==['torch-pruning>=1.5, found 1.0'] and missing('factorize')==missing()==[]
     told = doctor()
-    assert "onnxscript: pip install 'kdfast[onnx]'" in told and 'Missing for every use' not in told
+    assert "onnxscript: pip install 'kdfast[onnx]'" in told and 'Required but missing' not in told
 
 def test_a_base_package_that_is_missing(monkeypatch):
     _without(monkeypatch, fastai='2.0')
-    assert missing()==['fastai>=2.8.12, here is 2.0'] and missing('onnx')==[] and doctor().endswith('Missing for every use: fastai>=2.8.12, here is 2.0. pip install kdfast')
+    assert missing()==['fastai>=2.8.12, found 2.0'] and missing('onnx')==[] and doctor().endswith('Required but missing: fastai>=2.8.12, found 2.0: pip install kdfast')
 
 def test_data_are_found_where_fastai_keeps_them(monkeypatch, tmp_path):
     monkeypatch.setattr(kdfast.doctor, 'fastai_path', lambda o: tmp_path/o)

@@ -47,7 +47,7 @@ def test_of_a_learner(dls, teacher, quiet, tmp_path):
     assert [json.loads(about[k]) for k in ('mean','std')]==[[o]*3 for o in (.305,.36)]
     ours = Learner(dls, OnnxModel(files[0]), metrics=accuracy)
     with learn.no_bar(), ours.no_bar(): assert ours.validate()[1]==pytest.approx(learn.validate()[1], abs=1e-6)
-    with pytest.raises(ValueError, match='A file cannot be trained'): quiet(ours, 1)
+    with pytest.raises(ValueError, match='An exported file cannot be trained'): quiet(ours, 1)
     x = dls.valid.one_batch()[0].as_subclass(Tensor)
     assert torch.equal(pickle.loads(pickle.dumps(ours.model))(x), ours.model(x))
 
@@ -66,7 +66,7 @@ class Wrong(nn.Module):
 @pytest.mark.parametrize('to,name', [(export_onnx,'net.onnx'), (export_program,'net.pt2')])
 def test_bad_input(to, name, tmp_path, capfd):
     (tmp_path/name).write_text('before')
-    for net,message in ((Decides(),'cannot be written as'), (Wrong(),'differs from the network by')):
+    for net,message in ((Decides(),'cannot be exported as'), (Wrong(),'differs from the network by')):
         with pytest.raises(ValueError, match=message): to(net, tmp_path/name, 8)
         assert (tmp_path/name).read_text()=='before' and [*tmp_path.iterdir()]==[tmp_path/name]
     assert 'torch.ops' not in ''.join(capfd.readouterr())

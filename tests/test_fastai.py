@@ -288,7 +288,7 @@ def test_an_empty_training_loader(teacher):
     dls.loaders[0] = DataLoader([dls.train_ds[0]], bs=4, drop_last=True)
     for t in (teacher,None):
         learn = distill_learner(dls, t, wrn(10, 1), loss_func=CrossEntropyLossFlat())
-        with pytest.raises(ValueError, match='gives no batch'), learn.no_bar(): learn.fit(1)
+        with pytest.raises(ValueError, match='has no batches'), learn.no_bar(): learn.fit(1)
 
 def test_save_and_load(dls, teacher, quiet, tmp_path):
     make = lambda t,cbs=None: distill_learner(dls, t, wrn(10, 1), cbs=cbs, path=tmp_path)
@@ -465,7 +465,7 @@ def test_a_learner_as_student(adapted, dls, teacher, quiet):
 def test_frozen_parameters_are_told(dls, teacher):
     student = vision_learner(dls, resnet18, pretrained=False)
     student.freeze()
-    with pytest.warns(UserWarning, match='20 parameters of the student are frozen and learn nothing'): distill_learner(dls, teacher, student.model)
+    with pytest.warns(UserWarning, match='20 parameters of the student are frozen and will not train'): distill_learner(dls, teacher, student.model)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         distill_learner(dls, teacher, wrn(10, 1))

@@ -205,7 +205,7 @@ def test_a_network_of_timm_teaches_as_it_is(tmp_path, weights, capsys):
     net.load_state_dict(torch.load(weights/'test_vit.pth'))
     assert run.weights==teacher['weights']==digest(net)=={r.method:o for r,o in results.items()}['fitnet:standardize']['teacher weights']
     assert teacher['accuracy'] is None and teacher['parameters']==count_params(net) and teacher['MACs']==count_macs(net, 160)
-    assert 'Teacher timm:test_vit: accuracy not known' in capsys.readouterr().out and not (tmp_path/'out/teachers').exists()
+    assert 'Teacher timm:test_vit: accuracy unknown' in capsys.readouterr().out and not (tmp_path/'out/teachers').exists()
     assert results==distilled('--data', path, *of_timm(weights), out=tmp_path/'out')
     other = distilled('--data', path, *of_timm(weights, 'test_efficientnet'), '--method', 'fitnet', out=tmp_path/'out')
     assert len(other)==len(results)+2  # another teacher and its student, the same control
@@ -310,7 +310,7 @@ bad = dict(
     teacher=(classes, ['--teacher','timm:test_vitt'], "did you mean 'test_vit'"), student=(classes, ['--student','timm:resnet18x'], "did you mean 'resnet18'"),
     unknown=(classes, ['--teacher','resnet11'], "Unknown network 'resnet11'"), not_timm=(classes, ['--teacher','wrn-10-1'], 'not for wrn-10-1'),
     pretrained=(classes, ['--pretrained-student'], "Unknown network 'wrn-10-1': choose from torchvision's"),
-    probe=(loose, ['--probe','{root}'], 'Probe takes DataLoaders with labels'), no_probe=(loose, ['--probe','nowhere'], "Unknown data set 'nowhere'"))
+    probe=(loose, ['--probe','{root}'], 'Probe needs DataLoaders with labels'), no_probe=(loose, ['--probe','nowhere'], "Unknown data set 'nowhere'"))
 
 @pytest.mark.parametrize('case', bad)
 def test_bad_input(case, tmp_path, monkeypatch, weights):

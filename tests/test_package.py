@@ -73,11 +73,12 @@ def test_the_readme_is_what_its_notebook_says(tmp_path):
     assert (tmp_path/'README.md').read_text()==(root/'README.md').read_text()
 
 def test_the_changelog_is_in_nbdevs_form():
-    "nbdev-changelog puts a new version below the mark, and this version has an entry"
+    "nbdev-changelog puts a new version below the mark; this version has an entry, which begins with at most ten lines"
     import kdfast
     text = (root/'CHANGELOG.md').read_text()
     assert text.startswith('# Release notes\n\n<!-- do not remove -->\n\n## ') and f'\n## {kdfast.__version__}\n' in text
-    assert {*re.findall(r'^### (.*)', text, re.M)} <= {'New Features','Bugs Squashed','Breaking Changes'}
+    brief = re.search(rf'^## {re.escape(kdfast.__version__)}\n(.*?)^### ', text, re.M|re.S)[1]
+    assert len(re.findall('^- ', brief, re.M))<=10
 
 def test_citation_and_templates_can_be_read():
     cite = yaml.safe_load((root/'CITATION.cff').read_text())

@@ -1,5 +1,5 @@
-"The English of README and pages: phrases that read like a translation, with what to write in their place"
-import json, re, pytest
+"The English of README, pages, docstrings, comments and messages: phrases that read like a translation, with what to write in their place"
+import ast, io, json, re, tokenize, pytest
 from pathlib import Path
 
 root = Path(__file__).parent.parent
@@ -16,10 +16,20 @@ def prose(file):
 
 def found(text): return [(m[0], better) for habit,better in habits.items() for m in re.finditer(rf'\b({habit})\b', text)]
 
-generated = 'errors'  # from the messages in the code
-pages = [root/'README.md', root/'CONTRIBUTING.md', *sorted(o for o in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts and o.stem!=generated)]
+pages = [root/'README.md', root/'CONTRIBUTING.md', *sorted(o for o in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts)]
+modules = sorted(o for o in (root/'kdfast').rglob('*.py') if o.name!='_modidx.py')
+
+def words(file):
+    "Comments, docstrings and all other strings of a module that are sentences, a line each"
+    text = file.read_text()
+    strings = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    comments = [t.string for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type==tokenize.COMMENT]
+    return '\n'.join(re.sub('`[^`]*`', ' ', o) for o in strings+comments if ' ' in o)
 
 @pytest.mark.parametrize('page', pages, ids=lambda o: o.relative_to(root).as_posix())
 def test_no_habits(page): assert found(prose(page))==[]
+
+@pytest.mark.parametrize('module', modules, ids=lambda o: o.relative_to(root).as_posix())
+def test_no_habits_in_code(module): assert found(words(module))==[]
 
 def test_habits_are_found(): assert [b for _,b in found("The teacher is asked once, and what it puts out is on record, beside the others")]==['outputs','recorded','the teacher runs','alongside, compared with']

@@ -241,10 +241,10 @@ def parametrized():
     nn.utils.parametrizations.weight_norm(net[0])
     return net
 
-bad = [(lambda: wrn(10, 1), {}, 'Give exactly one of ratio, params, macs'), (tied, dict(ratio=.5), '3 cannot lose weights, since another layer shares its weights'), (parametrized, dict(ratio=.5), '0 cannot lose weights, since its weights are a function of others'),
-    (lambda: wrn(10, 1), dict(ratio=.6, round_to=8), 'has 16 channels, of which a ratio of 0.6 would leave none in multiples of 8'), (lambda: wrn(10, 1), dict(ratio=.5, rounding=8), "There is no rounding: choose from global_pruning"),
-    (lambda: wrn(10, 1), dict(params=100_000), 'The budget of 100,000 is out of reach: the settings cost .* to 77,850'), (lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ConvTranspose2d(16, 16, 3, groups=4), nn.Conv2d(16, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), dict(ratio=.5), 'cannot be followed'), (lambda: wrn(10, 1), dict(ratio=1.), 'between 0 and 1, got 1.0'), (lambda: wrn(10, 1), dict(ratio=.99), 'channels, of which a ratio of 0.99 would leave none'),
-    (lambda: wrn(10, 1), dict(params=10), 'The budget of 10 is out of reach'), (lambda: wrn(10, 1), dict(ratio=.5, keep='head'), 'keep names head, which no layer is called'),
+bad = [(lambda: wrn(10, 1), {}, 'Give exactly one of ratio, params, macs'), (tied, dict(ratio=.5), '3 cannot be pruned, since another layer shares its weights'), (parametrized, dict(ratio=.5), '0 cannot be pruned, since its weights are a function of others'),
+    (lambda: wrn(10, 1), dict(ratio=.6, round_to=8), 'has 16 channels, of which a ratio of 0.6 would leave none in multiples of 8'), (lambda: wrn(10, 1), dict(ratio=.5, rounding=8), "Unknown option rounding: choose from global_pruning"),
+    (lambda: wrn(10, 1), dict(params=100_000), 'The budget of 100,000 is out of reach: the settings cost .* to 77,850'), (lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ConvTranspose2d(16, 16, 3, groups=4), nn.Conv2d(16, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), dict(ratio=.5), 'channel dependencies of this network cannot be traced'), (lambda: wrn(10, 1), dict(ratio=1.), 'between 0 and 1, got 1.0'), (lambda: wrn(10, 1), dict(ratio=.99), 'channels, of which a ratio of 0.99 would leave none'),
+    (lambda: wrn(10, 1), dict(params=10), 'The budget of 10 is out of reach'), (lambda: wrn(10, 1), dict(ratio=.5, keep='head'), 'keep names head, but no layer matches'),
     (Hidden, dict(ratio=.5), 'cannot be traced|does not require grad'), (lambda: nn.Sequential(nn.Flatten(), nn.Linear(5, 5)), dict(ratio=.5), 'shapes cannot be multiplied'),
     (lambda: nn.Sequential(nn.Conv2d(3, 1, 3), nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), dict(ratio=.5), 'Nothing was pruned'), (lambda: quantize_dynamic(nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))), dict(ratio=.5), '1 is quantized'),
     (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), dict(ratio=.5), '0 is a LazyConv2d, which has no weights yet')]

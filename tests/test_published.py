@@ -56,7 +56,7 @@ def test_ofd_with_a_teacher_in_training_mode(trained):
 
 def test_terms_beside_read_the_same_teacher(trained):
     learn,look = first_step(trained, wrn(10, 1), KD(), OFD(train_mode=True))
-    assert 'on a copy in training mode' in learn.show_distill()
+    assert 'run as a copy in training mode' in learn.show_distill()
     with torch.no_grad(): torch.testing.assert_close(learn.teacher.answer(look.seen)[0], deepcopy(trained).train()(look.seen), rtol=1e-3, atol=1e-3)
     learn.remove_cb(learn.ofd)
     learn.fit(1, 1e-3)

@@ -64,7 +64,7 @@ def test_faster_than_float32(make, size):
 def test_what_stays_in_floating_point(dls):
     _,report = quantize(wrn(10, 1, conv=partial(Hashed, ratio=.5)).eval(), dls)
     kept = report.set_index('layer').kept
-    assert kept['group1.0.conv1']=='makes its weights as it runs' and kept['stem']==''
+    assert kept['group1.0.conv1']=='computes its weights in forward' and kept['stem']==''
     int8,report = quantize(wrn(10, 1).eval(), dls, keep=['group2*','fc'])
     by = report.set_index('layer')
     assert all((k.startswith('group2') or k=='fc')==(v=='float') for k,v in by.precision.items()) and by.kept['fc']=='kept as fc' and by.kept['group2.0.conv1']=='kept as group2*'
@@ -135,7 +135,7 @@ class Decides(nn.Module):
 
 def undecided(): return nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 8, 3, stride=2), middle=nn.Sequential(Decides()), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(8, 10)))
 
-bad = {'quantize': (lambda learn,dls: learn.quantize(), undecided, 'cannot be traced, at middle.0 .*keep='), 'aware': (lambda learn,dls: learn.quantize_aware(), undecided, 'cannot be traced, at middle.0'),
+bad = {'quantize': (lambda learn,dls: learn.quantize(), undecided, 'cannot be traced at middle.0 .*keep='), 'aware': (lambda learn,dls: learn.quantize_aware(), undecided, 'cannot be traced at middle.0'),
     'shape': (lambda learn,dls: learn.quantize(dls=of_shape(3, 48)), lambda: wrn(10, 1), r'Calibration data has the shape \[\(3, 48, 48\)\]'), 'keep': (lambda learn,dls: learn.quantize(keep='head'), lambda: wrn(10, 1), 'keep names head'),
     'all kept': (lambda learn,dls: learn.quantize(keep='*'), lambda: wrn(10, 1), 'Nothing was quantized: stem')}
 
@@ -178,7 +178,7 @@ class Drops(nn.Module):
 def test_what_training_does_otherwise(dls, teacher, quiet):
     net = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 8, 3, stride=2), drop=Drops(), pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Linear(8, 10)))
     learn = distill_learner(dls, teacher, net)
-    with pytest.raises(ValueError, match='something else in training, at .*dropout.* use modules such as nn.Dropout'): learn.quantize_aware()
+    with pytest.raises(ValueError, match='behaves differently in training, at .*dropout.* use modules such as nn.Dropout'): learn.quantize_aware()
     assert learn.model is net and net.training
     learn.quantize_aware(keep='drop')
     quiet(learn, 1)

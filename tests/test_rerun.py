@@ -26,7 +26,7 @@ def test_a_cell_trained_anew_is_compared_with_its_record(rerun, tmp_path, monkey
     rerun.main([*cell,'--minutes','0'])
     file = tmp_path/'records.jsonl'
     file.write_text(''.join(f'{json.dumps(dict(o, result=dict(o["result"], accuracy=o["result"]["accuracy"]+.1)))}\n' for o in map(json.loads, file.read_text().splitlines())))
-    with pytest.raises(SystemExit, match='Not as on record: sanity differs'): rerun.main(cell)
+    with pytest.raises(SystemExit, match='Differs from the record: sanity differs'): rerun.main(cell)
     found = lines(tmp_path)
     assert [o['state'] for o in found]==['agrees','not run','differs'] and found[0]['now']==pytest.approx(found[0]['recorded'])
     assert 'about' in capsys.readouterr().out and {'device','commit','finished'} <= {*found[0]}

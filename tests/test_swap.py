@@ -97,7 +97,7 @@ def quantized():
 bad = [(lambda: tvm.resnet18(), partial(Grouped, groups=5), 'layer1.0.conv1, a 3x3 convolution from 64 to 64 channels, cannot be replaced: groups=5 does not divide'),
     (lambda: nn.Sequential(nn.Linear(3, 3)), Separable, 'Nothing to swap: the network has no convolution'), (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)), Separable, r'Nothing to swap: 0 \(the stem\), 1 \(1x1\)'),
     (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.LazyConv2d(8, 3)), Separable, '1 is a LazyConv2d, which has no weights yet: run'), (quantized, Separable, 'is quantized, or prepared for it: change the network first'),
-    (lambda: tvm.resnet18(), partial(LowRank, rank=65), 'layer1.0.conv1, .* got rank=65'), (lambda: tvm.resnet18(), partial(Hashed, ratio=2), 'ratio is a fraction')]
+    (lambda: tvm.resnet18(), partial(LowRank, rank=65), 'layer1.0.conv1, .* got rank=65'), (lambda: tvm.resnet18(), partial(Hashed, ratio=2), 'ratio must be above 0 and at most 1, got 2')]
 
 @pytest.mark.parametrize('make,conv,message', bad, ids=range(len(bad)))
 def test_bad_input(make, conv, message):

@@ -20,9 +20,9 @@ def fails(message, *args):
 
 bad = {'table':(['banana'], "Unknown table 'banana': choose from methods, methods-cifar10, moonshine, best-teacher, sanity"), 'row':(['sanity','--rows','16-1 from 99-1'], 'choose from 16-1 from 16-2, 16-1 from 40-1'),
     'arm':(['taps','--arms','AT12'], "Unknown arm 'AT12': choose from alone, AT, AT6, AT9, AT18"), 'schedule':(['sanity','--schedule','quick'], 'choose from smoke, cpu, short, full'),
-    'seeds':(['sanity','--seeds','0'], '--seeds is at least 1'), 'workers':(['sanity','--workers','0'], '--workers is at least 1'), 'imagenet on a cpu':(['imagenet','--schedule','cpu'], 'choose short or full'),
+    'seeds':(['sanity','--seeds','0'], '--seeds must be at least 1'), 'workers':(['sanity','--workers','0'], '--workers must be at least 1'), 'imagenet on a cpu':(['imagenet','--schedule','cpu'], 'choose short or full'),
     'no imagenet':(['imagenet'], 'pass the folder that holds its train and val'), 'no folder':(['sanity','--data','/nowhere'], "No such file or directory: '/nowhere'"),
-    'nothing yet':(['sanity','--report'], 'Nothing of sanity at the schedule short is on record: kdfast table sanity'), 'out':(['sanity','--schedule','smoke','--out','/proc/nothing/here'], '/proc/nothing'),
+    'nothing yet':(['sanity','--report'], 'Nothing of sanity at the schedule short is recorded: run kdfast table sanity'), 'out':(['sanity','--schedule','smoke','--out','/proc/nothing/here'], '/proc/nothing'),
     'rows of two':(['sanity,taps','--rows','40-1 DW'], "Unknown row '40-1 DW': choose from 16-1 from 16-2")}
 
 @pytest.mark.parametrize('case', bad)
@@ -161,7 +161,7 @@ def test_lines_are_taken_in_one_transaction(records, tmp_path, monkeypatch):
             return super().execute(sql, *values)
     connect,stop = sqlite3.connect,True
     monkeypatch.setattr('kdfast.experiments.records.sqlite3.connect', lambda *args, **kwargs: connect(*args, **kwargs, factory=Watched))
-    with pytest.raises(OSError, match='is as it was'): store.take(tmp_path/'few.jsonl')
+    with pytest.raises(OSError, match='is unchanged'): store.take(tmp_path/'few.jsonl')
     stop = False
     assert not store.runs()
     begun.clear()

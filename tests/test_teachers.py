@@ -100,8 +100,8 @@ def test_classes_that_the_teacher_lacks():
         with pytest.raises(ValueError, match='lacks the classes owl'): distill_learner(dls, student=student(), **kw)
     assert not hasattr(distill_learner(dls, learn, student()), 'kd')
     distill_learner(dls, learn, student(), cbs=FitNet())
-    with pytest.raises(ValueError, match='2 numbers of outputs for 3 classes'): distill_learner(dls, Shown(4), student(), teacher_vocab=[0,1])
-    for vocab,told in ((['owl','cat','fox'],'4 outputs, but 3 names'), ([0,1,4],'numbers from 0 to 4'), ([0,1,-1],'numbers from -1 to 1')):
+    with pytest.raises(ValueError, match='2 output indices for 3 classes'): distill_learner(dls, Shown(4), student(), teacher_vocab=[0,1])
+    for vocab,told in ((['owl','cat','fox'],'4 outputs, but 3 names'), ([0,1,4],'indices from 0 to 4'), ([0,1,-1],'indices from -1 to 1')):
         with pytest.raises(ValueError, match=told): distill_learner(dls, Shown(4), student(), teacher_vocab=vocab)
     with pytest.raises(ValueError, match='no vocab'): distill_learner(image_dls(c=3), Shown(4), student(), teacher_vocab=['a','b','c'])
 

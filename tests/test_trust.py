@@ -94,10 +94,10 @@ def test_fastais_warning_is_shown(tmp_path):
 def test_the_command_says_that_a_learner_is_a_program(tmp_path, capsys):
     by_torch(Evil(tmp_path/'mark'), tmp_path/'t.pkl')
     with pytest.raises(SystemExit): weights_in(['--teacher-file'], tmp_path/'t.pkl')
-    assert 't.pkl is a program, which is run to open it' in capsys.readouterr().out
+    assert 't.pkl is a pickle, and opening it runs code' in capsys.readouterr().out
 
 def test_a_cache_reads_its_own_folder_alone(tmp_path):
     np.save(tmp_path/'secret.npy', np.zeros(3))
     cache(0, tmp_path/'cache')
     (tmp_path/'cache/meta.json').write_text(json.dumps(dict(files=dict(sums='../secret.npy'))))
-    with pytest.raises(ValueError, match='is no cache, or a damaged one'): TeacherCache(tmp_path/'cache').recorded()
+    with pytest.raises(ValueError, match='is not a cache, or is damaged'): TeacherCache(tmp_path/'cache').recorded()

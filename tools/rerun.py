@@ -92,6 +92,6 @@ def main(argv=None):
         now = f"{told['now']:.1f}" if 'now' in told else told.get('why') or f"about {told['minutes']:.0f} minutes"
         print(f"{told['table']}, {row}, {arm}, seed {told['seed']}: {told['recorded']:.1f} on record, {now}: {told['state']}", flush=True)
     bad = [f"{o['table']} {o['state']}" for o in found if o['state'] in ('differs','failed')]
-    if bad: sys.exit(f"Not as on record: {', '.join(bad)}")
+    if bad: sys.exit(f"Differs from the record: {', '.join(bad)}")
 
 if __name__=='__main__': main()

@@ -6,6 +6,7 @@ from argparse import ArgumentParser
 from html import escape
 from pathlib import Path
 import nbformat, yaml
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter, MarkdownExporter
 from nbconvert.preprocessors import Preprocessor
 from pygments.formatters import HtmlFormatter
@@ -39,11 +40,17 @@ def llms():
     for section,pages in sidebar().items(): parts.append((f'## {section}\n\n' if section else '') + '\n'.join(map(line, pages)))
     return '\n\n'.join(parts) + '\n'
 
+def _math(text):
+    "Formulas as MathML, which browsers draw without a script; those in code stay"
+    def formula(m): return m[0] if m[1] else convert(m[2] or m[3], display='block' if m[2] else 'inline')
+    return re.sub(r'(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$([^$\n]+)\$', formula, text, flags=re.S)
+
 class Prepared(Preprocessor):
-    "What Quarto does to cells: its attributes and options go, title and description come out of the front matter"
+    "What Quarto does to cells: its attributes and options are removed, formulas become MathML"
+    def __init__(self, math=True): super().__init__(); self.math = math
     def preprocess_cell(self, cell, resources, i):
         if cell.cell_type=='raw': cell.source = ''
-        if cell.cell_type=='markdown': cell.source = self._plain(cell.source)
+        if cell.cell_type=='markdown': cell.source = self._plain(_math(cell.source) if self.math else cell.source)
         for o in cell.get('outputs', []):
             if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = self._plain(o.data['text/markdown'])
         if cell.cell_type=='code':
@@ -82,7 +89,7 @@ def _page(page, title, sub, body, style):
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)} – kdfast</title><meta name="description" content="{escape(sub)}">
 <link rel="icon" href="{_to(page, 'favicon.svg')}"><link rel="stylesheet" href="{_to(page, 'site.css')}"><style>{style}</style>
-<script defer src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"></script></head>
+</head>
 <body><header><a href="{_to(page, 'index.html')}"><img src="{_to(page, 'favicon.svg')}" alt="">kdfast</a></header>
 <nav><details><summary>Pages</summary>{_menu(page)}</details></nav><main><h1>{escape(title)}</h1><p class="sub">{_code(sub)}</p>{body}</main>
 <script>document.querySelector('details').open = innerWidth>900</script></body></html>'''
@@ -109,7 +116,7 @@ def build(out, proc=root/'_proc'):
     out.mkdir(parents=True)
     for o in ('favicon.svg','llms.txt'): shutil.copy(nbs/o, out/o)
     (out/'site.css').write_text(css)
-    exporter,style = HTMLExporter(template_name='basic', preprocessors=[Prepared], exclude_input_prompt=True, exclude_output_prompt=True),styles()
+    exporter,style = HTMLExporter(template_name='basic', preprocessors=[Prepared()], exclude_input_prompt=True, exclude_output_prompt=True),styles()
     for path in (p for pages in sidebar().values() for p in pages):
         page,raw = url_of(path),json.loads((proc/path).read_text())
         for c in raw['cells']: c['metadata'].pop('execution', None)  # nbdev's, which nbformat does not know
@@ -135,7 +142,7 @@ def readme(out):
     "Write README.md and its pictures, from the index, to the folder `out`"
     nb = nbformat.read(nbs/'index.ipynb', as_version=4)
     nb.cells = [c for c in nb.cells if not re.match(r'#\| hide', c.source)]
-    text,resources = MarkdownExporter(preprocessors=[Prepared]).from_notebook_node(nb, resources=dict(output_files_dir='README_files', unique_key='README'))
+    text,resources = MarkdownExporter(preprocessors=[Prepared(math=False)]).from_notebook_node(nb, resources=dict(output_files_dir='README_files', unique_key='README'))
     shutil.rmtree(out/'README_files', ignore_errors=True)
     (out/'README_files').mkdir(parents=True)
     for name,picture in resources['outputs'].items(): (out/name).write_bytes(picture)

@@ -19,7 +19,7 @@ from ..teacher.source import normalizer
 
 # %% ../../nbs/compress/export.ipynb #48a71007
 def _calibrated(model, xb):
-    "What an int8 network was calibrated on, in the size of `xb`"
+    "The calibration inputs of an int8 network, resized to match `xb`"
     at = lambda o,x: F.interpolate(o.float(), x.shape[2:]) if x.ndim==4 and x.shape[2:]!=o.shape[2:] else o.to(x.dtype)
     return tuple(map(at, model.samples, xb))
 
@@ -27,7 +27,7 @@ def _calibrated(model, xb):
 def _far(a, b): return ((a-b).norm()/b.norm().clamp(min=1e-12)).item()
 
 def _check_same(run, model, net, size, what):
-    "Raises `ValueError` where `run` is not `model`"
+    "Raise `ValueError` if the outputs of `run` differ from those of `model`"
     int8,xb = isinstance(model, Int8),random_like(zeros_for(net, size, 3))
     if int8: xb = _calibrated(model, xb)
     with probing(net): out = (model if int8 else net)(*xb)
@@ -36,11 +36,11 @@ def _check_same(run, model, net, size, what):
     for far,most in ((o, .3 if int8 else 1e-4) for o in (_far(ours, out),_far(run(*(o[:1] for o in xb)), ours[:1]))):
         if not far<=most: raise ValueError(
             f"The {what} differs from the network by {far:.2g}, more than {most:g}, and was not written: "
-            "take randomness and branches on values out of forward")
+            "remove randomness and data-dependent branches from forward")
 
 # %% ../../nbs/compress/export.ipynb #e42417d7
 def _to_export(model):
-    "A copy on the CPU, in eval mode, of what can be exported"
+    "A copy to export, on the CPU and in eval mode"
     net = deepcopy(getattr(model, '_kdfast_reference', model)).cpu().float().eval().requires_grad_(False)
     for m in net.modules():
         for n,o in m.named_children():
@@ -62,22 +62,22 @@ def _writing(what, net):
         with _silent(), probing(net): yield
     except Exception as e:
         while e.__cause__ is not None: e = e.__cause__
-        raise ValueError(f"This network cannot be written as {what} ({(str(e).strip() or type(e).__name__).splitlines()[0]}): "
-            "make its forward take one batch and not branch on values") from e
+        raise ValueError(f"This network cannot be exported as {what} ({(str(e).strip() or type(e).__name__).splitlines()[0]}): "
+            "its forward must take one batch, without branches on tensor values") from e
 
 # %% ../../nbs/compress/export.ipynb #d423002f
 def _onnx(): return import_extra('onnx', 'onnx', 'onnxscript', 'onnxruntime')
 
 # %% ../../nbs/compress/export.ipynb #d44c16df
 class InFile(Fixed):
-    remedy = "A file cannot be trained: train the network it was written from"
+    remedy = "An exported file cannot be trained: train the network it was exported from"
     def __init__(self,
-        file:Path, # With one output
-        reference:nn.Module=None # The network that it was written from, whose parameters and multiply-adds are counted
+        file:Path, # Export of a network with one output
+        reference:nn.Module=None # The network it was exported from, used to count parameters and multiply-adds
     ):
         super().__init__(getattr(reference, '_kdfast_reference', reference) or nn.Identity())
         self.file,self.opened = Path(file),None
-        self.file.stat()  # a missing file shows now, not at the first image
+        self.file.stat()  # a missing file raises now, not on the first image
 
     def forward(self, *xb):
         if self.opened is None: self.opened = (self.open(),)
@@ -90,7 +90,7 @@ class InFile(Fixed):
 
 # %% ../../nbs/compress/export.ipynb #95a014d7
 class OnnxModel(InFile):
-    "An ONNX file as a network, run by onnxruntime on as many threads as torch has"
+    "An ONNX file as a network, run by onnxruntime with as many threads as torch uses"
     def open(self):
         options = _onnx().SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -102,25 +102,25 @@ class OnnxModel(InFile):
 
 # %% ../../nbs/compress/export.ipynb #05539f55
 def _any_number(net, xb, dim):
-    "That the first axis of every input may be any"
+    "Dynamic shapes in which the first axis of every input is free"
     free = tuple({0:dim} for _ in xb)
     variadic = any(o.kind==o.VAR_POSITIONAL for o in inspect.signature(net.forward).parameters.values())
     return (free,) if variadic else free
 
 def export_onnx(
-    model:nn.Module, # Any network with one output, an `Int8` too; left as it is
-    file:Path, # An existing one stays until the new one is complete and has been checked
-    size:int|tuple, # Of the images, or inputs, as for `count_macs`
-    **about # More for the file's metadata, written as text
+    model:nn.Module, # Any network with one output, an `Int8` included; left unchanged
+    file:Path, # An existing file is replaced only once the new one is complete and checked
+    size:int|tuple, # Image size, or inputs, as for `count_macs`
+    **about # Further metadata for the file, written as text
 ) -> OnnxModel: # The file as a network
-    "Write `model` as ONNX, for batches of any number; raises `ValueError` where it cannot be traced or the file gives other outputs"
+    "Export `model` to ONNX, for any batch size; raises `ValueError` if it cannot be traced or the outputs of the file differ"
     _onnx()
     net,file = _to_export(model),Path(file)
     xb = zeros_for(net, size, 2)
     inputs = ['images'] if len(xb)==1 and xb[0].ndim==4 else [f'input{i}' for i in range(len(xb))]
     names = dict(input_names=inputs, output_names=['outputs'], dynamic_shapes=_any_number(net, xb, 'batch'))
     with _writing('ONNX', net): program = torch.onnx.export(net, xb, dynamo=True, verbose=False, **names)
-    for node in program.model.graph: node.metadata_props.clear()  # traces of this machine's files, most of a small one
+    for node in program.model.graph: node.metadata_props.clear()  # stack traces with paths of this machine, most of a small file
     program.model.metadata_props.update({k:str(v) for k,v in dict(about, size=' and '.join('x'.join(map(str, o.shape[1:])) for o in xb)).items()})
     with whole_file(file) as part:
         program.save(part)
@@ -129,11 +129,11 @@ def export_onnx(
 
 # %% ../../nbs/compress/export.ipynb #06861e2c
 class ProgramModel(InFile):
-    "A program of `torch.export` as a network; opening the file runs the code in it"
+    "A `torch.export` program as a network; opening the file runs the code in it"
     def open(self):
         try:
             with _silent(), open(self.file, 'rb') as f: return torch.export.load(f).module()
-        except Exception as e: raise ValueError(f"{self.file} is no readable .pt2 file ({e}): rerun export_program") from e
+        except Exception as e: raise ValueError(f"{self.file} is not a readable .pt2 file ({e}): rerun export_program") from e
 
     def run(self, program, *xb):
         with torch.no_grad(): return program(*xb)
@@ -143,7 +143,7 @@ def export_program(
     file:Path, # As for `export_onnx`; torch expects its name to end in .pt2
     size:int|tuple # As for `export_onnx`
 ) -> ProgramModel: # The file as a network
-    "Write `model` as a `torch.export` program, opened with `torch.export.load(file).module()`; raises `ValueError` as `export_onnx` does"
+    "Export `model` as a program that `torch.export.load(file).module()` opens; raises `ValueError` as `export_onnx` does"
     net = _to_export(model)
     xb = zeros_for(net, size, 2)
     with _writing('a program', net): program = torch.export.export(net, xb, dynamic_shapes=_any_number(net, xb, torch.export.Dim.DYNAMIC))
@@ -161,7 +161,7 @@ def _written(learn, to, fname, *args, **kwargs):
 def export_onnx(self:Learner,
     fname='student.onnx' # File, relative to `learn.path`
 ) -> Path: # The file
-    "Write the bare student as ONNX, as the function does, with its classes and the mean and standard deviation of its images in [0,1]"
+    "Export the bare student to ONNX, with its classes and the mean and standard deviation of images in [0,1] as metadata"
     norm = normalizer(self.dls)
     about = {k:json.dumps([round(o, 6) for o in getattr(norm, k).flatten().tolist()]) for k in ('mean','std')} if norm else {}
     return _written(self, export_onnx, fname, classes=json.dumps([str(o) for o in getattr(self.dls, 'vocab', ())]), **about)
@@ -170,5 +170,5 @@ def export_onnx(self:Learner,
 def export_program(self:Learner,
     fname='student.pt2' # File, relative to `learn.path`
 ) -> Path: # The file
-    "Write the bare student as a program of `torch.export`, as the function does"
+    "Export the bare student as a `torch.export` program"
     return _written(self, export_program, fname)

@@ -24,7 +24,7 @@ from ..models.swap import layers_by_name, patterns_of, tied_to
 class Factorization:
     "A way to write a layer as a product of smaller ones; a custom one defines `decompose`, `count`, `error` and `build`, as `Tucker2` does"
     def __init__(self,
-        layer:nn.Module # Trained, left as it is
+        layer:nn.Module # Trained layer, left unchanged
     ):
         self.layer,self.groups = layer,getattr(layer, 'groups', 1)
         self.weight = layer.weight.detach().double().view(self.groups, -1, *layer.weight.shape[1:])
@@ -35,26 +35,26 @@ class Factorization:
     def full(self): return tuple(len(o) for o in self.kept)
 
     def ranks(self,
-        energy:float # Part of the squared singular values that is left, in (0,1]
-    ) -> tuple: # As small as that allows
+        energy:float # Fraction of the squared singular values to keep, in (0,1]
+    ) -> tuple: # The smallest that keep it
         "The rank of each matrix"
         return tuple(min(len(o), int((o<energy-1e-9).sum())+1) for o in self.kept)
 
     def within(self,
-        most:float # Number of weights
-    ) -> tuple: # Ranks of at least 1, also where that is too many
-        "The ranks of the highest energy that take no more than `most`"
+        most:float # Maximum number of weights
+    ) -> tuple: # Ranks of at least 1, even if that exceeds `most`
+        "The ranks of the highest energy that need at most `most` weights"
         steps = sorted({e for o in self.kept for e in o.tolist()})
         return self.ranks(steps[max(0, bisect_right(steps, most, key=lambda e: self.count(*self.ranks(e)))-1)])
 
     def check(self, ranks):
         if len(ranks)!=len(self.full) or not all(1<=r<=n for r,n in zip(ranks, self.full)): raise ValueError(
-            f"As {type(self).__name__} this layer has ranks from {(1,)*len(self.full)} to {self.full}, got {tuple(ranks)}")
+            f"{type(self).__name__} ranks of this layer must be from {(1,)*len(self.full)} to {self.full}, got {tuple(ranks)}")
 
     def __call__(self,
-        *ranks:int # One for each matrix; raises `ValueError` below 1 and above the full rank
-    ) -> nn.Sequential: # On the device, in the type and in the mode of the layer
-        "The layers in its place"
+        *ranks:int # One per matrix; raises `ValueError` below 1 and above the full rank
+    ) -> nn.Sequential: # With the device, dtype and mode of the layer
+        "The layers that replace it"
         self.check(ranks)
         *inner,(last,_) = parts = self.build(*ranks)
         if self.layer.bias is not None: last.bias = nn.Parameter(self.layer.bias.detach().clone(), self.layer.bias.requires_grad)
@@ -64,7 +64,7 @@ class Factorization:
 
 # %% ../../nbs/compress/factorize.ipynb #87bf6f25
 def _part(conv, ni, nf, axes=(), groups=None):
-    "A convolution without bias from `ni` to `nf` channels that does along `axes` what `conv` does"
+    "A convolution without bias from `ni` to `nf` channels, with the kernel, stride, padding and dilation of `conv` along `axes`"
     along = lambda values,rest: tuple(v if i in axes else rest for i,v in enumerate(values))
     padding = 0 if not axes else conv.padding if isinstance(conv.padding, str) else along(conv.padding, 0)
     ks,stride,dilation = (along(o, 1) for o in (conv.kernel_size,conv.stride,conv.dilation))
@@ -91,7 +91,7 @@ class TruncatedSVD(_OneMatrix):
         return list(zip(parts, [self.right[:,:r], self.left[...,:r]]))
 
 class SpatialSVD(_OneMatrix):
-    "A kernel as high as the original and one as wide (arXiv:1405.3866)"
+    "A column kernel, then a row kernel (arXiv:1405.3866)"
     def matrix(self, w): return w.permute(0,2,3,1,4).flatten(3).flatten(1,2)
 
     def build(self, r):
@@ -102,7 +102,7 @@ class SpatialSVD(_OneMatrix):
 
 # %% ../../nbs/compress/factorize.ipynb #0bffcdab
 class Tucker2(Factorization):
-    "1x1, the kernel between fewer channels, 1x1 (arXiv:1511.06530)"
+    "1x1, the original kernel size on fewer channels, 1x1 (arXiv:1511.06530)"
     def decompose(self):
         unfolded = self.weight.flatten(2), self.weight.transpose(1, 2).flatten(2)
         (self.out,s,_),(self.into,t,_) = (torch.linalg.svd(o, full_matrices=False) for o in unfolded)
@@ -124,17 +124,17 @@ class Tucker2(Factorization):
 def _tensorly(): return import_extra('factorize', 'tensorly.decomposition', 'tensorly')
 
 class CPDecomposition(Factorization):
-    "1x1, a column and a row for each channel, 1x1 (arXiv:1412.6553); no groups"
+    "1x1, a depthwise column and row, 1x1 (arXiv:1412.6553); no grouped convolutions"
     def decompose(self):
         if self.groups>1: raise ValueError(
-            f"CP takes no groups, this layer has {self.groups}: use SpatialSVD or Tucker2, or name it in keep=")
+            f"CP does not support groups, but this layer has {self.groups}: use SpatialSVD or Tucker2, or name it in keep=")
         self.sizes,self.found = self.weight[0].shape,{}
         return []
 
     @property
     def full(self): return (self.weight.numel()//max(self.sizes),)
 
-    def ranks(self, energy): raise ValueError("CP has no singular values to choose ranks by: pass ratio, or another conv=")
+    def ranks(self, energy): raise ValueError("CP has no singular values to choose ranks by: pass ratio=, or another conv=")
     def within(self, most): return (max(1, min(*self.full, int(most/sum(self.sizes)+1e-9))),)
     def count(self, rank): return rank*sum(self.sizes)
     def error(self, rank): return self.factors(rank)[1]
@@ -160,9 +160,9 @@ _readers = {'MultiheadAttention','TransformerEncoderLayer','ShiftedWindowAttenti
 def _reads(o): return any(c.__name__ in _readers for c in type(o).__mro__)
 
 def _kept(m, model):
-    "Why a layer cannot be taken apart, if so"
+    "Why a layer cannot be factorized; None if it can"
     if type(m) not in (nn.Linear,nn.Conv2d,Full): return f'a {type(m).__name__}'
-    if any(m in o.modules() for o in model.modules() if _reads(o)): return 'its weights are read by what it is in'
+    if any(m in o.modules() for o in model.modules() if _reads(o)): return 'its weights are read by its parent module'
     return tied_to(m, model)
 
 # %% ../../nbs/compress/factorize.ipynb #ba4f583e
@@ -174,11 +174,11 @@ def _tried(m, name, conv):
 
 # %% ../../nbs/compress/factorize.ipynb #400d9ab3
 def _saves(form, ranks):
-    "Is it worth taking apart? With fewer weights a product always loses something, however few are saved"
+    "Whether factorizing saves at least 5% of the weights: a product always loses something, however few it saves"
     return form.count(*ranks)<=.95*form.weight.numel()
 
 def _to_budget(forms, rest, params):
-    "Ranks of all layers at the highest energy that `params` numbers allow"
+    "Ranks of all layers at the highest energy within a budget of `params`"
     cost = lambda e: rest+sum(f.count(*r) if _saves(f, r := f.ranks(e)) else f.weight.numel() for f in forms.values())
     steps = sorted({e for f in forms.values() for o in f.kept for e in o.tolist()})
     low,high = cost(steps[0]),cost(steps[-1])
@@ -195,7 +195,7 @@ def _ranks(forms, rest, ratio, energy, params):
 def _check(ratio, energy, params):
     check_one(ratio=ratio, energy=energy, params=params)
     for k,v in dict(ratio=ratio, energy=energy).items():
-        if v is not None and not 0<v<=1: raise ValueError(f"{k} is above 0 and at most 1, got {v}")
+        if v is not None and not 0<v<=1: raise ValueError(f"{k} must be above 0 and at most 1, got {v}")
 
 def _row(name, m, form, ranks, reason):
     if reason: return dict(layer=name, form='', ranks=(), weights=count_params(m), now=count_params(m), error=0., kept=reason)
@@ -203,14 +203,14 @@ def _row(name, m, form, ranks, reason):
     return dict(layer=name, form=type(form).__name__, ranks=ranks, **sizes, error=form.error(*ranks), kept='')
 
 def factorize(
-    model:nn.Module, # Trained, left as it is
-    ratio:float=None, # Part of the weights of each layer that is left at most; a layer that would save less than 5 % stays whole
-    energy:float=None, # In place of `ratio`: part of the squared singular values of each layer
-    params:int=None, # In place of `ratio`: budget of parameters of the whole network, met by one energy for all layers
-    conv=SpatialSVD, # Form of convolutions larger than 1x1: `SpatialSVD`, `Tucker2`, `CPDecomposition` or a custom `Factorization`
-    keep=() # Names of layers that stay, `*` standing for anything
-) -> tuple: # A copy of `model`, and a report: one row a layer, with the relative error of its weights
-    "Write linear layers and convolutions as products of smaller ones, where that saves weights; raises `ValueError` where it cannot"
+    model:nn.Module, # Trained; left unchanged
+    ratio:float=None, # Maximum fraction of each layer's weights to keep; a layer that would save less than 5% stays as it is
+    energy:float=None, # Instead of `ratio`: fraction of each layer's squared singular values to keep
+    params:int=None, # Instead of `ratio`: parameter budget of the whole network, met with one energy for all layers
+    conv=SpatialSVD, # Factorization of convolutions larger than 1x1: `SpatialSVD`, `Tucker2`, `CPDecomposition` or a custom `Factorization`
+    keep=() # Names of layers to leave as they are, with `*` as a wildcard
+) -> tuple: # A factorized copy, and a report: one row per layer, with the relative error of its weights
+    "Write linear layers and convolutions as products of smaller ones, where that saves weights; raises `ValueError` if it cannot"
     _check(ratio, energy, params)
     layers = layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
     keep = patterns_of(keep, layers)
@@ -230,8 +230,8 @@ def factorize(self:Learner,
     energy:float=None, # As for `factorize`
     params:int=None, # As for `factorize`
     **kwargs # `conv` and `keep`, as for `factorize`
-) -> pd.DataFrame: # One row a layer
-    "Factorize the network of a learner, and reset its optimizer; raises `ValueError`, and changes nothing, where that cannot be done"
+) -> pd.DataFrame: # One row per layer
+    "Factorize a learner's network and reset its optimizer; raises `ValueError`, and changes nothing, if that is impossible"
     check_adapters(self, 'factorize')
     model,report = factorize(bare_model(self.model), ratio, energy, params, **kwargs)
     self.model,self.opt = model,None

@@ -21,17 +21,17 @@ from ..models.measure import compare
 # %% ../../nbs/compress/pipeline.ipynb #cfa65ee0
 Stage = namedtuple('Stage', 'name network accuracy before seconds history')
 
-Stage.__doc__ = "A network on its way: accuracy, that before its training if it was trained, seconds and curves of what led to it"
+Stage.__doc__ = "A network after a step: its accuracy, that before training if the step trains, seconds and training curves"
 
 # %% ../../nbs/compress/pipeline.ipynb #fb63f1e9
 def _unique(names): return [n if n not in names[:i] else f'{n} ({names[:i+1].count(n)})' for i,n in enumerate(names)]
 
 def report(
-    stages:list, # `Stage`s, such as `pipeline` gives
-    size:int|tuple, # Of the images, as for `count_macs`
-    reps:int=10 # Turns of each network, after one to warm up
-) -> pd.DataFrame: # One row a stage: parameters, MACs, MB on disk, ms per image at batch sizes 1 and 64, accuracies, seconds
-    "What networks are and what they cost, step by step"
+    stages:list, # `Stage`s, as returned by `pipeline`
+    size:int|tuple, # Image size, as for `count_macs`
+    reps:int=10 # Timed runs of each network, after a warm-up run
+) -> pd.DataFrame: # One row per stage: parameters, MACs, MB on disk, ms per image at batch sizes 1 and 64, accuracies, seconds
+    "Size, cost and accuracy of networks, step by step"
     names = _unique([o.name for o in stages])
     one,many = (compare(dict(zip(names, [o.network for o in stages])), size, bs, reps) for bs in (1,64))
     table = one[['parameters','MACs','MB on disk']].assign(**{'ms of one':one['ms per image'], 'ms of 64':many['ms per image']})
@@ -40,19 +40,19 @@ def report(
 
 # %% ../../nbs/compress/pipeline.ipynb #d1dcf52e
 class Step:
-    "A change of a learner's network"
+    "A change to a learner's network"
     def __init__(self,
         name:str, # For the report
-        change, # Called with the learner; what it gives, if a module, is measured in place of the learner's network
-        trains:bool=True, # Train afterwards
-        finish=None # Called with the learner after that
+        change, # Called with the learner; if it returns a module, that is measured instead of the learner's network
+        trains:bool=True, # Whether to train afterwards
+        finish=None # Called with the learner at the end
     ): store_attr()
 
 def _accuracy(learn):
     with learn.no_bar(), learn.no_logging(): return learn.validate()[1+[o.name for o in learn.metrics].index('accuracy')]
 
 def _taken(learn, step, fit):
-    "The stage that a step leads to"
+    "Run a step and return its stage"
     start,made,history = perf_counter(),step.change(learn),None
     if is_aware(learn.model) and not step.finish: raise ValueError(
         f"{step.name} leaves a network that is only prepared for int8: "
@@ -68,13 +68,13 @@ def _taken(learn, step, fit):
 
 # %% ../../nbs/compress/pipeline.ipynb #9c8203c5
 def pipeline(
-    learn:Learner, # With a trained network and `metrics=accuracy`; its teacher teaches after each step
+    learn:Learner, # With a trained network and `metrics=accuracy`; its teacher, if any, takes part in all training
     steps:list, # `Step`s, or functions of a learner, each followed by training
     fit, # Called with the learner after each step that trains
-    seed:int=0 # Decides the random numbers of all steps but the first, whose are as they come
-) -> list: # `Stage`s: the network as it was, then one for each step
+    seed:int=0 # Random seed of all steps but the first, which continues from the current random state
+) -> list: # `Stage`s: the original network, then one per step
     "Change a network step by step"
-    if 'accuracy' not in learn.metrics.attrgot('name'): raise ValueError("Stages are compared by their accuracy: make the learner with metrics=accuracy")
+    if 'accuracy' not in learn.metrics.attrgot('name'): raise ValueError("Stages are compared by accuracy: create the learner with metrics=accuracy")
     steps = [o if isinstance(o, Step) else Step(getattr(o, '__name__', '<partial>'), o) for o in steps]
     stages = [Stage('as it was', deepcopy(bare_model(learn.model)), _accuracy(learn), None, 0., None)]
     for i,step in enumerate(steps):
@@ -88,10 +88,10 @@ def pipeline(
 # %% ../../nbs/compress/pipeline.ipynb #0e57bbce
 def compressing(
     steps:list, # `Step`s
-    fit, # Called with the learner after each that trains
+    fit, # Called with the learner after each step that trains
     seed:int=0 # As for `pipeline`
 ): # Called with a learner, returns what `run_arm` records: accuracies, the curves of all steps, costs, and the report
-    "How to fit a learner step by step"
+    "A function that runs a `pipeline` on a learner"
     def stepwise(learn):
         shape = image_shape(learn.dls)
         stages = pipeline(learn, steps, fit, seed)

@@ -29,7 +29,7 @@ def _flat(o):
     return [t for v in (o.values() if isinstance(o, dict) else o if isinstance(o, (tuple,list)) else ()) for t in _flat(v)]
 
 def _heads(net, layers, xb):
-    "The names of the layers whose outputs are the network's"
+    "Names of the layers whose outputs are those of the network"
     outs,hooks = {},[]
     for n,m in layers.items(): hooks.append(m.register_forward_hook(lambda m,i,o,n=n: outs.update({n:o})))
     try:
@@ -45,8 +45,8 @@ def _pruner(net, xb, ratio, importance, ignored, kwargs):
     pruning = import_pruning()
     importance = pruning.importance.GroupMagnitudeImportance(p=2) if importance is None else importance
     if not callable(importance): raise ValueError(
-        f"importance is one of torch_pruning.importance, got {importance!r}: pass for instance GroupMagnitudeImportance(p=1)")
-    own = dict(in_channel_groups={}, out_channel_groups={})  # the defaults are dictionaries that all pruners share
+        f"importance must come from torch_pruning.importance, got {importance!r}: pass GroupMagnitudeImportance(p=1), for instance")
+    own = dict(in_channel_groups={}, out_channel_groups={})  # the defaults are dictionaries shared by all pruners
     if isinstance(ratio, dict): ratio,own['pruning_ratio_dict'] = 0.,{net.get_submodule(n):r for n,r in ratio.items()}
     with _traced(): return pruning.pruner.BasePruner(net, xb, importance, pruning_ratio=ratio, ignored_layers=ignored, **own, **kwargs)
 
@@ -54,10 +54,10 @@ def _pruner(net, xb, ratio, importance, ignored, kwargs):
 def _traced():
     try: yield
     except Exception as e: raise ValueError(
-        f"The dependencies of this network's channels cannot be followed ({type(e).__name__}: {e}): name that part in keep=") from e
+        f"The channel dependencies of this network cannot be traced ({type(e).__name__}: {e}): name that part in keep=") from e
 
 def _channels(pruner, names):
-    "How many channels each group of dependent layers has, by the name of a layer in it"
+    "Number of channels of each group of dependent layers, by the name of one of its layers"
     groups = pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
     roots = [(g, g[0].dep.target.module) for g in groups]
     return {names.get(m, type(m).__name__): pruner.DG.get_out_channels(m)//pruner._get_channel_groups(g) for g,m in roots}
@@ -78,7 +78,7 @@ def _check_left(sizes, ratio, round_to=None):
 
 # %% ../../nbs/compress/prune.ipynb #4d792709
 def _pruned(model, xb, ratio, importance, kept, prepare, kwargs):
-    "A pruned copy, and how to do the same again"
+    "A pruned copy, and the history that reproduces it"
     net = deepcopy(model).requires_grad_(True)
     if prepare: prepare(net)
     pruner = _pruner(net, xb, ratio, importance, [net.get_submodule(n) for n,why in kept.items() if why], kwargs)
@@ -104,22 +104,22 @@ def _to_budget(model, make, count, budget, smallest, round_to=None):
     ratios = [i/128 for i in range(128) if _left(smallest, i/128, round_to)>=1]
     @cache
     def cost(i):
-        with keep_rng(): return count(make(ratios[i])[0] if i else model)  # so that the last try draws what was counted
+        with keep_rng(): return count(make(ratios[i])[0] if i else model)  # so that every try draws the same random numbers
     return ratios[bisect(cost, len(ratios)-1, budget)]
 
 # %% ../../nbs/compress/prune.ipynb #caa787af
 def _asked(ratio, params, macs, kwargs):
     odd = [k for k in kwargs if k not in _options]
-    if odd: raise ValueError(f"There is no {', '.join(odd)}: choose from {', '.join(_options)}")
+    if odd: raise ValueError(f"Unknown option {', '.join(odd)}: choose from {', '.join(_options)}")
     check_one(ratio=ratio, params=params, macs=macs)
     _check_fraction('ratio', ratio)
 
 def _check_own(layers, model):
     for n,m in layers.items():
-        if why := tied_to(m, model): raise ValueError(f"{n} cannot lose weights, since {why}: give it weights of its own first")
+        if why := tied_to(m, model): raise ValueError(f"{n} cannot be pruned, since {why}: give it its own weights first")
 
 def _prune(model, xb, ratio, params, macs, importance, keep, prepare, kwargs):
-    "A pruned copy, why layers were left alone, and how to do the same again"
+    "A pruned copy, why layers were kept, and the history that reproduces the copy"
     _asked(ratio, params, macs, kwargs)
     layers = layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
     _check_own(layers, model)
@@ -132,8 +132,8 @@ def _prune(model, xb, ratio, params, macs, importance, keep, prepare, kwargs):
         ratio = _to_budget(model, make, count, params if macs is None else macs, smallest, kwargs.get('round_to'))
     net,history = make(ratio)
     if not isinstance(ratio, dict) and count_params(net)==count_params(model): raise ValueError(
-        f"Nothing was pruned: a ratio of {ratio} takes no channel, or forward cannot be traced: "
-        "raise the ratio, name less in keep=, or take torch.no_grad() out of forward")
+        f"Nothing was pruned, as a ratio of {ratio} removes no channel or forward cannot be traced: "
+        "raise the ratio, name fewer layers in keep=, or remove torch.no_grad() from forward")
     return net,kept,history
 
 # %% ../../nbs/compress/prune.ipynb #5aa866a6
@@ -145,23 +145,23 @@ def _report(model, net, kept):
         for n,a,b,why in rows])
 
 def prune_channels(
-    model:nn.Module, # Trained, left as it is
-    size:int|tuple, # Of the images, as for `count_macs`
-    ratio:float=None, # Part of the channels of every layer that goes, between 0 and 1
-    params:int=None, # In place of `ratio`: budget of parameters
-    macs:int=None, # In place of `ratio`: of multiply-adds of one image
+    model:nn.Module, # Trained; left unchanged
+    size:int|tuple, # Image size, as for `count_macs`
+    ratio:float=None, # Fraction of each layer's channels to remove, between 0 and 1
+    params:int=None, # Instead of `ratio`: budget of parameters
+    macs:int=None, # Instead of `ratio`: budget of multiply-adds per image
     importance=None, # Any of `torch_pruning.importance`; `GroupMagnitudeImportance(p=2)` if None
-    keep=(), # Names of layers whose outputs stay, `*` standing for anything
-    prepare=None, # Called with the copy that is to be pruned, to give it the gradients that an importance reads
-    **kwargs # Of `BasePruner`: `global_pruning=True` for one ranking over all layers, `isomorphic`, `round_to`, `max_pruning_ratio`
-) -> tuple: # A pruned copy, and a report, one row a layer
-    "Take whole channels out of a network, heads excepted (DepGraph, arXiv:2301.12900); raises `ValueError` where that cannot be done"
+    keep=(), # Names of layers that keep all their output channels, with `*` as a wildcard
+    prepare=None, # Called with the copy before it is pruned, to set the gradients that an importance reads
+    **kwargs # Options of `BasePruner`: `global_pruning=True` for one ranking over all layers, `isomorphic`, `round_to`, `max_pruning_ratio`
+) -> tuple: # A pruned copy, and a report, one row per layer
+    "Remove whole channels from a network, except its heads (DepGraph, arXiv:2301.12900); raises `ValueError` if that is impossible"
     net,kept,_ = _prune(model, zeros_for(model, size), ratio, params, macs, importance, keep, prepare, kwargs)
     return net,_report(model, net, kept)
 
 # %% ../../nbs/compress/prune.ipynb #ccbc43b2
 def _positions(model, xb, history):
-    "Of each parameter, by name, where its surviving numbers were"
+    "Original positions of the remaining values of each parameter, by name"
     exact = torch.float32 if all(p.numel()<2**24 for p in model.parameters()) else torch.float64
     net = deepcopy(model).to(exact).requires_grad_(True)
     for p in net.parameters(): p.data = torch.arange(p.numel(), device=p.device).view_as(p).to(exact)
@@ -169,24 +169,24 @@ def _positions(model, xb, history):
     return {n:p.detach().long() for n,p in net.named_parameters()}
 
 def _take(live, new):
-    "Give the modules of `live` the sizes, weights and statistics of those of `new`"
+    "Copy sizes, weights and statistics of the modules of `new` to those of `live`"
     for m,o in zip(live.modules(), new.modules()):
         m.__dict__.update({k:v for k,v in o.__dict__.items() if isinstance(v, (int,tuple)) and not k.startswith('_') and k!='training'})
         m._parameters.update(o._parameters)
         m._buffers.update(o._buffers)
 
 def _follow(opt, old, new, positions):
-    "Give the optimizer the `new` parameters for the `old`, and of its state what belongs to what is left"
+    "Replace the `old` parameters of the optimizer by the `new`, and keep the state of the remaining values"
     def left(n, p, v): return v.flatten()[positions[n]] if isinstance(v, Tensor) and v.shape==p.shape else v
     names,state = {id(p):n for n,p in old.items()},getattr(opt, 'opt', opt).state
     for ps in opt.param_lists: ps[:] = [new.get(names.get(id(p)), p) for p in ps]
     for n,p in old.items():
         if p in state: state[new[n]] = {k:left(n, p, v) for k,v in state.pop(p).items()}
-    if hasattr(opt, 'slow_weights'): opt.slow_weights = None  # Lookahead takes them anew
+    if hasattr(opt, 'slow_weights'): opt.slow_weights = None  # Lookahead copies them again
 
 # %% ../../nbs/compress/prune.ipynb #25c1417c
 def _gradients(learn, prepared):
-    "Gives copies of the network the gradients of `prepared`, batches, which are computed once"
+    "A function that sets the gradients of the batches `prepared()` on a copy of the network; they are computed once"
     kept = {}
     def prepare(net):
         for n,p in net.eval().named_parameters(): p.grad = kept[n].clone() if n in kept else None
@@ -221,12 +221,12 @@ def prune(self:Learner,
     ratio:float=None, # As for `prune_channels`
     params:int=None, # As for `prune_channels`
     macs:int=None, # As for `prune_channels`
-    importance=None, # As for `prune_channels`; gradients of training batches are there for `GroupTaylorImportance`
+    importance=None, # As for `prune_channels`; gradients of training batches are set, e.g. for `GroupTaylorImportance`
     keep=(), # As for `prune_channels`
     n:int=8, # Number of training batches for the gradients
     **kwargs # As for `prune_channels`
-) -> pd.DataFrame: # One row a layer
-    "Take channels out of the network of a learner, to fit on; raises `ValueError`, and changes nothing, where that cannot be done"
+) -> pd.DataFrame: # One row per layer
+    "Remove channels from a learner's network, to train it further; raises `ValueError`, and changes nothing, if that is impossible"
     return _apply(self, _gradients(self, partial(first_batches, self.dls, n)), ratio, params, macs, importance, keep, kwargs)
 
 # %% ../../nbs/compress/prune.ipynb #8296f9ad
@@ -235,7 +235,7 @@ def _trains(learn): return not hasattr(learn, 'lr_finder') and not hasattr(learn
 def _schedule(o): return combine_scheds([.5,.5], [SchedCos(0., o),SchedNo(o, o)]) if isinstance(o, (int,float)) else o
 
 class _Shrinking(Callback):
-    "Calls `start` once a fit, when training begins: fastai's `before_fit` comes with every validation too"
+    "Call `start` once per fit, when training starts: fastai runs `before_fit` for every validation too"
     last_epoch = None
     def before_fit(self): self.run = _trains(self.learn)
 
@@ -245,23 +245,23 @@ class _Shrinking(Callback):
 
 # %% ../../nbs/compress/prune.ipynb #c33fba66
 class ChannelPruning(_Shrinking):
-    "Takes channels out during a fit, along a schedule"
+    "Remove channels during a fit, following a schedule"
     def __init__(self,
-        ratio, # Part of the channels of every layer that is gone at the end, or a schedule of it that does not fall
-        steps:int=5, # In how many steps, evenly spaced by ratio
-        importance=None, # As for `prune_channels`; gradients of the batch are there
+        ratio, # Fraction of each layer's channels removed by the end, or a schedule of it that never decreases
+        steps:int=5, # Number of pruning steps, evenly spaced in ratio
+        importance=None, # As for `prune_channels`; gradients of the batch are set
         keep=(), # As for `prune_channels`
         **kwargs # As for `prune_channels`
     ): self.sched,self.steps,self.importance,self.keep,self.kwargs = _schedule(ratio),steps,importance,keep,kwargs
 
     def start(self):
-        if num_distrib()>1: raise ValueError("Several processes cannot prune during a fit: call learn.prune before it")
+        if num_distrib()>1: raise ValueError("ChannelPruning does not support several processes: call learn.prune before the fit")
         self.done,self.final,model = 0,self.sched(1.),bare_model(self.learn.model)
-        kept = _prune(model, _zeros(self.learn), self.final, None, None, None, self.keep, None, self.kwargs)[1]  # what is wrong shows now
+        kept = _prune(model, _zeros(self.learn), self.final, None, None, None, self.keep, None, self.kwargs)[1]  # raises errors now
         self.sizes = {n:_out(model.get_submodule(n)) for n,why in kept.items() if not why}
 
     def ratios(self, gone, target):
-        "What has to go now, so that `target` of the channels at the start are gone where `gone` are already"
+        "Ratios to prune now, so that the fraction of the original channels removed rises from `gone` to `target`"
         if self.kwargs.get('global_pruning'): return 1-(1-target)/(1-gone)
         model = bare_model(self.learn.model)
         left = {n: _left(size+1e-6, target, self.kwargs.get('round_to')) for n,size in self.sizes.items()}
@@ -278,13 +278,13 @@ class ChannelPruning(_Shrinking):
 
 # %% ../../nbs/compress/prune.ipynb #cee679d8
 class Sparsify(_Shrinking):
-    "Sets the least weights of convolutions and linear layers, heads excepted, to zero and keeps them there"
+    "Set the smallest weights of convolutions and linear layers, except heads, to zero and keep them there"
     _stateattrs,masks,layers = ('masks','layers'),{},{}
     def __init__(self,
-        sparsity, # Part of the weights that is zero at the end, between 0 and 1, or a schedule of it
-        keep=(), # Names of layers that stay dense, `*` standing for anything
-        by_layer:bool=False, # The same part of each layer, instead of one threshold for all
-        every:int=10 # Steps of the optimizer between two changes of the masks
+        sparsity, # Fraction of the weights that are zero at the end, between 0 and 1, or a schedule of it
+        keep=(), # Names of layers that stay dense, with `*` as a wildcard
+        by_layer:bool=False, # The same fraction of each layer, instead of one threshold for all
+        every:int=10 # Optimizer steps between updates of the masks
     ):
         _check_fraction('sparsity', sparsity)
         self.sched,self.keep,self.by_layer,self.every = _schedule(sparsity),keep,by_layer,every
@@ -294,12 +294,12 @@ class Sparsify(_Shrinking):
         layers = layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
         heads,keep = _heads(model, layers, _zeros(self.learn)),patterns_of(self.keep, layers)
         self.layers = {n:m for n,m in layers.items() if n not in heads and not any(fnmatch(n, k) for k in keep)}
-        if not self.layers: raise ValueError(f"Nothing to sparsify, every layer is a head or kept: name less in keep={self.keep!r}")
+        if not self.layers: raise ValueError(f"Nothing to sparsify, as every layer is a head or kept: name fewer in keep={self.keep!r}")
         _check_own(self.layers, model)
         self.masks,self.n = {n: self.mask(n, o) for n,o in self.layers.items()},0
 
     def mask(self, name, layer):
-        "What is known of a layer, or all of it where nothing is known or its shape has changed"
+        "The mask of a layer; all true if there is none yet or the shape has changed"
         known,weight = self.masks.get(name),layer.weight
         return known.to(weight.device) if known is not None and known.shape==weight.shape else torch.ones_like(weight, dtype=torch.bool)
 
@@ -323,20 +323,20 @@ class Sparsify(_Shrinking):
         for part in ([{n:o} for n,o in scores.items()] if self.by_layer else [scores]):
             least = torch.cat([o.flatten() for o in part.values()])
             k = int(sparsity*len(least))
-            if k: self.masks.update({n: o>least.kthvalue(k).values for n,o in part.items()})  # what is zero already is among the least
+            if k: self.masks.update({n: o>least.kthvalue(k).values for n,o in part.items()})  # zeros are among the smallest
 
 # %% ../../nbs/compress/prune.ipynb #70da4e42
 def prune_curve(
-    learn:Learner, # Trained; stays as it is
+    learn:Learner, # Trained; left unchanged
     rates, # Ratios, as for `learn.prune`
-    methods:dict, # Name to an importance
-    fit=None, # Called with a learner of the pruned network, to train it further; `fit_one_cycle(3)` if None
-    teacher=True, # Train further with the unpruned network as teacher
-    **kwargs # More of `learn.prune`
-) -> pd.DataFrame: # One row a network: method, ratio, parameters, MACs, and the first metric before and after it was trained further
-    "What is left of a network's accuracy, by importance and ratio"
+    methods:dict, # Name to importance
+    fit=None, # Called with a learner of the pruned network, to fine-tune it; `fit_one_cycle(3)` if None
+    teacher=True, # Fine-tune with the unpruned network as teacher
+    **kwargs # Further options of `learn.prune`
+) -> pd.DataFrame: # One row per network: method, ratio, parameters, MACs, and the first metric before and after fine-tuning
+    "Accuracy of a pruned network, by importance and ratio"
     rows,size = [],probe_batch(learn.dls)[0]
-    if not learn.metrics: raise ValueError("There is no metric to compare networks by: make the learner with metrics=accuracy")
+    if not learn.metrics: raise ValueError("There is no metric to compare networks by: create the learner with metrics=accuracy")
     for (name,importance),ratio in itertools.product(methods.items(), rates):
         student = deepcopy(bare_model(learn.model))
         same = dict(metrics=learn.metrics, loss_func=learn.loss_func, path=learn.path)

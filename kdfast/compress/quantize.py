@@ -35,15 +35,15 @@ def _made(m):
     return isinstance(m, Structured) or layer and not isinstance(m._parameters.get('weight'), nn.Parameter)
 
 def _why_float(model, keep):
-    "The names of modules that stay in floating point, and why"
+    "Names of the modules that stay in floating point, and why"
     modules = {n:m for n,m in model.named_modules() if n}
     patterns = patterns_of(keep, modules)
-    made = lambda m: 'makes its weights as it runs' if _made(m) else ''
+    made = lambda m: 'computes its weights in forward' if _made(m) else ''
     named = {n: next((f'kept as {k}' for k in patterns if fnmatch(n, k)), made(m)) for n,m in modules.items()}
     return {n:why for n,why in named.items() if why}
 
 def _plain(model):
-    "A copy on the CPU in which convolutions that are only constructed otherwise are torch's own, which fuse with what follows"
+    "A copy on the CPU in which convolutions that only override the constructor become torch's own, which fuse with what follows"
     model = deepcopy(model).cpu().float()
     for m in model.modules():
         own = {f for f in ('forward','_conv_forward') if getattr(type(m), f, None) is not getattr(nn.Conv2d, f)}
@@ -52,7 +52,7 @@ def _plain(model):
 
 # %% ../../nbs/compress/quantize.ipynb #51fb8b93
 class _Finder(QuantizationTracer):
-    "Knows which modules it is in"
+    "A tracer that knows which modules it is in"
     def __init__(self, skipped):
         super().__init__(skipped, [])
         self.inside = []
@@ -68,8 +68,8 @@ def _untraced(model, skipped, error):
     try: finder.trace(model)
     except Exception as e: error = e
     where = finder.inside[-1] if finder.inside else 'its forward'
-    return ValueError(f"This network cannot be traced, at {where} ({(str(error).strip() or type(error).__name__).splitlines()[0]}): "
-        "name that part in keep=, or take branches on values out of it")
+    return ValueError(f"This network cannot be traced at {where} ({(str(error).strip() or type(error).__name__).splitlines()[0]}): "
+        "name that part in keep=, or remove data-dependent branches from it")
 
 @contextmanager
 def _traced(model, skipped):
@@ -80,19 +80,19 @@ def _traced(model, skipped):
 def _check_training(model, floats):
     def nodes(mode): return [(o.op, str(o.target), str(o.args), str(o.kwargs)) for o in _Finder([*floats]).trace(model.train(mode)).nodes]
     with _traced(model, floats): odd = first(a or b for a,b in itertools.zip_longest(nodes(True), nodes(False)) if a!=b)
-    if odd: raise ValueError(f"The forward of this network does something else in training, at {odd[1]}: "
-        "use modules such as nn.Dropout, or name the part in keep=")
+    if odd: raise ValueError(f"The forward of this network behaves differently in training, at {odd[1]}: "
+        "use modules such as nn.Dropout, or name that part in keep=")
 
 # %% ../../nbs/compress/quantize.ipynb #13eff2fa
 @contextmanager
 def _quiet():
-    "torch.ao announces a successor, which does not take residual networks yet; and draws numbers for layers whose weights it then replaces"
+    "torch.ao warns of a successor, which lacks support for residual networks, and draws random weights that it then replaces"
     with warnings.catch_warnings(), keep_rng():
         warnings.simplefilter('ignore')
         yield
 
 def _prepared(model, batches, floats, aware=False):
-    "A copy with an observer on every map and every weight"
+    "A copy with an observer on every feature map and every weight"
     model = _plain(model).train(aware)
     mapping = (get_default_qat_qconfig_mapping if aware else get_default_qconfig_mapping)(torch.backends.quantized.engine)
     for n in floats: mapping.set_module_name(n, None)
@@ -103,13 +103,13 @@ def _prepared(model, batches, floats, aware=False):
 
 # %% ../../nbs/compress/quantize.ipynb #0bf307c9
 def as_floats(xb):
-    "Plain tensors on the CPU, images in float32; tokens and numbers of classes stay integers"
+    "Plain tensors on the CPU, images in float32; tokens and class indices stay integers"
     return tuple(o.float() if o.is_floating_point() or o.dtype==torch.uint8 else o for o in (o.as_subclass(Tensor).cpu() for o in xb))
 
 # %% ../../nbs/compress/quantize.ipynb #f65353b3
 def _plain_batches(dls, n):
     batches = [as_floats(split_batch(dls, b)[0]) for b in first_batches(dls, n)]
-    if not batches: raise ValueError("Nothing to calibrate on: these DataLoaders give no training batch, or n is 0")
+    if not batches: raise ValueError("Nothing to calibrate on: these DataLoaders have no training batch, or n is 0")
     return batches
 
 def check_one_tensor(out, what):
@@ -123,11 +123,11 @@ def _observe(net, batches):
 
 # %% ../../nbs/compress/quantize.ipynb #196d26af
 class Fixed(nn.Module):
-    "A network that stands for `reference`, and cannot be trained"
+    "A network that stands in for `reference` and cannot be trained"
     def __init__(self, reference):
         super().__init__()
-        self._reference,self.training = (reference,),False  # a tuple, so that it is no submodule
-        self.device_of = nn.Parameter(torch.empty(0))  # fastai asks the first parameter where a network is
+        self._reference,self.training = (reference,),False  # a tuple, so that it is not a submodule
+        self.device_of = nn.Parameter(torch.empty(0))  # fastai reads the device of a network from its first parameter
 
     @property
     def reference(self): return self._reference[0]
@@ -138,16 +138,16 @@ class Fixed(nn.Module):
         if mode: raise ValueError(self.remedy)
         return self
 
-    def _apply(self, fn, recurse=True): return self  # `to` and `half` would move a part of it
+    def _apply(self, fn, recurse=True): return self  # `to` and `half` would convert only part of it
 
 # %% ../../nbs/compress/quantize.ipynb #ee092c5c
 class Int8(Fixed):
     "A network in 8-bit integers, for inference on a CPU"
     remedy = "An int8 network cannot be trained: train first, or with learn.quantize_aware(), and quantize last"
     def __init__(self,
-        net:nn.Module, # Converted
-        reference:nn.Module, # The same with integers in floating point
-        samples:tuple # Inputs that it was calibrated on, in half precision, to try out exports with
+        net:nn.Module, # The converted network
+        reference:nn.Module, # The same network, with integers emulated in floating point
+        samples:tuple # Calibration inputs in half precision, used to check exports
     ):
         super().__init__(reference.eval())
         self.net,self.samples = net.eval(),samples
@@ -177,7 +177,7 @@ class _StoredLinear(_Stored, reference_layers.Linear): pass
 
 # %% ../../nbs/compress/quantize.ipynb #66bcc0fb
 def _store(m):
-    "Round the weights of a layer of the reference now instead of each time"
+    "Quantize the weights of a layer of the reference once instead of in each forward pass"
     m.__dict__.pop('qconfig', None)  # cannot be pickled
     kind = first(o for o in (_StoredConv2d,_StoredLinear) if type(m) is o.__mro__[2])
     if not kind or m.weight_qscheme!=torch.per_channel_affine: return
@@ -185,7 +185,7 @@ def _store(m):
     m.weight = nn.Parameter(torch.ops.quantized_decomposed.quantize_per_channel(m.weight.detach(), *m.levels), requires_grad=False)
 
 def _widened(reference):
-    "Let maps take all 256 levels, as kernels do: on x86 observers leave every other one free, so that sums do not overflow"
+    "Let feature maps use all 256 levels, as kernels do: on x86, observers use every other one, so that sums do not overflow"
     for node in reference.graph.nodes:
         if 'quantize_per_tensor' in str(node.target) and node.args[-1]==torch.uint8: node.args = *node.args[:3],0,255,torch.uint8
     reference.recompile()
@@ -215,17 +215,17 @@ def _precision(net, floats):
 
 # %% ../../nbs/compress/quantize.ipynb #abed67d3
 def _check_once(done):
-    if done: raise ValueError("This network is int8 already, or prepared for it: quantize the trained one, once")
+    if done: raise ValueError("This network is int8 already, or prepared for it: quantize the original network, once")
 
 def quantize(
-    model:nn.Module, # Trained, left as it is; or prepared by `learn.quantize_aware`
-    dls:DataLoaders, # Its training batches tell the range of every map
-    n:int=8, # How many of them
-    keep=() # Names of modules that stay in floating point and are not traced, `*` standing for anything
-) -> tuple: # The int8 network, and a report, one row a layer
-    "A network in 8-bit integers (arXiv:1712.05877); raises `ValueError` where it cannot be traced, and where it is int8 already"
+    model:nn.Module, # Trained, or prepared by `learn.quantize_aware`; left unchanged
+    dls:DataLoaders, # Its training batches set the range of every feature map
+    n:int=8, # Number of these batches
+    keep=() # Names of modules that stay in floating point and are not traced, with `*` as a wildcard
+) -> tuple: # The int8 network, and a report, one row per layer
+    "Convert a network to 8-bit integers (arXiv:1712.05877); raises `ValueError` if it cannot be traced or is already int8"
     _check_once(_is_int8(model))
-    if is_aware(model) and keep: raise ValueError("What is kept was settled by quantize_aware: pass keep= there")
+    if is_aware(model) and keep: raise ValueError("quantize_aware has fixed which modules are kept: pass keep= there")
     floats,batches = model.meta['kept'] if is_aware(model) else _why_float(model, keep),_plain_batches(dls, n)
     prepared = deepcopy(model).cpu().eval() if is_aware(model) else _prepared(model, batches, floats)
     if not is_aware(model): _observe(prepared, batches)
@@ -237,7 +237,7 @@ def quantize(
 
 # %% ../../nbs/compress/quantize.ipynb #63125f0f
 def retire(learn, model):
-    "Put a network that cannot be trained in the place of a learner's"
+    "Replace a learner's network with one that cannot be trained"
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, (TeacherCallback,DistillCallback,MixedPrecision))])
     learn.model,learn.opt,learn.splitter = model,None,trainable_params
 
@@ -246,25 +246,25 @@ def _shapes(dls): return [tuple(o.shape[1:]) for o in probe_batch(dls)[0]]
 
 @patch
 def quantize(self:Learner,
-    n:int=8, # Number of training batches that tell the range of every map
-    dls:DataLoaders=None, # Calibrate on these instead of the learner's own; raises `ValueError` where their images have another shape
+    n:int=8, # Number of training batches that set the range of every feature map
+    dls:DataLoaders=None, # Calibrate on these instead of the learner's own; raises `ValueError` if their images have another shape
     keep=() # As for `quantize`
-) -> pd.DataFrame: # One row a layer
-    "Put an int8 network in the place of a learner's; raises `ValueError`, and changes nothing, where that cannot be done"
+) -> pd.DataFrame: # One row per layer
+    "Replace a learner's network with its int8 version; raises `ValueError`, and changes nothing, if that is impossible"
     if dls is not None and _shapes(dls)!=_shapes(self.dls): raise ValueError(
-        f"Calibration data has the shape {_shapes(dls)}, the learner's {_shapes(self.dls)}: pass data of the learner's shape")
+        f"Calibration data has the shape {_shapes(dls)}, the learner's {_shapes(self.dls)}: pass data of the same shape")
     model,report = quantize(bare_model(self.model), dls or self.dls, n, keep)
     retire(self, model)
     return report
 
 # %% ../../nbs/compress/quantize.ipynb #e4572294
 class _Telling(nn.Module):
-    "Puts out what `net` and its `layers` do, in a list, so that it can be traced"
+    "Output what `net` and its `layers` output, in a list, so that it can be traced"
     def __init__(self, net, layers, outputs):
         super().__init__()
         self.net,self.layers,self.outputs,self.seen = net,layers,outputs,{}
-        for n in sorted(layers, key=lambda n: -n.count('.')):  # a child before what it is in, whose name would change
-            net.set_submodule(n, nn.Sequential(get_layer(net, n)))  # tracing goes round the hooks of layers that it does not go into
+        for n in sorted(layers, key=lambda n: -n.count('.')):  # children before parents: wrapping a parent renames its children
+            net.set_submodule(n, nn.Sequential(get_layer(net, n)))  # tracing bypasses the hooks of layers that it does not enter
             get_layer(net, n).register_forward_hook(partial(self._keep, n))
 
     def _keep(self, name, m, args, out): self.seen[name] = out
@@ -274,7 +274,7 @@ class _Telling(nn.Module):
         return [out]*self.outputs + [self.seen[n] for n in self.layers]
 
 class _FrozenInt8:
-    "As `Frozen`, in integers"
+    "As `Frozen`, in int8"
     def __init__(self, net, layers, outputs): store_attr()
 
     def __call__(self, x):
@@ -283,15 +283,15 @@ class _FrozenInt8:
 
 # %% ../../nbs/compress/quantize.ipynb #5cb3cbc1
 def int8_teacher(
-    cb:TeacherCallback, # Of a learner on a CPU
+    cb:TeacherCallback, # That of a learner on a CPU
     layers:list, # Names of the teacher's layers to read
-    outputs:bool, # Read its outputs as well
-    xb:tuple, # A batch as the teacher sees it; raises `ValueError` for several inputs
+    outputs:bool, # Whether to read its outputs as well
+    xb:tuple, # A batch as the teacher receives it; raises `ValueError` for several inputs
     n:int=8 # Batches to calibrate on
-): # To be called with a batch, as `Frozen` is
-    "A copy of a teacher that answers in integers, for `precision=int8_teacher`"
+): # Called with a batch, as `Frozen` is
+    "An int8 copy of a teacher, for `precision=int8_teacher`"
     if len(xb)>1 or xb[0].device.type!='cpu': raise ValueError(
-        f"int8_teacher computes on a CPU from one input, got {len(xb)} on {xb[0].device}: use precision='auto', or learn.dls.cpu()")
+        f"int8_teacher needs one input on a CPU, got {len(xb)} on {xb[0].device}: use precision='auto', or learn.dls.cpu()")
     batches = [tuple(o.as_subclass(Tensor).float() for o in seen_by(cb.tfm, b)) for b in _plain_batches(cb.dls, n)]
     telling = _Telling(deepcopy(cb.network).cpu().eval(), layers, outputs)
     prepared = _prepared(telling, batches, _why_float(telling, ()))
@@ -304,7 +304,7 @@ def int8_teacher(
 
 # %% ../../nbs/compress/quantize.ipynb #ae8fbc00
 class _Rounding(FusedMovingAvgObsFakeQuantize):
-    "Rounds to the levels of a range, which follows what it sees in training"
+    "Round to the levels of a range that follows the values seen in training"
     def forward(self, x):
         if self.training: self.follow(x.detach().float())
         levels = (0,255) if self.dtype==torch.quint8 else (self.quant_min,self.quant_max)
@@ -318,7 +318,7 @@ class _Rounding(FusedMovingAvgObsFakeQuantize):
         for old,new in zip((self.scale,self.zero_point), self.calculate_qparams()): old.resize_(new.shape).copy_(new)
 
 def _rounding(net, batches):
-    "A prepared network whose ranges begin where `batches` are"
+    "A prepared network whose ranges are initialized on `batches`"
     _observe(net, batches)
     for m in net.modules():
         if type(m) is FusedMovingAvgObsFakeQuantize: m.__class__ = _Rounding
@@ -326,15 +326,15 @@ def _rounding(net, batches):
 
 @patch
 def quantize_aware(self:Learner,
-    n:int=8, # As for `learn.quantize`: where the ranges begin
+    n:int=8, # Number of training batches that initialize the ranges
     keep=() # As for `quantize`
 ):
-    "Let a learner train on, in one parameter group, rounding as `learn.quantize` will; raises `ValueError`, changing nothing, if it cannot"
+    "Prepare a learner for further training with the rounding of `learn.quantize`; raises `ValueError`, and changes nothing, if impossible"
     model = bare_model(self.model)
     _check_once(_is_int8(model) or is_aware(model))
     reading = [type(cb).__name__ for cb in self.cbs if isinstance(cb, FeatureKD)]
     if reading or beside_balances(adapters_of(self.model)): raise ValueError(f"{' and '.join(reading) or 'An adapter'} reads stages, which tracing "
-        "takes apart: train with it first, then remove it, and use KD")
+        "breaks up: train with it first, then remove it and use KD")
     device,floats = next(model.parameters()).device,_why_float(model, keep)
     batches = _plain_batches(self.dls, n)
     net = _rounding(_prepared(model, batches, floats, aware=True), batches)

@@ -18,10 +18,10 @@ from ..losses.features import ab_loss, fsp_loss, ft_loss, kdsvd_loss, ofd_loss, 
 
 # %% ../../nbs/distill/activations.ipynb #468cc824
 class BeforeReLU(FeatureKD):
-    "`func` of what ReLUs are given, halved from each pair to the one before"
+    "`func` of pre-activation features, each earlier pair with half the weight"
     def __init__(self,
-        func, # Called as `func(student's maps, teacher's maps)`, gives a scalar
-        pairs:dict=None, # Student's layer to teacher's, each followed by a ReLU, shallow to deep; by default the ends of the stages
+        func, # Called as `func(student's features, teacher's features)`, returns a scalar
+        pairs:dict=None, # Student layer to teacher layer, each ending in or followed by a ReLU, shallow to deep; by default the ends of the stages
         weight:float=1. # A number, or a fastai schedule over the fit
     ): super().__init__(func, pairs, weight)
 
@@ -41,22 +41,22 @@ class BeforeReLU(FeatureKD):
 
 # %% ../../nbs/distill/activations.ipynb #a3bfc322
 class AB(BeforeReLU):
-    "Activation boundaries: the same neurons are on (Heo et al., arXiv:1811.03233); meant for a first stage"
+    "Activation boundaries: which neurons are active (Heo et al., arXiv:1811.03233); meant for a first stage"
     stages = None,1
     def __init__(self,
         pairs:dict=None, # As for `BeforeReLU`
         weight:float=3e-3, # A number, or a fastai schedule over the fit
-        margin:float=1. # How far from zero is far enough, positive
+        margin:float=1. # Required distance from zero, positive
     ): super().__init__(partial(ab_loss, margin=margin), pairs, weight)
 
 # %% ../../nbs/distill/activations.ipynb #f32820d2
 class OFD(BeforeReLU):
-    "Overhaul of feature distillation: what the ReLU passes on, and no more (Heo et al., arXiv:1904.01866)"
+    "Overhaul of feature distillation: features before the ReLU, negative ones cut off at a margin (Heo et al., arXiv:1904.01866)"
     dominates = True
     def __init__(self,
-        pairs:dict=None, # As for `BeforeReLU`; raises `ValueError` where no norm tells the teacher's margin
+        pairs:dict=None, # As for `BeforeReLU`; raises `ValueError` if no norm provides the teacher's margin
         weight:float=1e-3, # A number, or a fastai schedule over the fit
-        train_mode:bool=False # Run the teacher, for all terms, in training mode, as published: its norms use the statistics of the batch
+        train_mode:bool=False # Run the teacher in training mode, for all terms, as published: its batch norms use batch statistics
     ):
         super().__init__(partial(ofd_loss, margin=torch.zeros(1)), pairs, weight)
         self.train_mode = train_mode
@@ -64,7 +64,7 @@ class OFD(BeforeReLU):
     def _margin(self, a):
         norm = self.norms[a] and get_layer(self.source.network, self.norms[a])
         lacking = any(getattr(norm, k, None) is None or getattr(norm, k).ndim!=1 for k in ('weight','bias'))
-        if lacking: raise ValueError(f"OFD reads its margins off a norm with weights, which the teacher's {self.layers[a]!r} lacks: "
+        if lacking: raise ValueError(f"OFD takes its margins from a norm layer with weight and bias, which the teacher's {self.layers[a]!r} lacks: "
             "pass other pairs=, or use AB")
         return ofd_margin(norm)
 
@@ -74,7 +74,7 @@ class OFD(BeforeReLU):
 
     def before_train(self):
         super().before_train()
-        device = next(self.learn.model.parameters()).device  # the teacher's own weights may be elsewhere
+        device = next(self.learn.model.parameters()).device  # the teacher's own weights may be on another
         self.margins = {a:self._margin(a).to(device) for a in self.layers}
 
     def one(self, a, s, t): return ofd_loss(s, t, self.margins[a])
@@ -83,13 +83,13 @@ class OFD(BeforeReLU):
 def _with_itself(func, s, t): return func(s, s, t, t)
 
 class FlowKD(FeatureKD):
-    "`func` of the maps of each two taps that follow each other, the sum over these"
+    "`func` of the feature maps of consecutive layers, summed over these"
     def __init__(self,
-        func, # Called as `func(student's maps, its later ones, teacher's maps, its later ones)`, gives a scalar
-        pairs:dict=None, # Student's layer to teacher's, shallow to deep, at least two; by default the ends of the stages
+        func, # Called as `func(student's features, its later ones, teacher's features, its later ones)`, returns a scalar
+        pairs:dict=None, # Student layer to teacher layer, shallow to deep, at least two; by default the ends of the stages
         weight:float=1., # A number, or a fastai schedule over the fit
-        per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=True # Pair the stems as well, where `pairs` is None
+        per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+        stem:bool=True # Also pair the stems, if `pairs` is None
     ):
         super().__init__(partial(_with_itself, func), pairs, weight, per_stage, stem)
         self.flow = func
@@ -107,26 +107,26 @@ class FlowKD(FeatureKD):
 
 # %% ../../nbs/distill/activations.ipynb #a4c9927e
 class FSP(FlowKD):
-    "Flow of the solution procedure: the products of the channels of two layers (Yim et al., CVPR 2017); meant for a first stage"
+    "Flow of the solution procedure: inner products of the channels of two layers (Yim et al., CVPR 2017); meant for a first stage"
     stages = None,1
     def __init__(self,
         pairs:dict=None, # As for `FlowKD`
         weight:float=50., # A number, or a fastai schedule over the fit
-        per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=True # Pair the stems as well, where `pairs` is None
+        per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+        stem:bool=True # Also pair the stems, if `pairs` is None
     ): super().__init__(fsp_loss, pairs, weight, per_stage, stem)
 
 class KDSVD(FlowKD):
-    "Singular vectors: how far each channel of a layer is from each of the next (Lee et al., arXiv:1807.06819)"
+    "Singular vectors: distances between the channels of consecutive layers (Lee et al., arXiv:1807.06819)"
     def __init__(self,
         pairs:dict=None, # As for `FlowKD`
-        weight:float=1., # mdistiller's, for `columns=True`. A number, or a fastai schedule over the fit
-        k:int=1, # Singular vectors of the teacher; raises `ValueError` unless positive
-        per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=True, # Pair the stems as well, where `pairs` is None
-        columns:bool=False # Vectors over the columns of feature maps, as in mdistiller, without adapters
+        weight:float=1., # mdistiller's value, for `columns=True`; a number, or a fastai schedule over the fit
+        k:int=1, # Number of the teacher's singular vectors; raises `ValueError` unless positive
+        per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+        stem:bool=True, # Also pair the stems, if `pairs` is None
+        columns:bool=False # Singular vectors over the columns of feature maps, as in mdistiller, without adapters
     ):
-        if k<1: raise ValueError(f"KDSVD compares at least one singular vector, got k={k}")
+        if k<1: raise ValueError(f"KDSVD needs at least one singular vector, got k={k}: 1 is the default")
         super().__init__(partial(kdsvd_loss, k=k, columns=columns), pairs, weight, per_stage, stem)
         self.columns = columns
 
@@ -138,32 +138,32 @@ def _words(ni, nf, conv=nn.Conv2d):
     return nn.Sequential(layer(ni, ni), layer(ni, nf), layer(nf, nf))
 
 class _Factors(nn.Module):
-    "A translator for `ns` channels, and a paraphraser for `nt`, which both put out `n`"
+    "A translator for `ns` channels, and a paraphraser for `nt`, which both output `n`"
     def __init__(self, ns, nt, n):
         super().__init__()
         self.translator,self.paraphraser,self.back = _words(ns, n),_words(nt, n),_words(n, nt, nn.ConvTranspose2d)
 
 # %% ../../nbs/distill/activations.ipynb #b9aeb87a
 def _still(loss):
-    "`loss` without a gradient, or one of zeros where several processes wait for it"
+    "`loss` without a gradient; with a zero gradient if several processes wait for one"
     return loss.detach() + 0*loss if num_distrib()>1 else loss.detach()
 
 class FactorTransfer(LastStageKD):
-    "Factor transfer: the teacher's last maps in fewer channels, and the student's likewise (Kim et al., arXiv:1802.04977)"
+    "Factor transfer: the last feature maps of both networks, encoded in fewer channels (Kim et al., arXiv:1802.04977)"
     stages = None,1,2
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the last stages
-        weight:float=200., # RepDistiller's, 500 in the authors' code. A number, or a fastai schedule over the fit
-        k:float=.5 # Channels of the factors, as part of the teacher's; raises `ValueError` unless positive
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the last stages
+        weight:float=200., # RepDistiller's value, 500 in the authors' code; a number, or a fastai schedule over the fit
+        k:float=.5 # Channels of the factors, as a fraction of the teacher's; raises `ValueError` unless positive
     ):
-        if k<=0: raise ValueError(f"k, the factors' channels as a fraction of the teacher's, must be positive, got {k}: .5 is published")
+        if k<=0: raise ValueError(f"k, the factors' channels as a fraction of the teacher's, must be positive, got {k}: the published value is .5")
         super().__init__(ft_loss, pairs, weight)
         self.k = k
 
     def prepare(self, probe):
         pairs = {a: (probe.student[a], probe.teacher[b]) for a,b in self.layers.items()}
         for a,(s,t) in pairs.items():
-            if s.ndim!=4 or t.ndim!=4: raise ValueError(f"FactorTransfer needs maps (bs,c,h,w), "
+            if s.ndim!=4 or t.ndim!=4: raise ValueError(f"FactorTransfer needs feature maps (bs,c,h,w), "
                 f"got {a!r}, {tuple(s.shape)}, and {self.layers[a]!r}, {tuple(t.shape)}: pass other pairs=")
         return {a: _Factors(s.shape[1], t.shape[1], max(1, round(self.k*t.shape[1]))) for a,(s,t) in pairs.items()}
 

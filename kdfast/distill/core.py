@@ -31,22 +31,22 @@ def _name_of(func, default):
 def _are_labels(y, shape): return isinstance(y, Tensor) and not y.is_floating_point() and y.numel()==math.prod(shape)
 
 def _as_labels(y, logits, name):
-    "`y` as `(bs,...)` for logits `(bs,c,...)`; raises `ValueError` where they are not the numbers of classes"
+    "`y` as `(bs,...)` for logits `(bs,c,...)`; raises `ValueError` if they are not class indices"
     shape = (logits.shape[0],*logits.shape[2:])
     fits = _are_labels(y, shape)
     found = f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else None if y is None else type(y).__name__
-    if not fits: raise ValueError(f"{name} reads which class is right, but these targets ({found}) do not say: "
+    if not fits: raise ValueError(f"{name} needs one class label per output, but the targets are {found}: "
         "use KD, or DataLoaders with a category for each output")
     return y.as_subclass(Tensor).reshape(shape).long()
 
 # %% ../../nbs/distill/core.ipynb #69809d68
 class LogitKD(DistillCallback):
-    "`func` of student's and teacher's logits, `(bs,c,...)`"
+    "`func` of the student's and the teacher's logits, `(bs,c,...)`"
     per_image = False
     def __init__(self,
-        func, # Called as `func(student's logits, teacher's logits)`, with `y=labels` and `mask=positions that count` if it takes them; gives a scalar
+        func, # Called as `func(student's logits, teacher's logits)`, with `y=labels` and `mask=positions that count` if it accepts them; returns a scalar
         weight:float=1., # A number, or a fastai schedule over the fit
-        standardize:bool=False # Take mean and standard deviation out of the logits first
+        standardize:bool=False # Scale logits to zero mean and unit standard deviation first
     ):
         super().__init__(weight)
         store_attr('func,standardize')
@@ -83,14 +83,14 @@ class LogitKD(DistillCallback):
 # %% ../../nbs/distill/core.ipynb #b4052a08
 @patch
 def check(self:LogitKD,
-    probe # A `Trial`, what both networks output for zeros
+    probe # A `Trial`: the outputs of both networks for a batch of zeros
 ):
-    "Raises `ValueError` where outputs are no logits of classes"
+    "Raise `ValueError` unless the outputs are class logits"
     kind,shape = self.task.kind,tuple(self.laid(probe.pred).shape)
     wrong = ("but these targets are multi-label: use SigmoidKD, AT or FitNet" if kind=='labels'
-        else "but these targets are numbers: use Logits, AT or FitNet, or pass outputs='labels' for SigmoidKD" if kind=='numbers'
+        else "but these are regression targets: use Logits, AT or FitNet, or pass outputs='labels' for SigmoidKD" if kind=='numbers'
         else "of at least two classes, but the networks have one output: use AT or FitNet" if shape[1]<2
-        else f"one decision per image, but got outputs {shape}: use another method, such as KD" if self.per_image and len(shape)!=2 else '')
+        else f"one prediction per image, but got outputs of shape {shape}: use another method, such as KD" if self.per_image and len(shape)!=2 else '')
     if wrong: raise ValueError(f"{type(self).__name__} compares softmax outputs, {wrong}")
 
 # %% ../../nbs/distill/core.ipynb #0c86c263
@@ -101,15 +101,15 @@ def _with_labels(self:LogitKD, s, t):
     mix,labels = mixed_by(self.learn),partial(self._labels, s=s)
     y = labels(self.y)
     if not mix: return self.func(s, t, y=y)
-    remedy = ", or let the function take reduction='none'" if type(self) is LogitKD else ''
-    if not self.reducible: raise ValueError(f"{self.column} reads labels, which {type(mix).__name__} mixes: leave that out{remedy}")
+    remedy = ", or let the function accept reduction='none'" if type(self) is LogitKD else ''
+    if not self.reducible: raise ValueError(f"{self.column} reads labels, which {type(mix).__name__} mixes: remove that callback{remedy}")
     pairs = [(self.func(s, t, y=o, reduction='none'), ((o>=0)&(o<s.shape[1])).float()) for o in (labels(first(mix.yb1)),y)]
     value,n = (torch.lerp(*o, unsqueeze(tensor(mix.lam).to(s.device), n=y.ndim-1)).sum() for o in zip(*pairs))
     return value/n.clamp(min=1)
 
 @patch
 def _counted(self:LogitKD, s):
-    "Which positions the loss counts, `(bs,...)`, mixed as the labels are; None for all"
+    "Mask of the positions that count in the loss, `(bs,...)`, mixed like the labels; None if all count"
     if self.ignored is None: return
     mix,shape = mixed_by(self.learn),(s.shape[0],*s.shape[2:])
     ys = [first(mix.yb1),self.y] if mix else [self.y]
@@ -124,11 +124,11 @@ def _phased(weight, since, until, ramp, pct):
 
 def phased(
     weight, # A number, or a fastai schedule over the fit
-    since:float=0., # Part of the fit at which it begins to count; raises `ValueError` unless the parts follow each other in [0,1]
-    until:float=1., # Part of the fit after which it no longer counts
-    ramp:float=0. # Part of the fit over which it rises from 0
-): # A schedule, for any term
-    "A weight that counts in a part of the fit; in the rest nothing is computed for it"
+    since:float=0., # Fraction of the fit at which the weight takes effect; raises `ValueError` unless `0<=since<until<=1` and the ramp fits between them
+    until:float=1., # Fraction of the fit after which the weight is zero
+    ramp:float=0. # Fraction of the fit over which the weight rises from 0
+): # A schedule for the weight of any term
+    "A weight that is active during part of the fit; outside it, the term is not computed"
     if not 0<=since<until<=1 or not 0<=ramp<=until-since: raise ValueError(
         f"Fractions of the fit must be 0<=since<until<=1 and 0<=ramp<=until-since, got since={since}, until={until}, ramp={ramp}")
     return partial(_phased, weight, since, until, ramp) if since or until<1 or ramp else weight
@@ -136,12 +136,12 @@ def phased(
 # %% ../../nbs/distill/core.ipynb #aefe8b49
 class KD(LogitKD):
     "Soft labels: `(1-alpha)*loss + alpha*kd_loss` (Hinton et al., arXiv:1503.02531)"
-    dominates = True  # as far as alpha lets it
+    dominates = True  # as far as alpha allows
     def __init__(self,
         T:float=4., # Temperature; raises `ValueError` unless positive
-        alpha:float=.9, # Part of the loss that comes from the teacher, in [0,1], or a fastai schedule of it
-        scale:float=1., # `kd_loss` is multiplied by it
-        standardize:bool=False # Take mean and standard deviation out of the logits first (Sun et al., arXiv:2403.01427)
+        alpha:float=.9, # Fraction of the loss that comes from the teacher, in [0,1], or a fastai schedule over the fit
+        scale:float=1., # Factor of `kd_loss`
+        standardize:bool=False # Scale logits to zero mean and unit standard deviation first (Sun et al., arXiv:2403.01427)
     ):
         check_temperature(T)
         values = along(alpha)
@@ -166,7 +166,7 @@ KD_PATIENT = dict(T=1., alpha=1.)  # arXiv:2106.05237
 
 # %% ../../nbs/distill/core.ipynb #c82127c1
 class Standardized(nn.Module):
-    "Features, `(bs,c,...)`, with mean 0 in each channel and a mean variance of 1, as those of the first batch had them"
+    "Standardize features, `(bs,c,...)`, by statistics of the first batch: zero mean per channel, a mean variance of 1"
     reuses,known = False,False
     def __init__(self, nf):
         super().__init__()
@@ -175,7 +175,7 @@ class Standardized(nn.Module):
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
-        self.known = False  # lr_find goes back to where nothing was measured
+        self.known = False  # lr_find restores the state from before the measurement
 
     def measure(self, x):
         var,mean = torch.var_mean(maybe_gather(x.detach()), [0,*range(2, x.ndim)], correction=0)
@@ -190,15 +190,15 @@ class Standardized(nn.Module):
 
 # %% ../../nbs/distill/core.ipynb #80bd358e
 class FeatureKD(DistillCallback):
-    "`func` of student's and teacher's features, the mean over pairs of layers"
+    "`func` of the student's and the teacher's features, averaged over pairs of layers"
     reads_logits = False
     def __init__(self,
-        func, # Called as `func(student's features, teacher's features)`, gives a scalar
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
+        func, # Called as `func(student's features, teacher's features)`, returns a scalar
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
         weight:float=1., # A number, or a fastai schedule over the fit
-        per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False, # Pair the stems as well, where `pairs` is None
-        standardize:bool=False # Take mean and scale out of the teacher's features, as those of the first batch have them
+        per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+        stem:bool=False, # Also pair the stems, if `pairs` is None
+        standardize:bool=False # Standardize the teacher's features by the mean and scale of the first batch
     ):
         super().__init__(weight)
         named = isinstance(pairs, dict) and pairs and all(isinstance(o, str) for p in pairs.items() for o in p)
@@ -219,7 +219,7 @@ class FeatureKD(DistillCallback):
         taken = {f'target_{b}':Standardized(t.shape[1]) for b,t in probe.teacher.items() if b in self.asked and self.standardize}
         return {**{a:m.train() for a,m in made.items() if m is not None}, **taken}
 
-    def adapter(self, s, t): "A module from the student's features to the teacher's, or None"
+    def adapter(self, s, t): "A module that maps the student's features to the teacher's, or None"
     def scale(self, s, t): return 1.
 
     def target(self, layer):
@@ -237,7 +237,7 @@ class FeatureKD(DistillCallback):
             raise ValueError(f"{self.column} cannot compare {pair}: {e}; or pass other pairs=") from e
 
     def compared(self):
-        "What the student shows at each pair, through its adapter, and what the teacher does"
+        "The student's features of each pair, after its adapter, and the teacher's"
         taps,adapters = self.source.student_taps,self.adapters
         return [(adapters.get(a, noop)(taps[a]), self.target(b)) for a,b in self.layers.items()]
 
@@ -245,7 +245,7 @@ class FeatureKD(DistillCallback):
 
 # %% ../../nbs/distill/core.ipynb #48e3174a
 class LastStageKD(FeatureKD):
-    "`func` of the features at which the last stages of both networks end"
+    "`func` of the features at the end of both networks' last stages"
     def __init__(self, func, pairs=None, weight=1.): super().__init__(func, pairs, weight)
     def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or last_stages(student, network, xb, tfm))
 
@@ -253,13 +253,13 @@ class LastStageKD(FeatureKD):
 
 # %% ../../nbs/distill/core.ipynb #a2d92a61
 class AT(FeatureKD):
-    "Attention transfer: the maps of where both networks look (Zagoruyko and Komodakis, arXiv:1612.03928)"
+    "Attention transfer: spatial attention maps (Zagoruyko and Komodakis, arXiv:1612.03928)"
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
-        weight:float=1e3, # A number, or a fastai schedule over the fit: `SchedExp(1e3, 1e1)`
-        per_stage:int=1, # Pairs in each stage: 2, 3, 6 are AT6, AT9, AT18 on networks with three groups
-        area:bool=True, # Let maps smaller than 7x7 weigh less
-        stem:bool=False # Pair the stems as well, where `pairs` is None
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
+        weight:float=1e3, # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`
+        per_stage:int=1, # Pairs per stage: 2, 3, 6 are AT6, AT9, AT18 on networks with three groups
+        area:bool=True, # Give feature maps smaller than 7x7 less weight
+        stem:bool=False # Also pair the stems, if `pairs` is None
     ):
         super().__init__(at_loss, pairs, weight, per_stage, stem)
         self.area = area
@@ -276,16 +276,16 @@ AT_IMAGENET = dict(weight=phased(1e3, since=.01), area=False)
 
 # %% ../../nbs/distill/core.ipynb #55255f2f
 class FitNet(FeatureKD):
-    "Hints: the student's features, through a learned adapter, become the teacher's (Romero et al., arXiv:1412.6550)"
+    "Hints: the teacher's features, regressed from the student's by a learned adapter (Romero et al., arXiv:1412.6550)"
     stages,dominates = (None,1),True
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
-        weight:float=100., # Split over all pairs; a number, or a fastai schedule over the fit
-        per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False, # Pair the stems as well, where `pairs` is None
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
+        weight:float=100., # Divided among all pairs; a number, or a fastai schedule over the fit
+        per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+        stem:bool=False, # Also pair the stems, if `pairs` is None
         standardize:bool=False, # As for `FeatureKD`
-        relu:bool=False, # End the adapter in a ReLU, as published: one with a bias, between equal shapes too
-        norm:bool=True # Batch norm in the adapter, which the paper does without
+        relu:bool=False, # End the adapter in a ReLU, as published; it then has a bias, and equal shapes get an adapter too
+        norm:bool=True # Batch norm in the adapter, which the paper omits
     ):
         super().__init__(hint_loss, pairs, weight, per_stage, stem, standardize)
         store_attr('relu,norm')

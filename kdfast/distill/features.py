@@ -26,7 +26,7 @@ from ..models.convs import init_he
 
 # %% ../../nbs/distill/features.ipynb #4fe71dc2
 class _Regressor(nn.Module):
-    "What can be told of `nf` channels on a grid from `ni`, and how far off that is"
+    "Prediction of `nf` channels on a grid from `ni`, and its variance per channel"
     def __init__(self, ni, nf, grid, pool_first=False):
         super().__init__()
         self.resize = ToGrid(grid)
@@ -40,12 +40,12 @@ def _told(mean_and_variance, target): return vid_loss(*mean_and_variance, target
 
 # %% ../../nbs/distill/features.ipynb #dbf1db06
 class VID(FeatureKD):
-    "Variational information: predicts each channel of the teacher's features from the student's (Ahn et al., arXiv:1904.05835)"
+    "Variational information: predict each channel of the teacher's features from the student's (Ahn et al., arXiv:1904.05835)"
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
         weight:float=1., # A number, or a fastai schedule over the fit
-        per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False, # Pair the stems as well, where `pairs` is None
+        per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+        stem:bool=False, # Also pair the stems, if `pairs` is None
         standardize:bool=False, # As for `FeatureKD`
         pool_first:bool=False # Pool the larger of two feature maps before the regressor, as in RepDistiller
     ):
@@ -60,7 +60,7 @@ class VID(FeatureKD):
 
 # %% ../../nbs/distill/features.ipynb #771337da
 class _Fusion(nn.Module):
-    "One level: maps of `ni` channels and the level below, of `mid`, become `nf` for the teacher and `mid` for the level above"
+    "One level: fuse `ni` channels with the `mid` of the level below, into `nf` for the teacher and `mid` for the level above"
     def __init__(self, ni, mid, nf, below):
         super().__init__()
         layer = lambda a,b,ks: init_he(nn.Sequential(nn.Conv2d(a, b, ks, padding=ks//2, bias=False), Norm2d(b)))
@@ -79,7 +79,7 @@ class _Fusion(nn.Module):
 def _as_maps(x): return x[...,None,None] if x.ndim==2 else x
 
 class _Review(nn.Module):
-    "Student's maps, shallow to deep, become the teacher's"
+    "From the student's feature maps to the teacher's, shallow to deep"
     def __init__(self, ni, nf):
         super().__init__()
         self.levels = nn.ModuleList(_Fusion(a, min(512, ni[-1]), b, i<len(ni)-1) for i,(a,b) in enumerate(zip(ni, nf)))
@@ -93,16 +93,16 @@ class _Review(nn.Module):
 
 # %% ../../nbs/distill/features.ipynb #fcea9e9c
 class ReviewKD(FeatureKD):
-    "Knowledge review: each level of the teacher from all deeper ones of the student, summed over levels (Chen et al., arXiv:2104.09044)"
+    "Knowledge review: each teacher level from the same and deeper student levels, summed over levels (Chen et al., arXiv:2104.09044)"
     pooled,dominates = None,True
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's, shallow to deep; by default the ends of the stages, and what the classifiers read
+        pairs:dict=None, # Student layer to teacher layer, shallow to deep; by default the ends of the stages, and the classifiers' inputs
         weight:float=5., # A number, or a fastai schedule over the fit
-        ramp:float=1/12, # Part of the fit over which the weight rises
-        per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False, # Pair the stems as well, where `pairs` is None
-        preact:bool=False, # Read the teacher before the ReLU, as published, where `pairs` is None
-        student_preact:bool=False # Read the student before the ReLU, as published for ImageNet, where `pairs` is None
+        ramp:float=1/12, # Fraction of the fit over which the weight rises from 0
+        per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+        stem:bool=False, # Also pair the stems, if `pairs` is None
+        preact:bool=False, # Read the teacher's features before the ReLU, as published, if `pairs` is None
+        student_preact:bool=False # Read the student's features before the ReLU, as published for ImageNet, if `pairs` is None
     ):
         super().__init__(pyramid_loss, pairs, phased(weight, ramp=ramp), per_stage, stem)
         store_attr('preact,student_preact')
@@ -131,11 +131,11 @@ class ReviewKD(FeatureKD):
 
 # %% ../../nbs/distill/features.ipynb #d5eb614b
 def _body(student, layer):
-    "A network that computes `layer` of `student`, and holds nothing that comes after"
-    names = [*student._modules]  # a module that stands there twice, twice
+    "`student` up to and including `layer`, without anything that follows"
+    names = [*student._modules]  # a module that occurs twice is listed twice
     if type(student) is nn.Sequential and layer in names: return student[:names.index(layer)+1]
     try: return nn.Sequential(create_feature_extractor(student, {layer:'map'}), _Item('map'))
-    except Exception as e: raise ValueError(f"SimKD cannot cut this {type(student).__name__} after {layer!r} ({e}): "
+    except Exception as e: raise ValueError(f"SimKD cannot truncate this {type(student).__name__} after {layer!r} ({e}): "
         "use a student that torch.fx can trace, or an nn.Sequential") from e
 
 class _Item(nn.Module):
@@ -146,12 +146,12 @@ class _Item(nn.Module):
 
 # %% ../../nbs/distill/features.ipynb #c5b12d87
 class Reuse(nn.Module):
-    "A student up to its last map, a projector to the teacher's, and the teacher's classifier, which does not learn"
+    "The student up to its last feature map, a projector to the teacher's, and the teacher's classifier, frozen"
     def __init__(self,
-        body:nn.Module, # Puts out `(bs,ni,h,w)`
-        ni:int, # Its channels
-        classifier:nn.Linear, # Of the teacher; copied
-        factor:int=2, # The projector's inner width is the teacher's, divided by it
+        body:nn.Module, # Outputs `(bs,ni,h,w)`
+        ni:int, # Channels of the body's output
+        classifier:nn.Linear, # The teacher's, copied
+        factor:int=2, # The projector's inner width is the teacher's divided by this
         size:tuple=None # Average-pool the body's output to this `(h,w)` first
     ):
         super().__init__()
@@ -170,18 +170,18 @@ def _equal(a, b):
 def _pooled_hint(s, t): return hint_loss(*to_one_size(s, t))
 
 class SimKD(FeatureKD):
-    "The teacher's classifier on maps that the student imitates; labels count only while its weight is 0 (Chen et al., arXiv:2203.14001)"
+    "The teacher's classifier on feature maps that the student imitates (Chen et al., arXiv:2203.14001); labels count only while its weight is 0"
     dominates = True
     def __init__(self,
         weight:float=1., # A number, or a fastai schedule over the fit
         factor:int=2, # As for `Reuse`
-        pool_first:bool=False # Pool student's feature maps that are larger than the teacher's before the projector, as published
+        pool_first:bool=False # Pool the student's feature maps to the teacher's size, if larger, before the projector, as published
     ):
         super().__init__(_pooled_hint, None, weight)
         store_attr('factor,pool_first')
 
     def build(self, student, network, tfm, xb):
-        "A `Reuse` of `student`, which raises `ValueError` where one of the networks has no map of which its classifier reads the mean"
+        "A `Reuse` of `student`; raises `ValueError` unless each network's classifier reads the mean of a feature map"
         seen,again = seen_by(tfm, xb),isinstance(student, Reuse)
         b,head = classifier_map(network, seen)
         theirs = get_layer(network, head)

@@ -20,7 +20,7 @@ from ..models.convs import init_he, Separable
 
 # %% ../../nbs/distill/logits.ipynb #0b4465d2
 class Logits(LogitKD):
-    "Mean squared difference of logits (Ba and Caruana, arXiv:1312.6184); takes any outputs"
+    "Mean squared difference of logits (Ba and Caruana, arXiv:1312.6184); accepts any outputs"
     def __init__(self,
         weight:float=1. # A number, or a fastai schedule over the fit
     ): super().__init__(logits_loss, weight)
@@ -29,7 +29,7 @@ class Logits(LogitKD):
 
 # %% ../../nbs/distill/logits.ipynb #361c00a8
 class SigmoidKD(LogitKD):
-    "`kd_loss` of each label by itself, for multi-label targets; raises `ValueError` for others"
+    "`kd_loss` of each label separately, for multi-label targets; raises `ValueError` for others"
     def __init__(self,
         T:float=1., # Temperature; raises `ValueError` unless positive
         weight:float=1. # A number, or a fastai schedule over the fit
@@ -46,13 +46,13 @@ DKD_WRN = dict(beta=6.)
 DKD_SMALL = dict(beta=2.)
 
 class DKD(LogitKD):
-    "Decoupled distillation: the right class and the others, each with its weight (Zhao et al., arXiv:2203.08679)"
+    "Decoupled distillation: the correct class and the others, weighted separately (Zhao et al., arXiv:2203.08679)"
     def __init__(self,
-        alpha:float=1., # Weight of the right class against the rest
-        beta:float=8., # Weight of the classes of the rest among each other
+        alpha:float=1., # Weight of the correct class versus the rest
+        beta:float=8., # Weight of the distribution over the other classes
         T:float=4., # Temperature; raises `ValueError` unless positive
         weight:float=1., # A number, or a fastai schedule over the fit
-        ramp:float=1/12, # Part of the fit over which the weight rises
+        ramp:float=1/12, # Fraction of the fit over which the weight rises from 0
         standardize:bool=False # As for `LogitKD`
     ):
         check_temperature(T)
@@ -62,10 +62,10 @@ class DKD(LogitKD):
 NKD_CIFAR = dict(gamma=3.5, T=3.)
 
 class NKD(LogitKD):
-    "Normalized distillation: cross entropy weighted by the teacher's trust, and one of the other classes (Yang et al., arXiv:2303.13005)"
+    "Normalized distillation: cross entropy weighted by the teacher's confidence, and that of the other classes (Yang et al., arXiv:2303.13005)"
     def __init__(self,
         gamma:float=1.5, # Weight of the other classes
-        T:float=1., # Temperature of the other classes; raises `ValueError` unless positive
+        T:float=1., # Temperature for the other classes; raises `ValueError` unless positive
         weight:float=1., # A number, or a fastai schedule over the fit
         standardize:bool=False # As for `LogitKD`
     ):
@@ -88,9 +88,9 @@ class DIST(LogitKD):
 
 # %% ../../nbs/distill/logits.ipynb #ff97037e
 class WTTM(LogitKD):
-    "Weighted transformed teacher matching: the teacher softened alone, unsure images with more weight (Zheng and Yang, arXiv:2402.11148)"
+    "Weighted transformed teacher matching: only the teacher softened, uncertain images with more weight (Zheng and Yang, arXiv:2402.11148)"
     def __init__(self,
-        gamma:float=.1, # Power of the teacher's probabilities; raises `ValueError` unless positive
+        gamma:float=.1, # Exponent of the teacher's probabilities; raises `ValueError` unless positive
         weight:float=4., # A number, or a fastai schedule over the fit
         standardize:bool=False # As for `LogitKD`
     ):
@@ -99,7 +99,7 @@ class WTTM(LogitKD):
 
 # %% ../../nbs/distill/logits.ipynb #2bb3fe83
 class MLKD(LogitKD):
-    "Multi-level distillation: several temperatures, and the correlation of classes and of images (Jin et al., CVPR 2023)"
+    "Multi-level distillation: several temperatures, and the correlations of classes and of images (Jin et al., CVPR 2023)"
     per_image = True
     def __init__(self,
         weight:float=.1, # A number, or a fastai schedule over the fit
@@ -112,16 +112,16 @@ class MLKD(LogitKD):
 # %% ../../nbs/distill/logits.ipynb #6de5bffb
 def exit_of(
     ni:int, # Channels of a stage
-    n:int, # Stages after it
-    n_out:int # Classes
+    n:int, # Number of stages after it
+    n_out:int # Number of classes
 ) -> nn.Sequential: # From feature maps to logits
-    "A separable convolution for each stage that follows, which halves the map and doubles the channels, a pool and a linear layer"
+    "A separable convolution per following stage, each halving the feature map and doubling the channels, then pooling and a linear layer"
     down = lambda c: nn.Sequential(Separable(c, 2*c, 3, 2), Norm2d(2*c), nn.ReLU())
     return init_he(nn.Sequential(*(down(ni*2**i) for i in range(n)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ni*2**n, n_out)))
 
 # %% ../../nbs/distill/logits.ipynb #3a1ea9de
 class OFA(LogitKD):
-    "The teacher's outputs, the right class raised, at the student's and at exits of its stages (Hao et al., OFA-KD, arXiv:2310.19444)"
+    "The teacher's outputs, the correct class enhanced, at the student's output and at exits of its stages (Hao et al., OFA-KD, arXiv:2310.19444)"
     per_image = True
     def __init__(self,
         eps:float=1., # As for `ofa_loss`; raises `ValueError` unless positive

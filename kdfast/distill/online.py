@@ -21,12 +21,12 @@ from ..teacher.callback import check_outputs
 def _from_labels(s, t, y, **kwargs): return tfkd_loss(s, y, **kwargs)
 
 class TfKD(KD):
-    "Teacher-free distillation from a virtual teacher, who knows the label and nothing else (Yuan et al., arXiv:1909.11723)"
+    "Teacher-free distillation from a virtual teacher that knows only the label (Yuan et al., arXiv:1909.11723)"
     taught,reads_logits = False,False
     def __init__(self,
-        a:float=.99, # The virtual teacher's probability of the right class; raises `ValueError` unless in (0,1)
+        a:float=.99, # The virtual teacher's probability of the correct class; raises `ValueError` unless in (0,1)
         T:float=20., # Temperature; raises `ValueError` unless positive
-        alpha:float=.9 # Part of the loss that comes from the virtual teacher, in [0,1], or a fastai schedule of it
+        alpha:float=.9 # Fraction of the loss that comes from the virtual teacher, in [0,1], or a fastai schedule over the fit
     ):
         check_probability(a)
         super().__init__(T, alpha)
@@ -34,7 +34,7 @@ class TfKD(KD):
 
 # %% ../../nbs/distill/online.ipynb #2fedacb7
 class CSKD(LogitKD):
-    "Class-wise self-distillation: two images of one class teach each other (Yun et al., arXiv:2003.13964)"
+    "Class-wise self-distillation: two images of the same class teach each other (Yun et al., arXiv:2003.13964)"
     taught,reads_logits,per_image = False,False,True
     def __init__(self,
         T:float=4., # Temperature; raises `ValueError` unless positive
@@ -55,31 +55,31 @@ class CSKD(LogitKD):
     def after_train(self):
         if self.told or not self.count or self.alone<=self.count/2: return
         self.told = True
-        warnings.warn(f"CSKD: {self.alone/self.count:.0%} of the images have no other of their class in their batch: "
-            "use larger batches, or a sampler that keeps classes together")
+        warnings.warn(f"CSKD: {self.alone/self.count:.0%} of the images have no other image of their class in the batch: "
+            "use larger batches, or a sampler that groups images by class")
 
 # %% ../../nbs/distill/online.ipynb #6b928fa8
 def twin(
-    model:nn.Module # Left as it is
-) -> nn.Module: # A copy; raises `ValueError` where a parameter belongs to no layer that can reset it
-    "The same network with other random weights"
+    model:nn.Module # Left unchanged
+) -> nn.Module: # A copy; raises `ValueError` if a parameter belongs to no layer that can reset it
+    "The same network with new random weights"
     new = deepcopy(model)
     owns = lambda m: any(p is not None for p in m._parameters.values())
     resets = lambda m: hasattr(m, 'reset_parameters') or hasattr(m, 'init_weights')
     stuck = [n for n,m in new.named_modules() if owns(m) and not resets(m)]
-    if stuck: raise ValueError(f"The layer {stuck[0]!r} of this {type(model).__name__} cannot reset its weights: "
-        "pass the other students, peers=[...]")
+    if stuck: raise ValueError(f"The layer {stuck[0]!r} of this {type(model).__name__} has no method that resets its weights: "
+        "pass the other students as peers=[...]")
     for m in new.modules():
         if hasattr(m, 'reset_parameters'): m.reset_parameters()
     return init_he(new).requires_grad_(True)
 
 # %% ../../nbs/distill/online.ipynb #7ebb905f
 class DML(LogitKD):
-    "Deep mutual learning: students that teach each other (Zhang et al., arXiv:1706.00384); with zero weight peers do not learn"
+    "Deep mutual learning: students that teach each other (Zhang et al., arXiv:1706.00384); peers do not learn while the weight is zero"
     taught,reads_logits,reuses,made = False,False,False,None
     _stateattrs = ('made',)
     def __init__(self,
-        peers=1, # The other students, which learn the labels as well: how many twins of the learner's, or modules
+        peers=1, # The other students, which also learn from labels: how many twins of the learner's, or modules
         T:float=1., # Temperature; raises `ValueError` unless positive
         weight:float=1. # A number, or a fastai schedule over the fit
     ):
@@ -96,18 +96,18 @@ class DML(LogitKD):
         student = bare_model(self.learn.model)
         modules = self.made and all(isinstance(o, nn.Module) for o in self.made)
         if self.n<1 and not modules: raise ValueError(
-            f"DML needs at least one peer, got {self.made or self.n} (exports keep none): use DML(peers=1) or DML(peers=[wrn(16, 1)])")
+            f"DML needs at least one peer, got {self.made or self.n} (exported learners have none): use DML(peers=1) or DML(peers=[wrn(16, 1)])")
         if any(hasattr(t, 'build') for t in self.source.terms): raise ValueError(
-            "DML trains on labels, but another term gave the student a classifier that does not learn: leave one of the two out")
+            "DML trains on labels, but another term gave the student a frozen classifier: remove one of the two")
         if not self.made:
-            torch.manual_seed(torch.initial_seed()+1)  # or a student that has just been made with the same seed would be its own twin
+            torch.manual_seed(torch.initial_seed()+1)  # or a student just created with the same seed would be its own twin
             self.made = [twin(student) for _ in range(self.n)]
         self._check_peers(student, probe)
         return {f'peer{i}':o for i,o in enumerate(self.made)}
 
     def _check_peers(self, student, probe):
         owned = [id(p) for m in (student,self.source.network,*self.made) for p in {*m.parameters()}]
-        if len({*owned})<len(owned): raise ValueError("DML's networks share parameters: pass separate modules, peers=[...]")
+        if len({*owned})<len(owned): raise ValueError("DML's networks share parameters: pass separate modules as peers=[...]")
         for o in self.made:
             with probing(o.to(probe.pred.device)): check_outputs(probe.pred, logits_of(o(*to_device(probe.xb, probe.pred.device))), 'peer')
 

@@ -18,10 +18,10 @@ from ..losses.relations import cc_loss, crd_loss, embedding, ickd_loss, nst_loss
 
 # %% ../../nbs/distill/relations.ipynb #310b121b
 class EmbeddingKD(FeatureKD):
-    "`func` of what both classifiers read, one vector an image"
+    "`func` of the inputs of both classifiers, one vector per image"
     def __init__(self,
-        func, # Called as `func(student's features, teacher's features)`, gives a scalar
-        pairs:dict=None, # Student's layer to teacher's layer; by default those that the classifiers read
+        func, # Called as `func(student's features, teacher's features)`, returns a scalar
+        pairs:dict=None, # Student layer to teacher layer; by default the classifiers' inputs
         weight:float=1. # A number, or a fastai schedule over the fit
     ): super().__init__(func, pairs, weight)
 
@@ -37,12 +37,12 @@ class RKD(EmbeddingKD):
     def __init__(self,
         pairs:dict=None, # As for `EmbeddingKD`
         weight:float=1., # A number, or a fastai schedule over the fit
-        distance:float=25., # Weight of distances
-        angle:float=50., # Weight of angles, of which there are `bs**3`; with 0 they are not computed
-        all_pairs:bool=False # Count pairs of equal embeddings in the mean distance, as published
+        distance:float=25., # Weight of the distances
+        angle:float=50., # Weight of the `bs**3` angles; with 0 they are not computed
+        all_pairs:bool=False # Include pairs of equal embeddings in the mean distance, as published
     ):
         if min(distance, angle)<0 or not distance+angle: raise ValueError(
-            f"RKD weighs distances, angles or both, got distance={distance} and angle={angle}: 25 and 50 are published")
+            f"RKD needs positive weights for distances, angles or both, got distance={distance} and angle={angle}: the published ones are 25 and 50")
         super().__init__(partial(rkd_loss, distance=distance, angle=angle, all_pairs=all_pairs), pairs, weight)
 
 class PKT(EmbeddingKD):
@@ -57,18 +57,18 @@ class CC(EmbeddingKD):
     "Correlation congruence: a Gaussian kernel of all pairs of images (Peng et al., arXiv:1904.01802)"
     def __init__(self,
         pairs:dict=None, # As for `EmbeddingKD`
-        weight:float=100., # Not the .02 that is published for another form of it. A number, or a fastai schedule over the fit
-        gamma:float=.4 # Of the kernel
+        weight:float=100., # Not the published .02, which is for another form of this loss; a number, or a fastai schedule over the fit
+        gamma:float=.4 # Coefficient of the kernel
     ): super().__init__(partial(cc_loss, gamma=gamma), pairs, weight)
 
 # %% ../../nbs/distill/relations.ipynb #90d80f46
 class ContrastMemory(nn.Module):
-    "A linear layer for each network, and what they made of each sample when it was last seen"
+    "A linear layer for each network, and a memory bank of their embeddings of all samples"
     def __init__(self,
         ns:int, # Length of the student's vectors
         nt:int, # Length of the teacher's
-        n:int, # Samples of the training set
-        dim:int=128 # Of the common space
+        n:int, # Number of training samples
+        dim:int=128 # Dimension of the common space
     ):
         super().__init__()
         self.student,self.teacher = nn.Linear(ns, dim),nn.Linear(nt, dim)
@@ -78,25 +78,25 @@ class ContrastMemory(nn.Module):
         self.forget()
 
     def forget(self):
-        "Random rows, the same in all processes, and no classes"
+        "Reset to random rows, the same in all processes, without classes"
         g = torch.Generator().manual_seed(0)
         for o in (self.of_student,self.of_teacher): o.copy_(F.normalize(torch.randn(o.shape, generator=g)))
         self.classes.fill_(-1)
         self.norms.zero_()
-        self.ready = False  # whether both norms are set: reading them would make a GPU wait
+        self.ready = False  # whether both norms are set: reading them would synchronize the GPU
 
     def forward(self, s, t): return F.normalize(self.student(s)),F.normalize(self.teacher(t))
 
 # %% ../../nbs/distill/relations.ipynb #a3012e1b
 @patch
 def remember(self:ContrastMemory,
-    ids:Tensor, # Numbers of the samples, `(bs,)`
+    ids:Tensor, # Indices of the samples, `(bs,)`
     s:Tensor, # The student's vectors in the common space, `(bs,dim)`
     t:Tensor, # The teacher's, `(bs,dim)`
     y:Tensor=None, # Classes, `(bs,)`
-    momentum:float=.5 # Part of the old row that stays
+    momentum:float=.5 # Fraction of the old row that is kept
 ):
-    "Move the rows of a batch, of all processes, towards what was seen"
+    "Move the memory rows of a batch, of all processes, towards its embeddings"
     ids,s,t = (maybe_gather(o.detach()) for o in (ids,s,t))
     for memory,v in ((self.of_student,s),(self.of_teacher,t)): memory[ids] = F.normalize(momentum*memory[ids] + (1-momentum)*v)
     if y is not None: self.classes[ids] = maybe_gather(y)
@@ -106,12 +106,12 @@ def remember(self:ContrastMemory,
 def contrast(self:ContrastMemory,
     s:Tensor, # The student's vectors, `(bs,ns)`
     t:Tensor, # The teacher's, `(bs,nt)`
-    ids:Tensor, # Numbers of the samples, `(bs,)`
-    y:Tensor=None, # Classes, `(bs,)`, -1 where they are not known; without them only the image itself is no negative
-    k:int=16384, # Negatives that are drawn; all others where the set has no more
+    ids:Tensor, # Indices of the samples, `(bs,)`
+    y:Tensor=None, # Classes, `(bs,)`, -1 if unknown; without them, every image but the sample itself is a negative
+    k:int=16384, # Number of negatives drawn; all samples if there are no more
     tau:float=.07 # Temperature
-) -> Tensor: # `crd_loss` of both networks
-    "Both networks' vectors against the other's memory, which then learns them"
+) -> Tensor: # `crd_loss`, summed over both networks
+    "Contrast each network's vectors with the other's memory, then update both memories"
     n = len(self.classes)
     drawn = torch.randint(n, (k,), device=s.device) if k<n else torch.arange(n, device=s.device)
     valid = drawn!=ids[:,None]
@@ -127,20 +127,20 @@ def contrast(self:ContrastMemory,
 
 # %% ../../nbs/distill/relations.ipynb #e184358f
 class CRD(EmbeddingKD):
-    "Contrastive representation distillation: which of many images the teacher saw (Tian et al., arXiv:1910.10699)"
+    "Contrastive representation distillation: whether two embeddings come from the same image (Tian et al., arXiv:1910.10699)"
     known = None
     def __init__(self,
         pairs:dict=None, # One pair, as for `EmbeddingKD`
         weight:float=.8, # A number, or a fastai schedule over the fit
-        negatives:int=16384, # Images drawn for each batch
+        negatives:int=16384, # Negatives drawn per batch
         tau:float=.07, # Temperature; raises `ValueError` unless positive
-        dim:int=128 # Of the common space
+        dim:int=128 # Dimension of the common space
     ):
         super().__init__(crd_loss, pairs, weight)
         counts = all(isinstance(o, int) and o>0 for o in (negatives,dim))
-        if not counts or tau<=0: raise ValueError(
-            f"CRD takes positive whole numbers and a positive temperature, got negatives={negatives}, dim={dim}, tau={tau}")
-        if pairs and len(pairs)>1: raise ValueError(f"CRD compares one vector an image, got {len(pairs)} pairs: choose one")
+        if not counts or not 0<tau<math.inf: raise ValueError(
+            f"CRD needs positive integers and a positive temperature, got negatives={negatives}, dim={dim}, tau={tau}: omit them for the defaults")
+        if pairs and len(pairs)>1: raise ValueError(f"CRD compares one vector per image, got {len(pairs)} pairs: pass one")
         store_attr('negatives,tau,dim')
 
     def prepare(self, probe):
@@ -158,14 +158,14 @@ class CRD(EmbeddingKD):
         self.known,m.ready = now,False  # weights may have been loaded
 
     def _classes(self, y, n):
-        "Labels, -1 where they are none; None where these are no numbers of classes"
+        "Class indices, -1 where invalid; None if the targets are not class indices"
         if y.is_floating_point() or y.numel()!=len(y): return
         y = y.as_subclass(Tensor).flatten()
         return y.where((y>=0)&(y<n), -1)
 
     def term(self):
         mix,y = mixed_by(self.learn),first(self.learn.yb)
-        if mix: raise ValueError(f"CRD tells one image from others, and {type(mix).__name__} mixes them: leave one of the two out")
+        if mix: raise ValueError(f"CRD must tell images apart, but {type(mix).__name__} mixes them: remove one of the two")
         (a,b), = self.layers.items()
         s,t,m = embedding(self.source.student_taps[a]),self.target(b),self.adapters['contrast']
         y = self._classes(y, self.pred.shape[-1])
@@ -173,32 +173,32 @@ class CRD(EmbeddingKD):
 
 # %% ../../nbs/distill/relations.ipynb #668603ef
 class SP(LastStageKD):
-    "Similarity-preserving: which images have the same things in the same places (Tung and Mori, arXiv:1907.09682)"
+    "Similarity-preserving: which images have similar features in the same places (Tung and Mori, arXiv:1907.09682)"
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the last stages
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the last stages
         weight:float=3e3 # A number, or a fastai schedule over the fit
     ): super().__init__(sp_loss, pairs, weight)
 
 # %% ../../nbs/distill/relations.ipynb #6f91b50d
 class NST(FeatureKD):
-    "Neuron selectivity: the patterns that channels are active in (Huang and Wang, arXiv:1707.01219)"
+    "Neuron selectivity: the spatial patterns in which channels are active (Huang and Wang, arXiv:1707.01219)"
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
         weight:float=50., # A number, or a fastai schedule over the fit
-        per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False # Pair the stems as well, where `pairs` is None
+        per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+        stem:bool=False # Also pair the stems, if `pairs` is None
     ): super().__init__(nst_loss, pairs, weight, per_stage, stem)
 
     def scale(self, s, t): return 3.
 
 # %% ../../nbs/distill/relations.ipynb #b378115e
 class ICKD(FeatureKD):
-    "Channel correlation: which channels go together, after a learned adapter (Liu et al., arXiv:2202.03680)"
+    "Channel correlation: which channels are active together, after a learned adapter (Liu et al., arXiv:2202.03680)"
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages with maps of one size
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
         weight:float=500., # A number, or a fastai schedule over the fit
-        per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False # Pair the stems as well, where `pairs` is None
+        per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+        stem:bool=False # Also pair the stems, if `pairs` is None
     ): super().__init__(ickd_loss, pairs, weight, per_stage, stem)
 
     def adapter(self, s, t): return None if s.shape[1]==t.shape[1] else to_width(s.shape[1], t.shape[1])

@@ -18,12 +18,12 @@ from ..losses.similarity import cosine_loss, global_similarity_loss, local_simil
 
 # %% ../../nbs/distill/similarity.ipynb #d5caf816
 class Cosine(FeatureKD):
-    "Directions of the teacher's features at each position, from the student's through a linear adapter (arXiv:2510.25257)"
+    "Directions of features at each position, the student's after a linear adapter (arXiv:2510.25257)"
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the stages, paired by size or depth
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
         weight:float=1., # A number, or a fastai schedule over the fit
-        per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-        stem:bool=False # Pair the stems as well, where `pairs` is None
+        per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+        stem:bool=False # Also pair the stems, if `pairs` is None
     ): super().__init__(cosine_loss, pairs, weight, per_stage, stem)
 
     def adapter(self, s, t):
@@ -35,7 +35,7 @@ class Orthogonal(nn.Module):
     "A linear layer without bias whose matrix stays orthogonal"
     def __init__(self, ni, nf):
         super().__init__()
-        self.linear = orthogonal(nn.Linear(ni, nf, bias=False), orthogonal_map='cayley')  # Householder's turns to zeros in training
+        self.linear = orthogonal(nn.Linear(ni, nf, bias=False), orthogonal_map='cayley')  # the Householder map collapses to zeros in training
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False): return self.linear(embedding(x))
@@ -44,7 +44,7 @@ class Orthogonal(nn.Module):
 class VkD(LastStageKD):
     "An orthogonal projection of the student's pooled features onto the teacher's, normalized (Miles et al., arXiv:2403.06213)"
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the last stages
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the last stages
         weight:float=1. # A number, or a fastai schedule over the fit
     ): super().__init__(vkd_loss, pairs, weight)
 
@@ -54,17 +54,17 @@ class VkD(LastStageKD):
 
 # %% ../../nbs/distill/similarity.ipynb #058d1cbd
 class Similarity(LastStageKD):
-    "How similar the images of a queue are to each other, and the positions within each image (LightlyTrain's distillation)"
+    "Similarities between each image and a queue of images, and between the positions within each image (LightlyTrain's distillation)"
     _stateattrs = ('queue',)
     def __init__(self,
-        pairs:dict=None, # Student's layer to teacher's layer; by default the ends of the last stages
+        pairs:dict=None, # Student layer to teacher layer; by default the ends of the last stages
         weight:float=1., # A number, or a fastai schedule over the fit
         tau:float=.07, # Temperature; raises `ValueError` unless positive
-        size:int=None, # Embeddings in the queue; by default a third of the training set, 16 to 8192 of them
-        local:float=1. # How much positions weigh beside images
+        size:int=None, # Embeddings in the queue; by default a third of the training set, between 16 and 8192
+        local:float=1. # Weight of positions relative to images
     ):
         super().__init__(global_similarity_loss, pairs, weight)
-        if not 0<tau<math.inf: raise ValueError(f"tau must be a positive number, got {tau}: .07 is published")
+        if not 0<tau<math.inf: raise ValueError(f"tau must be a positive number, got {tau}: .07 is the default")
         self.tau,self.size,self.local,self.queue = tau,size,local,None
 
     def prepare(self, probe):
@@ -82,24 +82,24 @@ def _head(ni, nf):
 
 # %% ../../nbs/distill/similarity.ipynb #e12f21fc
 @patch
-def room(self:Similarity) -> int: # At least a batch
+def room(self:Similarity) -> int: # At least the batch size
     "How many embeddings the queue keeps"
     dl = self.dls.train
     return max(self.size or min(8192, max(16, len(dl.dataset)//3)), getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1)
 
 @patch
 def remember(self:Similarity,
-    layer:str, # The teacher's
+    layer:str, # The teacher's layer
     t:Tensor # Its embeddings of a batch, `(bs,d)`
-) -> Tensor: # The queue, `(n,d)`, which begins with them
-    "First in, first out"
+) -> Tensor: # The queue, `(n,d)`, starting with this batch
+    "Add a batch to the queue, first in, first out"
     old = self.queue.get(layer, t[:0])
     self.queue[layer] = torch.cat([t.detach(), old])[:self.room()]
     return self.queue[layer]
 
 @patch
 def term(self:Similarity):
-    "Both divergences, the mean over pairs of layers"
+    "Both divergences, averaged over pairs of layers"
     taps,heads,total = self.source.student_taps,self.adapters,0.
     for i,(a,b) in enumerate(self.layers.items()):
         s,t = at_least_float(taps[a]),self.target(b)

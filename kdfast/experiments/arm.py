@@ -21,7 +21,7 @@ from ..learner import accuracy_of, plain_curves
 # %% ../../nbs/experiments/arm.ipynb #c0a544bd
 def _line(name, learn, log):
     if isinstance(log, str): return print(f"{name}, {log}", flush=True)
-    if len(log)<3: return  # an epoch that is on file
+    if len(log)<3: return  # an epoch restored from a checkpoint
     named = zip(learn.recorder.metric_names[1:], log[1:])
     values = [f'{n} {v:.4f}' if isinstance(v, float) else f'{n} {v}' for n,v in named if v is not None]
     print(f"{name}, epoch {log[0]+1} of {learn.n_epoch}: {', '.join(values)}", flush=True)
@@ -37,14 +37,14 @@ def _shown(learn, name, quiet):
 
 # %% ../../nbs/experiments/arm.ipynb #71559a19
 def run_arm(
-    make, # Called without arguments, gives the learner
-    fit, # Called with the learner; may return a dictionary of results, with a `history` in place of the last fit's
-    dls:DataLoaders, # The learner's
+    make, # Called without arguments, returns the learner
+    fit, # Called with the learner; may return a dictionary of results, whose `history` replaces that of the last fit
+    dls:DataLoaders, # Data of the learner
     name:str, # Name of the arm
-    seed:int=0, # Decides weights, order and augmentation
-    quiet:bool=False # No bars and no lines
-) -> tuple: # The learner, and a dictionary with its accuracy after the last epoch, its seconds and its curves
-    "A learner made and fitted from a seed, in as many processes as there are"
+    seed:int=0, # Determines initial weights, data order and augmentation
+    quiet:bool=False # No progress bars, no printed lines
+) -> tuple: # The learner, and a dictionary of its accuracy after the last epoch, training seconds and curves
+    "Create and fit a learner from a seed, in all processes"
     set_seed(seed)
     dls.train.rng.seed(seed)
     learn,start = make(),perf_counter()
@@ -55,19 +55,19 @@ def run_arm(
 def _trained(learn, dls):
     "Accuracy and curves of the last fit"
     if not len(learn.recorder.losses): raise ValueError(
-        f"Nothing was trained: {len(dls.train_ds)} images make no batch of {dls.bs} for each process, so take smaller batches")
+        f"Nothing was trained, {len(dls.train_ds)} images make no batch of {dls.bs} per process: use smaller batches")
     history = learn.recorder.history
-    # fastai averages over processes whose last batches differ in size
+    # fastai averages over processes, although their last batches differ in size
     acc = None if 'accuracy' not in history else accuracy_of(learn.student, dls) if num_distrib()>1 else history['accuracy'].iloc[-1]
     return dict(accuracy=acc, history=plain_curves(history))
 
 # %% ../../nbs/experiments/arm.ipynb #effe4328
 def save_network(
     model:nn.Module, # Any network
-    file:Path, # An existing file stays until the new one is complete
-    **about # What else `load_network` is to give back, plain values
+    file:Path, # An existing file is kept until the new one is complete
+    **about # Plain values to save, which `load_network` returns
 ):
-    "Write the weights of `model` and what is known of it"
+    "Save the weights of `model` and facts about it"
     with whole_file(file) as part: torch.save(dict(about, weights={k:v.cpu() for k,v in model.state_dict().items()}), part)
 
 # %% ../../nbs/experiments/arm.ipynb #3b296c57
@@ -79,15 +79,15 @@ def _read(file):
     kind = first(k for k in ('weights','model','state_dict') if isinstance(saved, dict) and isinstance(saved.get(k), dict))
     weights = saved[kind] if kind else saved
     if not (isinstance(weights, dict) and weights and all(isinstance(v, Tensor) for v in weights.values())): raise ValueError(
-        f"{file} holds no weights but a {type(weights).__name__}: save them with torch.save(model.state_dict(), file)")
+        f"{file} contains a {type(weights).__name__}, not weights: save them with torch.save(model.state_dict(), file)")
     return dict(saved if kind=='weights' else {}, weights={k.removeprefix('module.'):v for k,v in weights.items()})
 
 def load_network(
-    model:nn.Module, # Of the architecture that was saved
+    model:nn.Module, # Of the saved architecture
     file:Path, # Written by `save_network` or `learn.save`, or a state dict
-    vocab=None # Classes that the network must have been trained on, in this order, where the file tells them
-) -> dict: # What `save_network` was told, empty for a state dict
-    "Load the weights of `model`; raises `ValueError` where the file holds another architecture or other classes"
+    vocab=None # Classes that the network must have been trained on, in this order; not checked if the file has none
+) -> dict: # What `save_network` saved with the weights; empty for a state dict
+    "Load weights into `model`; raises `ValueError` if the file holds another architecture or other classes"
     about = _read(file)
     weights,own = about.pop('weights'),model.state_dict()
     theirs,ours = about.get('vocab'),vocab and [str(o) for o in vocab]
@@ -96,13 +96,13 @@ def load_network(
     odd = sorted({*own} ^ {*weights}) or [k for k in own if own[k].shape!=weights[k].shape]
     differs = f"{', '.join(odd[:3])}{' and more' if len(odd)>3 else ''}"
     if odd: raise ValueError(f"{file} holds {about.get('network', 'another network')}, which differs in {differs}: "
-        "name the architecture and the number of classes that it was trained with")
+        "pass the architecture and number of classes that it was trained with")
     model.load_state_dict(weights)
     return about
 
 # %% ../../nbs/experiments/arm.ipynb #e17101a1
 def machine_facts() -> dict: # Plain values
-    "What a time in seconds depends on"
+    "Device and versions that training times depend on"
     device = torch.cuda.get_device_name() if default_device().type=='cuda' else f'{platform.machine()}, {torch.get_num_threads()} threads'
     versions = dict(python=platform.python_version(), kdfast=kdfast.__version__, **{o:version(o) for o in ('fastai','torch')})
     return dict(device=device, processes=max(1, num_distrib()), **versions)

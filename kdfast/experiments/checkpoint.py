@@ -14,7 +14,7 @@ from ..core import unreadable, whole_file
 
 # %% ../../nbs/experiments/checkpoint.ipynb #90c0da6d
 def _plain_state(o):
-    "Lists, dictionaries, numbers and tensors that are copies"
+    "A copy of `o` as lists, dictionaries, numbers and tensors"
     if isinstance(o, Tensor): return o.detach().cpu().clone().as_subclass(Tensor)
     if isinstance(o, dict): return {k:_plain_state(v) for k,v in o.items()}
     if isinstance(o, (list,tuple,L)): return [_plain_state(v) for v in o]
@@ -26,7 +26,7 @@ def _numbers(model): return {**dict(model.named_parameters()), **{f'buffer {k}':
 def _loader_rng(dls): return first(o.rng for o in (dls.train, getattr(dls.train, 'dl', None)) if hasattr(o, 'rng'))
 
 def _rng_states():
-    "Of the device in use alone, since another process may go on with another device"
+    "Random states, on CUDA of the current device only, since another process may resume on another"
     return dict(get_random_states(), torch_cuda_state=[torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
 
 def _state_of(learn):
@@ -52,7 +52,7 @@ def _restore_rng(learn, rng, order):
 def _shapes(numbers): return {k:v.shape for k,v in numbers.items()}
 
 def _fits(learn, state):
-    "Whether `state` is one of this network"
+    "Whether `state` matches the learner's network"
     return isinstance(state.get('numbers'), dict) and _shapes(_numbers(learn.model))==_shapes(state['numbers'])
 
 def _restore(learn, state):
@@ -68,19 +68,19 @@ def _restore(learn, state):
 
 # %% ../../nbs/experiments/checkpoint.ipynb #92e7401a
 def _agree(place):
-    "Whether all processes are at one place"
+    "Whether `place` is the same in all processes"
     if num_distrib()<2: return True
     places = [None]*num_distrib()
     torch.distributed.all_gather_object(places, place)
     return all(o==places[0] for o in places)
 
 class EpochCheckpoint(Callback):
-    "Keeps the state after every epoch in a file; with a file of an earlier session, training goes on after its last epoch"
+    "Save the training state to a file after every epoch; with a file of an earlier session, resume after its last epoch"
     order,remove_on_fetch = 100,True
     _stateattrs = ('fits',)
     def __init__(self,
-        file:Path, # Each process of several has its own, with its rank before the suffix
-        key:str='' # Of the run; a file with another one, or one that cannot be read, is started anew
+        file:Path, # With several processes, each has its own file, with its rank before the suffix
+        key:str='' # Identifies the run; a file that has another key or cannot be read is overwritten
     ):
         file,rank = Path(file),f'.{rank_distrib()}' if num_distrib()>1 else ''
         self.file,self.key,self.nth,self.live = file.with_suffix(rank+file.suffix),f'{key} {num_distrib()}',-1,False
@@ -94,9 +94,9 @@ class EpochCheckpoint(Callback):
             if self._done and not _fits(self.learn, self.fits[self.nth]): self.fits = self.fits[:self.nth]
         odd = [type(o).__name__ for o in self.learn.cbs if isinstance(o, TrackerCallback)]
         if self._done and odd: raise ValueError(
-            f"{odd[0]} keeps a state of its own, so training cannot resume from {self.file}: leave it out, or remove the file")
+            f"{odd[0]} keeps state that is not saved, so training cannot resume from {self.file}: leave it out, or remove the file")
         self.live = True
-        if self.epoch<self._done: raise CancelEpochException("This epoch is on file")
+        if self.epoch<self._done: raise CancelEpochException("This epoch is already in the checkpoint")
 
     def after_epoch(self):
         if not self.live: return
@@ -110,7 +110,7 @@ def _done(self:EpochCheckpoint): return self.fits[self.nth]['epochs'] if self.nt
 
 @patch(as_prop=True)
 def seconds(self:EpochCheckpoint) -> float:
-    "Time spent on what is on file and since"
+    "Training time, including that of earlier sessions"
     return self.earlier + time.perf_counter()-self.start
 
 # %% ../../nbs/experiments/checkpoint.ipynb #0c903a51
@@ -130,5 +130,5 @@ def _write(self:EpochCheckpoint):
 
 @patch
 def remove(self:EpochCheckpoint):
-    "Remove the file, and what a write that was killed has left of it"
+    "Remove the file, and what killed writes have left behind"
     for o in (self.file, *self.file.parent.glob(f'.{self.file.name}.*.part')): o.unlink(missing_ok=True)

@@ -22,18 +22,18 @@ _schema = """create table runs (key text primary key, state text not null check 
     seed integer not null, accuracy real, seconds real, settings text not null, result text not null)"""
 
 def _check_file(file, db):
-    db.execute('begin')  # the three are read at one moment
+    db.execute('begin')  # reads all three in one transaction
     tables = db.execute("select name from sqlite_master where type='table'").fetchall()
     (ours,),(version,) = (db.execute(f'pragma {o}').fetchone() for o in ('application_id','user_version'))
     db.execute('commit')
-    remedy = 'pip install -U kdfast' if version>_version else 'export it with the kdfast that wrote it'
+    remedy = 'pip install -U kdfast' if version>_version else 'export it with the version of kdfast that wrote it'
     wrong = ("is a database, but not one of kdfast's:" if ours!=_ours and tables else
         f"holds records of version {version}, this kdfast reads version {_version}: {remedy}, or" if ours==_ours and version!=_version else '')
     if wrong: raise ValueError(f"{file} {wrong} choose another file")
     return bool(tables)
 
 def _made(db):
-    "The empty table, by whichever process comes first"
+    "Create the empty table, unless another process was first"
     db.execute('begin immediate')
     if not db.execute("select count(*) from sqlite_master").fetchone()[0]:
         db.execute(_schema)
@@ -52,12 +52,12 @@ def _row(run, result, state):
     return run.key, state, run.student, run.method, run.seed, *scores, json.dumps(run.settings), json.dumps(result)
 
 class Records:
-    "Results of runs in a file; raises `ValueError` for a file that holds something else, or records of another version"
+    "Results of runs in a file; raises `ValueError` for a file that contains anything else, or records of another version"
     def __init__(self,
-        file:Path # Made if it is not there; what `file` with the suffix '.jsonl' holds beside it is taken first
+        file:Path # Created if it does not exist; runs in the '.jsonl' file of the same name, if any, are imported first
     ):
         self.file = Path(file)
-        if self.file.suffix in ('.csv','.jsonl','.lock'): raise ValueError(f"{file} is where an export is written: choose a name such as records.db")
+        if self.file.suffix in ('.csv','.jsonl','.lock'): raise ValueError(f"{file} has the suffix of an export: choose a name such as records.db")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self._db('rwc') as db: _check_file(self.file, db) or _made(db)
         if self.exported.exists(): self.take(self.exported)
@@ -72,10 +72,10 @@ class Records:
             with closing(sqlite3.connect(f'{self.file.absolute().as_uri()}?mode={mode}', uri=True, timeout=60, isolation_level=None)) as db: yield db
         except sqlite3.OperationalError as e:
             gone = mode=='rw' and not self.file.exists()
-            why = f"was removed while it was in use: bring it back, or go on from {self.exported.name}" if gone else \
-                f"cannot be read or written, and is as it was ({e}): free some space or make it writable"
+            why = f"was removed while in use: restore it, or resume from {self.exported.name}" if gone else \
+                f"cannot be read or written, and is unchanged ({e}): free some space or make it writable"
             raise OSError(f"{self.file} {why}, and run again") from e
-        except sqlite3.DatabaseError as e: raise ValueError(f"{self.file} is no database ({e}): choose another file") from e
+        except sqlite3.DatabaseError as e: raise ValueError(f"{self.file} is not a database ({e}): choose another file") from e
 
     def _rows(self, where='', *values):
         with self._db() as db: return db.execute(f"select {','.join(_columns)} from runs {where}", values).fetchall()
@@ -83,27 +83,27 @@ class Records:
 # %% ../../nbs/experiments/records.ipynb #1dd6b6b2
 @patch
 def add(self:Records,
-    run:Run, # What was done
-    result:dict, # Plain values, such as `do_run` gives
+    run:Run, # The run to record
+    result:dict, # Plain values, as returned by `do_run`
     state:str='done', # 'done', or 'failed' with the traceback as `error`
-    again:bool=False # Write over a run that is done
+    again:bool=False # Overwrite a finished run
 ) -> bool: # Whether it was written
-    "Put a run on record, whole or not at all; raises `OSError` on a full disk, with the file as it was"
+    "Record a run completely or not at all; raises `OSError` on a full disk, with the file unchanged"
     with self._db() as db: return db.execute(_insert, (*_row(run, result, state), again)).rowcount>0
 
 @patch
 def get(self:Records,
-    run:Run # What decides it
+    run:Run # The run to look up
 ) -> dict:
-    "The result of a run that is done, or None"
+    "The result of a finished run, or None"
     rows = self._rows("where key=? and state='done'", run.key)
     return json.loads(rows[0][-1]) if rows else None
 
 @patch
 def error(self:Records,
-    run:Run # What decides it
+    run:Run # The run to look up
 ) -> str:
-    "The traceback of a run that failed, or None"
+    "The traceback of a failed run, or None"
     rows = self._rows("where key=? and state='failed'", run.key)
     return json.loads(rows[0][-1])['error'] if rows else None
 
@@ -118,24 +118,24 @@ def _flat(key, state, student, method, seed, accuracy, seconds, settings, result
 
 @patch
 def table(self:Records) -> pd.DataFrame:
-    "One row a run, without curves"
+    "One row per run, without curves"
     return pd.DataFrame([_flat(*row) for row in self._rows('order by rowid')])
 
 # %% ../../nbs/experiments/records.ipynb #5d1de7bb
 @patch
-def results(self:Records) -> dict: # `Run` to result, in the order in which they were recorded
-    "All runs that are done, read in one query"
+def results(self:Records) -> dict: # `Run` to result, in the order of recording
+    "All finished runs, read in one query"
     return {run_of(json.loads(row[7])): json.loads(row[8]) for row in self._rows("where state='done' order by rowid")}
 
 @patch
 def runs(self:Records) -> list:
-    "All runs that are done"
+    "All finished runs"
     return [*self.results()]
 
 # %% ../../nbs/experiments/records.ipynb #2043e949
 @patch
-def export(self:Records) -> Path: # The file of JSON lines
-    "Write all runs as JSON lines and as CSV beside the database, one process after another"
+def export(self:Records) -> Path: # The JSON lines file
+    "Write all runs as JSON lines and as CSV next to the database, one process at a time"
     with FileLock(self.file.with_suffix('.lock')):
         rows = self._rows('order by rowid')
         lines = [json.dumps(dict(state=row[1], settings=json.loads(row[7]), result=json.loads(row[8]))) for row in rows]
@@ -150,14 +150,14 @@ def _of_line(line):
 
 def _read(file):
     try: return [*map(_of_line, Path(file).read_text().splitlines())]
-    except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} holds no runs that could be taken ({type(e).__name__}: {e}): "
-        "pass one that Records.export wrote; beside a sound records.db, remove it") from e
+    except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} holds no runs that can be imported ({type(e).__name__}: {e}): "
+        "pass a file that Records.export wrote; if the records.db next to it is intact, remove it") from e
 
 @patch
 def take(self:Records,
-    file:Path # JSON lines; raises `ValueError` for another file, with nothing taken
-) -> int: # How many were new
-    "Add the runs of an export that are not done here"
+    file:Path # JSON lines; raises `ValueError` for any other file, with nothing imported
+) -> int: # Number of new runs
+    "Add the runs of an export that are not finished here"
     rows = _read(file)
     with self._db() as db:
         db.execute('begin immediate')
@@ -167,7 +167,7 @@ def take(self:Records,
 
 # %% ../../nbs/experiments/records.ipynb #295eaf3c
 def read_results(
-    file:Path # JSON lines, such as `Records.export` writes; raises `ValueError` for another file
+    file:Path # JSON lines, as written by `Records.export`; raises `ValueError` for any other file
 ) -> dict: # `Run` to result
-    "All runs of an export that are done"
+    "All finished runs of an export"
     return {run:result for run,result,state in _read(file) if state=='done'}

@@ -19,8 +19,8 @@ def _figures(): return pd.read_csv(Path(kdfast.__file__).parent/'experiments'/'p
 
 def published_of(
     name:str # Of a table
-) -> dict: # Label of a row to accuracies in percent by label of an arm, `teacher` among them; empty where nothing was published
-    "What was published beside a table of ours"
+) -> dict: # Row label to accuracies in percent by arm label, `teacher` included; empty if nothing was published
+    "The published figures that a table is compared with"
     figures = _figures()
     return {row:dict(zip(o.arm, o.percent)) for row,o in figures[figures.table==name].groupby('row', sort=False)}
 
@@ -32,16 +32,16 @@ _wide = {f'{d}-{k} {kind}':dict(student=f'wrn-{d}-{k}', teacher='wrn-40-2', **co
     for d,k in ((40,2),(40,1),(16,2),(16,1)) for kind,conv in _kinds.items()}
 _at = {'KD':'kd', 'AT':'at', 'AT+KD':'at+kd', 'AT6':'at:per_stage=2', 'AT6+KD':'at:per_stage=2+kd'}
 
-_moonshine = _table('moonshine', "Twelve wide ResNets taught by WRN-40-2 (the log does not name the teachers of the smaller ones)",
+_moonshine = _table('moonshine', "Twelve wide ResNets distilled from WRN-40-2 (the log does not name the teachers of the smaller ones)",
     'cifar10', _wide, _at)
-_best_teacher = _table('best-teacher', "Nine students, all taught by WRN-40-2",
+_best_teacher = _table('best-teacher', "Nine students, all distilled from WRN-40-2",
     'cifar10', {k:v for k,v in _wide.items() if k[:4]!='40-2'}, _at)
 
 # %% ../../nbs/experiments/research.ipynb #6cd92a18
 def _taught(student, teacher, **kwargs): return dict(student=f'wrn-{student}', teacher=f'wrn-{teacher}', **kwargs)
 
 _pairs = ('16-1','16-2'),('16-1','40-1'),('16-2','40-2')
-_sanity = _table('sanity', "Attention transfer's own setting: three pairs of wide ResNets", 'cifar10',
+_sanity = _table('sanity', "The original setting of attention transfer: three pairs of wide ResNets", 'cifar10',
     {f'{s} from {t}':_taught(s, t) for s,t in _pairs}, dict(KD='kd', AT='at'))
 _taps = _table('taps', "A separable WRN-40-1 with 3 to 18 taps", 'cifar10', {'40-1 DW':_taught('40-1', '40-2', conv='separable')},
     {'AT':'at', **{f'AT{n}':f'at:per_stage={n//3}' for n in (6,9,18)}})
@@ -57,7 +57,7 @@ def _row100(student, teacher):
 
 _arms100 = dict(KD='kd:T=4:alpha=.9', FitNet='fitnet:weight=100:relu', AT='at:weight=1000:area=False', SP='sp:weight=3000',
     VID='vid:weight=1:pool_first', RKD='rkd:weight=1:all_pairs', PKT='pkt:weight=30000', NST='nst:weight=50', CRD='crd:weight=.8')
-_cifar100 = _table('cifar100', "Seven pairs of one family and six of two, with the weights of the published comparison", 'cifar100',
+_cifar100 = _table('cifar100', "Seven pairs of one family, six across families, with the weights of the published comparison", 'cifar100',
     {f'{s} from {t}':_row100(s, t) for t,students in _pairs100.items() for s in students.split()}, _arms100)
 
 # %% ../../nbs/experiments/research.ipynb #d442c5a2
@@ -66,7 +66,7 @@ def _of_34(student, **kwargs): return dict(student=student, teacher='resnet34', 
 _by_34 = {'ResNet-18':_of_34('resnet18'), 'ResNet-34 DW':_of_34('resnet34', conv='separable'),
     'ResNet-18 half':_of_34('resnet18', params=3_055_880)}
 _imagenet = _table('imagenet', "Students of a ResNet-34 on ImageNet, top-1; "
-    "attention transfer from the first epoch, and in the last 40 of 100", 'imagenet', _by_34, {'AT':'at', 'AT late':'at:since=.6'})
+    "attention transfer from the first epoch, or in the last 40 of 100 only", 'imagenet', _by_34, {'AT':'at', 'AT late':'at:since=.6'})
 
 _plain = {'hashed':'hashed', 'full':'full', '2x2':'dilated2x2', 'grouped':'grouped:groups=4', 'separable':'separable',
     'linear separable':'separable:linear', 'separable grouped':'separablegrouped:group_size=4',
@@ -79,8 +79,8 @@ def _substituted(conv, student):
     return dict(student='wrn-28-10', teacher='wrn-28-10', params=1_498_840, conv=conv, wd_groups=conv!='full', small=small)
 
 _cheap = {k:_substituted(v, student) for student,kinds in {'wrn-16-2':_plain, 'wrn-16-3':_structured}.items() for k,v in kinds.items()}
-_substitutions = _table('substitutions', "WRN-28-10 with convolutions of 1.5M parameters in all", 'cifar10', _cheap, {'KD+AT':'kd+at'},
-    small="Here WRN-16s of 0.1M parameters, taught by a WRN-16-2, so that nothing published stands beside them")
+_substitutions = _table('substitutions', "WRN-28-10 with other convolutions, each at 1.5M parameters", 'cifar10', _cheap, {'KD+AT':'kd+at'},
+    small="Here WRN-16s of 0.1M parameters, distilled from a WRN-16-2, for which there are no published figures")
 
 # %% ../../nbs/experiments/research.ipynb #7cbf7d5d
 _nets = {'residual CNN':'residual_cnn', 'plain CNN':'plain_cnn', 'ResNet-10':'resnet10', 'ResNet-14':'resnet14', 'ResNet-18':'resnet18'}
@@ -90,22 +90,22 @@ _students = {k:_of_34(v) for k,v in _nets.items()}
 _stagewise = _table('stagewise', "Students of a ResNet-34 on Imagenette, block by block", 'imagenette', _students, _in_blocks)
 
 _small = _of_34('resnet10', params=2_130_000)
-_compression = _table('compression', "One order of size below the teacher; "
-    "the published figures are of a network of 54M parameters and other students, on other data", 'imagenette',
+_compression = _table('compression', "An order of magnitude smaller than the teacher; "
+    "the published figures are for a network of 54M parameters and other students, on other data", 'imagenette',
     {'small CNN':_small, 'separable':dict(_small, conv='separable')}, dict(KD='kd'))
 
-_teachers = _table('teachers', "A mobile network taught by a weak and by a strong teacher; "
-    "the published figures are of ResNet-18s, from scratch and pretrained, on eleven classes", 'imagenette',
+_teachers = _table('teachers', "A mobile network distilled from a weak and a strong teacher; "
+    "the published figures are for ResNet-18s, from scratch and pretrained, on eleven classes", 'imagenette',
     {'weak':dict(student='mobile', teacher=dict(student='resnet18', epochs=3)), 'strong':_of_34('mobile')}, dict(KD='kd'))
 
 _convs = {'depthwise':'separable', 'full':'full', 'two groups':'grouped:groups=2'}
-_megabyte = _table('budget-1mb', "About a megabyte of parameters each, on labels alone; the published figures are of eleven classes",
+_megabyte = _table('budget-1mb', "About a megabyte of parameters each, on labels alone; the published figures are for eleven classes",
     'imagenette', {k:dict(student='mobile', conv=v, params=250_000) for k,v in _convs.items()}, {})
 
 # %% ../../nbs/experiments/research.ipynb #deecba8e
 def _pruned(how, rate): return _of_34('resnet34', start='teacher', chain=f'prune:{rate}:{how}', epochs=3, lr=1e-3)
 
-_pruning = _table('pruning', "A ResNet-34 without a part of its channels", 'imagenette',
+_pruning = _table('pruning', "A ResNet-34 with a fraction of its channels removed", 'imagenette',
     {f'{how} {rate}':_pruned(how, rate) for how in ('l1','l2','taylor','scale','random') for rate in ('.25','.5','.75')}, dict(KD='kd'))
 
 # %% ../../nbs/experiments/research.ipynb #0cc93da7
@@ -114,12 +114,12 @@ _every.update({'kd standardized':'kd:T=2:scale=10:standardize=True', 'kd+at':'kd
     **{f'{o}, then kd':f'{o}+kd+two-stages' for o in ('fitnet','ab','fsp')}, 'factortransfer in two stages':'factortransfer+two-stages'})
 _few = dict(student='wrn-10-1', pct=.05, epochs=30, teacher=dict(student='wrn-16-2', bs=64, epochs=10))
 _tenth = _taught('16-1', '16-2', small=dict(pct=.1, epochs=4, bs=64, bf16=False))
-_methods = _table('methods', "Every method with its defaults, on six of each of scikit-learn's digits; the teacher has seen all", 'digits',
+_methods = _table('methods', "Every method with its defaults, on six scikit-learn digits per class; the teacher saw all", 'digits',
     {'10-1 from 16-2':_few}, _every, tall=True)
 _methods_cifar = _table('methods-cifar10', "Every method with its defaults", 'cifar10', {'16-1 from 16-2':_tenth}, _every,
     small='A tenth of the images, four epochs in float32', tall=True)
 _half = {k: v+':share=.5' for k,v in _every.items() if '+' not in v}
-_shares = _table('shares', "Every method with half of the gradient, on six of each of scikit-learn's digits; the teacher has seen all", 'digits',
+_shares = _table('shares', "Every method with half of the gradient, on six scikit-learn digits per class; the teacher saw all", 'digits',
     {'10-1 from 16-2':_few}, _half, tall=True)
 _shares_cifar = _table('shares-cifar10', "Every method with half of the gradient", 'cifar10', {'16-1 from 16-2':_tenth}, _half,
     small='A tenth of the images, four epochs in float32', tall=True)
@@ -130,7 +130,7 @@ _tables = (_methods,_methods_cifar,_moonshine,_best_teacher,_sanity,_taps,_cifar
 research = {o.name:o for o in _tables}
 
 def table_of(
-    name:str # 'sanity'; raises `ValueError` with the list of names for an unknown one
+    name:str # Such as 'sanity'; raises `ValueError` with the list of names for an unknown one
 ) -> ResearchTable:
-    "A table of the research"
+    "A research table by its name"
     return research[one_of('table', name, research)]

@@ -16,8 +16,8 @@ from fastai.vision.all import *
 def _stderr(xs): return stdev(xs)/len(xs)**.5 if len(xs)>1 else float('nan')
 
 def versus(
-    arm:list, # Accuracies, one a seed
-    control:list # The control's
+    arm:list, # Accuracies, one per seed
+    control:list # Those of the control
 ) -> tuple: # Difference of the means, its standard error, and 'better', 'worse', 'no different' or '(one seed)'
     "Whether `arm` differs from `control` by more than their joint standard error"
     diff,err = mean(arm)-mean(control),math.hypot(_stderr(arm), _stderr(control))
@@ -28,21 +28,21 @@ def versus(
 def label_of(
     run # A `Run`
 ) -> str: # Its method, or its chain
-    "What tells the runs of one student apart"
+    "What distinguishes the runs of one student"
     return run.chain.removesuffix(',onnx') if run.chain else run.method
 
 def arms_of(
     results:dict # `Run` to result, of one student
 ) -> dict:
-    "The same without the teachers"
+    "The same results without those of the teachers"
     needed = {o for r in results for o in r.needs}
     return {r:o for r,o in results.items() if r not in needed}
 
 def by_arm(
     results:dict, # `Run` to result, of one student
     key:str # 'accuracy', 'history', 'seconds'
-) -> dict: # Arm to a list, one value a seed
-    "One value of every run"
+) -> dict: # Arm to a list, one value per seed
+    "One value of every run, by arm"
     return groupby([(label_of(r), o[key]) for r,o in arms_of(results).items() if key in o], 0, 1)
 
 # %% ../../nbs/experiments/results.ipynb #a6c737cb
@@ -50,26 +50,26 @@ def beside_control(
     results:dict, # `Run` to result, of one student
     arm:str # Its name
 ) -> tuple: # Its accuracies and the control's, for the seeds that both have
-    "What `versus` compares"
+    "The accuracies that `versus` compares"
     ours,control = ({r.seed:o['accuracy'] for r,o in arms_of(results).items() if label_of(r)==name} for name in (arm,'control'))
     seeds = [o for o in ours if o in control]
     return [ours[o] for o in seeds],[control[o] for o in seeds]
 
 def _spread(xs, form='.1%'):
-    "Mean and standard deviation of what is known"
+    "Mean and standard deviation of the known values"
     xs = [o for o in xs if o is not None]
     return ' ± '.join(f'{f(xs):{form}}' for f in (mean,stdev)[:len(xs)])
 
 # %% ../../nbs/experiments/results.ipynb #6e29465a
 def _lasts(result):
-    "Last values of what stands in place of an unknown accuracy, and of a probe"
+    "Last values of the losses that replace an unknown accuracy, and of a probe"
     unknown = result['accuracy'] is None
     return {k:v for k,v in result.get('losses', {}).items() if k in ('knn','linear') or unknown and k not in ('train_loss','valid_loss')}
 
 def score_of(result):
-    "The accuracy of a result, or what is known in its place"
+    "The accuracy of a result, or what replaces it"
     if result['accuracy'] is not None: return f"{result['accuracy']:.1%}"
-    return ', '.join(f'{k} {v:.3g}' for k,v in _lasts(result).items()) or 'accuracy not known'
+    return ', '.join(f'{k} {v:.3g}' for k,v in _lasts(result).items()) or 'accuracy unknown'
 
 # %% ../../nbs/experiments/results.ipynb #90dca4a8
 def _against(accs, control):
@@ -86,14 +86,14 @@ def _row(seeds, accuracy, against, costs, seconds):
 # %% ../../nbs/experiments/results.ipynb #cc1f1de7
 def teachers_of(
     results:dict # `Run` to result, of one student
-) -> dict: # The same of its teachers alone, or of the network that was compressed
-    "What the arms need"
+) -> dict: # The results of its teachers only, or of the network that was compressed
+    "Results of the runs that the arms depend on"
     return {r:o for r,o in results.items() if r not in arms_of(results)}
 
 def result_table(
     results:dict # `Run` to result, of one student
 ) -> pd.DataFrame: # Accuracy ± standard deviation, difference from the control ± its standard error, cost, time of the fastest run
-    "The results of a set of runs, one row an arm"
+    "The results of a set of runs, one row per arm"
     accs,seconds,before = (by_arm(results, o) for o in ('accuracy','seconds','before'))
     costs = {label_of(r):_costs(o) for r,o in reversed(arms_of(results).items())}
     rows = {'teacher': _row(1, _spread([o['accuracy']]), '', _costs(o), o['seconds']) for o in teachers_of(results).values()}
@@ -111,7 +111,7 @@ def result_table(
 def described(
     results:dict # `Run` to result, of one student
 ) -> str: # The commands, the teacher's accuracy and training, the students' images
-    "Where a table comes from"
+    "The provenance of a table"
     told = [*dict.fromkeys(o['command'] for o in arms_of(results).values() if 'command' in o)]
     for run,o in teachers_of(results).items():
         trained = '' if run.weights else f" after {run.epochs} epoch{'s'*(run.epochs>1)} on {o['images']['training']:,} images"
@@ -122,8 +122,8 @@ def described(
 # %% ../../nbs/experiments/results.ipynb #8610a056
 def compare_results(
     sets:dict # Name to results
-) -> pd.DataFrame: # One row a set: mean accuracy of each arm, cost of the student, its time relative to the teacher's
-    "The results of several students"
+) -> pd.DataFrame: # One row per set: mean accuracy of each arm, cost of the student, its time relative to the teacher's
+    "Compare the results of several students"
     rows = {}
     for name,results in sets.items():
         student,teacher = (first(f(results).values()) for f in (arms_of,teachers_of))

@@ -33,32 +33,32 @@ def _given(run): return {f.name:getattr(run, f.name) for f in dataclasses.fields
 
 @dataclass(frozen=True)
 class Run:
-    "What decides the result of a run; raises `ValueError` for words and numbers that mean nothing"
+    "Everything that determines the result of a run; raises `ValueError` for invalid values"
     data:str='digits' # As for `data_of`
     student:str='wrn-10-1' # As for `network_of`
-    conv:str=None # What the student is made of, as for `conv_of`
-    params:int=None # Budget of the student's parameters, as for `student_at`
+    conv:str=None # Kind of the student's convolutions, as for `conv_of`
+    params:int=None # Parameter budget of the student, as for `student_at`
     method:str='control' # As for `terms_of`
-    teacher:'Run'=None # Whose network teaches; a method other than control needs one
-    start:'Run'=None # Whose network is gone on with, in place of random weights
-    chain:str=None # Steps of compression with commas between, as for `steps_of`; `epochs` after each
-    size:int=None # Side of the images, pixels, where the data set has several
-    pct:float=1. # Part of the training images, the same of each class
-    per_class:int=None # Training images of each class instead, where the data set has this choice
-    repeat:int=None # Passes over the training images that make an epoch, where the data set has this choice
-    from_files:bool=False # Read images as they are needed, instead of keeping them in memory
+    teacher:'Run'=None # Run whose network is the teacher; needed by every method but control
+    start:'Run'=None # Run whose network training starts from, instead of random weights
+    chain:str=None # Comma-separated compression steps, as for `steps_of`; `epochs` after each
+    size:int=None # Image size in pixels, if the data set has several
+    pct:float=1. # Fraction of the training images, the same for each class
+    per_class:int=None # Training images per class instead, if the data set has this option
+    repeat:int=None # Passes over the training images per epoch, if the data set has this option
+    from_files:bool=False # Read images when needed instead of keeping them in memory
     epochs:int=12 # Of the student
-    bs:int=64 # Batch size, of all processes together
-    lr:float=1e-2 # Highest learning rate of a one-cycle schedule with Adam, or the first one of steps with SGD
-    wd:float=None # Weight decay, the optimizer's default if None
-    steps:tuple=() # Parts of the fit at which the learning rate is multiplied by `drop`; none for one cycle
+    bs:int=64 # Batch size over all processes
+    lr:float=1e-2 # Maximum learning rate of a one-cycle schedule with Adam, or initial one of a step schedule with SGD
+    wd:float=None # Weight decay; None for the optimizer's default
+    steps:tuple=() # Fractions of the fit at which the learning rate is multiplied by `drop`; empty for one cycle
     drop:float=.2 # See `steps`
     wd_groups:bool=False # Scale the weight decay of compressed layers by their compression
-    bf16:bool=False # bfloat16, channels last; plain float32 where a device only emulates it, which the result says as `precision`
-    seed:int=0 # Decides weights, order and augmentation
-    pretrained:bool=False # Start from the pretrained weights of torchvision's or timm's network and fine-tune, the new head first
-    weights:str=None # `digest` of a network that was trained elsewhere: nothing is trained, and the `Sweep` is told its file
-    probe:str=None # Labelled images, as for `data`: after each epoch, how well the student's features tell their labels
+    bf16:bool=False # bfloat16, channels last; or float32 on a device that only emulates it; recorded as `precision`
+    seed:int=0 # Determines initial weights, data order and augmentation
+    pretrained:bool=False # Fine-tune the pretrained weights of a torchvision or timm network, the new head first
+    weights:str=None # `digest` of a network that was trained elsewhere: nothing is trained, and `Sweep` takes its file
+    probe:str=None # Labelled images, as for `data`: after each epoch, how well the student's features predict their labels
 
     def __post_init__(self):
         self._check_numbers()
@@ -70,16 +70,16 @@ class Run:
         if (self.method=='control')!=(self.teacher is None): raise ValueError(f"The method {self.method} {remedy}")
         for o in filter(None, (self.teacher,self.start)):
             if o.data!=self.data: raise ValueError(
-                f"The teacher has learned the classes of {o.data}, not those of {self.data}: pass a Run on {self.data}")
+                f"The teacher or start run learned the classes of {o.data}, not those of {self.data}: pass a Run on {self.data}")
             if o.remade: raise ValueError(
-                f"The network of {o} is not the one that is named, so it can neither teach nor be started from: choose another run")
+                f"The run {o} changes its network's architecture, so it can neither teach nor be started from: choose another run")
         if self.start and any(getattr(self, k)!=getattr(self.start, k) for k in ('student','conv','params','size')): raise ValueError(
-            f"A run that starts from {self.start.student} trains that network: give it the same student, conv, params and size")
+            f"A run that starts from {self.start.student} trains that network: pass the same student, conv, params and size")
         if self.steps and (self.chain or schedule_of(self.method) is not None): raise ValueError(
-            "Stages and steps of compression have one-cycle schedules: leave steps out")
+            "Stages and compression steps have one-cycle schedules: leave out `steps`")
         changed = self.start or self.conv or self.params or self.steps
         if changed and self.pretrained or self.weights and (changed or self.teacher): raise ValueError(
-            "A network with weights from elsewhere keeps its layers: leave start, conv, params, steps out, and with `weights` teacher")
+            "A pretrained or external network keeps its layers: leave out start, conv, params, steps, and with `weights` also teacher")
 
     def __str__(self): return f'{_titled(self)}, seed {self.seed}'
 
@@ -90,12 +90,12 @@ def _titled(run):
 # %% ../../nbs/experiments/run.ipynb #61bc685d
 @patch
 def _check_numbers(self:Run):
-    "Whole numbers and real ones in their ranges, and of one kind, since they are part of the key"
+    "Check the ranges of numbers and convert each to one type, since they are part of the key"
     whole,real = ('epochs','bs','params','size','seed','per_class','repeat'),('lr','wd','pct','drop')
     for k,kind in {**dict.fromkeys(whole, int), **dict.fromkeys(real, float)}.items():
         v = getattr(self, k)
         if v is None: continue
-        if isinstance(v, (str,bool)) or v!=kind(v): raise ValueError(f"{k} is a {'whole ' if kind is int else ''}number, got {v!r}")
+        if isinstance(v, (str,bool)) or v!=kind(v): raise ValueError(f"{k} must be a {'whole ' if kind is int else ''}number, got {v!r}")
         object.__setattr__(self, k, kind(v))
     object.__setattr__(self, 'steps', tuple(map(float, self.steps)))
     numbers = {k:getattr(self, k) for k in ('epochs','bs','lr','pct','size','per_class','repeat')}
@@ -103,69 +103,69 @@ def _check_numbers(self:Run):
     if self.wd is not None and not 0<=self.wd<math.inf: raise ValueError(f"wd must be 0 or positive, got {self.wd}")
     if odd: raise ValueError(f"{odd[0]} must be {'in (0,1]' if odd[0]=='pct' else 'positive'}, got {getattr(self, odd[0])}")
     if not all(0<o<1 for o in self.steps): raise ValueError(
-        f"steps are parts of the fit, in (0,1), such as (.3,.6,.8) for 60, 120 and 160 of 200 epochs, got {self.steps}")
-    if not self.steps and self.drop!=.2: raise ValueError(f"drop={self.drop} is for steps, and there are none: give both or none")
+        f"steps must be fractions of the fit, in (0,1), got {self.steps}: pass (.3,.6,.8) for 60, 120 and 160 of 200 epochs")
+    if not self.steps and self.drop!=.2: raise ValueError(f"drop={self.drop} needs `steps`, but there are none: pass both or neither")
 
 # %% ../../nbs/experiments/run.ipynb #f8b130ff
 @patch(as_prop=True)
 def settings(self:Run) -> dict:
-    "What differs from the defaults, as JSON takes it"
+    "Settings that differ from the defaults, as JSON values"
     return {k: v.settings if isinstance(v, Run) else [*v] if isinstance(v, tuple) else v for k,v in _given(self).items()}
 
 @patch(as_prop=True)
 def key(self:Run) -> str:
-    "Twelve hexadecimal digits that stand for the settings, in every session"
+    "Hash of the settings, twelve hexadecimal digits, the same in every session"
     return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:12]
 
 @patch(as_prop=True)
 def control(self:Run) -> Run:
-    "The same without a teacher"
+    "The same run without a teacher"
     return replace(self, method='control', teacher=None)
 
 # %% ../../nbs/experiments/run.ipynb #4b1a9e3e
 @patch(as_prop=True)
-def remade(self:Run) -> bool: # By a chain of compression, or by a term such as SimKD
-    "Whether its network becomes another than the one that is named"
+def remade(self:Run) -> bool: # True with a compression chain, or a term such as SimKD
+    "Whether the run changes its network's architecture"
     return bool(self.chain) or any(hasattr(t, 'build') for t in terms_of(self.method))
 
 @patch(as_prop=True)
 def needs(self:Run) -> list: # `Run`s
-    "Those whose networks it needs"
+    "Runs whose networks this one needs"
     return [o for o in (self.teacher,self.start) if o]
 
 # %% ../../nbs/experiments/run.ipynb #3951e543
 def run_of(
-    settings:dict # What `Run.settings` gives
+    settings:dict # From `Run.settings`
 ) -> Run: # With the same key
-    "The run that has these settings; raises `ValueError` for those that it does not know"
-    only('run', settings, [f.name for f in dataclasses.fields(Run)], 'pip install -U kdfast, or leave it out')
+    "The run with these settings; raises `ValueError` for unknown ones"
+    only('run', settings, [f.name for f in dataclasses.fields(Run)], 'update with pip install -U kdfast, or leave it out')
     return Run(**{k: run_of(v) if k in ('teacher','start') else v for k,v in settings.items()})
 
 # %% ../../nbs/experiments/run.ipynb #d87faeea
 def sched_step(
-    start:float, # First value
-    at:tuple, # Parts of the fit, in [0,1], at which it drops
-    drop:float=.1 # What it is multiplied by
+    start:float, # Initial value
+    at:tuple, # Fractions of the fit, in [0,1], at which it drops
+    drop:float=.1 # Factor of each drop
 ): # For `ParamScheduler`
     "A value that drops in steps"
     return lambda pos: start*drop**sum(pos>=o for o in at)
 
 # %% ../../nbs/experiments/run.ipynb #b95d4318
 def published_sgd(
-    params, # Groups of parameters, as `Learner` gives them
+    params, # Parameter groups, as `Learner` passes them
     lr:float, # Learning rate
     **kwargs
 ): # An `Optimizer`
-    "SGD as the papers have it: momentum of 0.9, weight decay added to the gradient"
+    "SGD as in the papers: momentum of 0.9, weight decay added to the gradient"
     return SGD(params, lr, mom=.9, decouple_wd=False, **kwargs)
 
 # %% ../../nbs/experiments/run.ipynb #28c3374c
 def _shares(epochs, n):
-    "`epochs` over `n` stages, the last ones being given what is left over"
+    "Divide `epochs` among `n` stages, the remainder going to the last ones"
     return [epochs*(i+1)//n - epochs*i//n for i in range(n)]
 
 def epochs_of(learn, epochs, labels_first=False, untaught=False, stem=True, mode='stagewise', two_stages=False):
-    "Of `epochs`, those on labels before, of every stage, and of the classifier; of two stages, none, of the first and of the second"
+    "Split `epochs` into those on labels first, of each stage, and of the classifier; for two stages, into 0, first and second"
     blocks = first_terms(learn)[:1] if two_stages else find_blocks(learn, stem=stem, mode=mode)[:-1]
     n,quarter = len(blocks) if mode=='stagewise' else 1,max(1, epochs//4)
     if untaught: return 0,0,epochs
@@ -175,7 +175,7 @@ def epochs_of(learn, epochs, labels_first=False, untaught=False, stem=True, mode
     return (0,quarter,rest) if two_stages else (first,_shares(rest, n),quarter)
 
 def _block_fit(learn, epochs, lr, stem=True, mode='stagewise', **how):
-    "`fit_blocks` or `fit_two_stages` in as many epochs as a fit on labels would take"
+    "Run `fit_blocks` or `fit_two_stages` for as many epochs as a fit on labels"
     first,stages,head = epochs_of(learn, epochs, stem=stem, mode=mode, **how)
     if how.get('two_stages'): return learn.fit_two_stages(stages, head, lr) and {}
     before,of_teacher = BlockFit(),[cb for cb in learn.cbs if isinstance(cb, (TeacherCallback,DistillCallback))]
@@ -189,10 +189,10 @@ def _block_fit(learn, epochs, lr, stem=True, mode='stagewise', **how):
 
 # %% ../../nbs/experiments/run.ipynb #39035bae
 def in_bf16(learn):
-    "Or in float32, which is faster on a device that only emulates bfloat16"
+    "Train in bfloat16, or in float32, which is faster where the device only emulates bfloat16"
     device = device_of(learn.dls)
     if native_bf16(device): return learn.to_bf16().to_channelslast()
-    warnings.warn(f"This {device.type} only emulates bfloat16: float32 is computed in its place")
+    warnings.warn(f"This {device.type} only emulates bfloat16: float32 is used instead")
 
 def fitter(epochs, lr, bf16=False, how='fit_one_cycle', method='', steps=(), drop=.2):
     schedule = schedule_of(method)
@@ -206,36 +206,36 @@ def fitter(epochs, lr, bf16=False, how='fit_one_cycle', method='', steps=(), dro
 def learner_of(dls, teacher, student, method, by_compression=False, cbs=None, **kwargs):
     terms,by_blocks = terms_of(method),schedule_of(method) is not None
     asks = any(t.taught for t in terms)
-    asker = [KD(alpha=0.)] if by_blocks and not asks else []  # blocks ask the teacher where no term does
+    asker = [KD(alpha=0.)] if by_blocks and not asks else []  # blocks need the teacher even if no term does
     learn = distill_learner(dls, teacher if by_blocks or asks else None, student, [*terms, *asker, *L(cbs)], **kwargs)
     if by_compression: scale_decay(learn)
     return learn.remove_cbs(asker)
 
 # %% ../../nbs/experiments/run.ipynb #f63b3d58
-@functools.lru_cache(3)  # of a teacher, its students and what probes them
+@functools.lru_cache(3)  # for a teacher, its students and their probe
 def _dls(data, path, size, bs, pct, per_class, repeat, from_files):
     in_memory = not from_files if comes_in_memory(data) else None
     return data_of(data, path=path, size=size, bs=bs, per_class=per_class, repeat=repeat, in_memory=in_memory)(pct=pct)
 
 def dls_of(
-    run:Run, # What it trains on
-    path=None # Folder or archive of the data, or a dictionary of them by the names of the data
-) -> DataLoaders: # The same ones for the same arguments, images in memory where they fit
+    run:Run, # Run whose data are loaded
+    path=None # Folder or archive of the data, or a dictionary of these by data set name
+) -> DataLoaders: # The same object for the same arguments; images in memory where supported, unless `from_files`
     "The data of a run"
     n,path = max(1, num_distrib()),path.get(run.data) if isinstance(path, dict) else path
-    if run.bs%n: raise ValueError(f"A batch of {run.bs} cannot be shared by {n} processes: launch a number that divides it")
+    if run.bs%n: raise ValueError(f"A batch of {run.bs} cannot be split among {n} processes: launch a number that divides it")
     return _dls(run.data, path and str(path), run.size, run.bs//n, run.pct, run.per_class, run.repeat, run.from_files)
 
 # %% ../../nbs/experiments/run.ipynb #e94d9b22
-def vocab_of(dls): return [*(getattr(dls, 'vocab', None) or ())]  # none of images without labels
+def vocab_of(dls): return [*(getattr(dls, 'vocab', None) or ())]  # empty for images without labels
 
-def _n_out(dls): return get_c(dls) or 10  # without labels nothing reads the outputs
+def _n_out(dls): return get_c(dls) or 10  # without labels, nothing reads the outputs
 
 # %% ../../nbs/experiments/run.ipynb #63f71c56
 def network_at(
-    run:Run, # Its student
-    dls:DataLoaders # Tell the size of the images and the number of classes
-) -> nn.Module: # With random weights; what a chain of compression makes of it is not this
+    run:Run, # Run whose student is created
+    dls:DataLoaders # Determine the image size and number of classes
+) -> nn.Module: # With random weights, before any compression
     "The network that a run trains"
     return student_of(_made(run, dls)[0], SimpleNamespace(c=_n_out(dls)))
 
@@ -244,11 +244,11 @@ def _made(run, dls):
 
 # %% ../../nbs/experiments/run.ipynb #31b8a01c
 def pretrained_at(run, dls):
-    "The learner whose network a pretrained run begins with"
+    "The learner whose network a pretrained run starts from"
     try: return vision_learner(dls, network_of(run.student), normalize=False, n_out=_n_out(dls))
     except Exception as e: raise ValueError(
         f"The pretrained weights of {run.student} cannot be loaded ({type(e).__name__}: {str(e)[:200]}): "
-        "connect to download them, choose a network that has some, or start from random weights") from e
+        "check the connection, choose a network that has some, or start from random weights") from e
 
 def _probes(run, path):
     kwargs = {k:getattr(run, k) for k in ('size','bs','from_files')}
@@ -256,7 +256,7 @@ def _probes(run, path):
 
 # %% ../../nbs/experiments/run.ipynb #14c4985d
 def images_in(run, path=None):
-    "Training images of one of its epochs, as the facts of its data set have them"
+    "Training images per epoch, from the facts of the data set"
     facts = facts_of(run.data, path.get(run.data) if isinstance(path, dict) else path)
     part = facts.classes*run.per_class if run.per_class else run.pct*facts.images[0]
     return part*(run.repeat or 1)
@@ -281,11 +281,11 @@ def top5(
     pred:Tensor, # `(bs,c)`
     targ:Tensor # `(bs,)`
 ): # Between 0 and 1
-    "Part whose class is among the five most probable"
+    "Fraction of images whose class is among the five most probable"
     return top_k_accuracy(pred, targ, k=min(5, pred.shape[1]))
 
 def _result(learn, run, told, dls, seconds):
-    "What goes on record"
+    "The result to record"
     history,shape = told['history'],image_shape(dls)
     last = {k:v[-1] for k,v in history.items() if k not in ('accuracy','top5','stage','epoch')}
     sound = all(o.isfinite().all() for o in learn.student.parameters())
@@ -303,19 +303,19 @@ def _result(learn, run, told, dls, seconds):
 
 # %% ../../nbs/experiments/run.ipynb #8db09b40
 def do_run(
-    run:Run, # What to do
+    run:Run, # Run to execute
     path=None, # Folder or archive of the data
-    teacher=None, # Trained, for a run that has a teacher, as `distill_learner` takes it
-    start:nn.Module=None, # Trained, for a run that starts from a network
-    checkpoint:Path=None, # File to go on from, and to keep the state in after every epoch; removed by whoever has put the result on record
-    files:Path=None, # Where the steps of a chain write their files, each with its own suffix; None drops them
-    cbs=None, # More `Callback`s, such as one that shows progress
-    quiet:bool=True # No lines for each epoch
-) -> tuple: # The learner and its result, plain values
-    "Make the learner of a run and fit it"
-    if run.weights: raise ValueError(f"{run} has its weights from elsewhere, so there is nothing to train: pass its network as teacher or start")
+    teacher=None, # Trained teacher for a run that has one, as `distill_learner` takes it
+    start:nn.Module=None, # Trained network for a run that starts from one
+    checkpoint:Path=None, # File to resume from, and to save the state to after every epoch; the caller removes it once the result is recorded
+    files:Path=None, # Path stem for the files that a chain's steps write, each with its own suffix; None discards them
+    cbs=None, # Additional `Callback`s, such as one that shows progress
+    quiet:bool=True # Print no line per epoch
+) -> tuple: # The learner, and its result as plain values
+    "Create the learner of a run and fit it"
+    if run.weights: raise ValueError(f"{run} has external weights, so there is nothing to train: pass its network as teacher or start")
     dls,kept = dls_of(run, path),EpochCheckpoint(checkpoint, run.key) if checkpoint else None
-    if not len(dls.train): raise ValueError(f"{run.pct:g} of the images make no batch of {run.bs}: take more of them, or a smaller batch")
+    if not len(dls.train): raise ValueError(f"pct={run.pct:g} of the images make no batch of {run.bs}: use more images, or smaller batches")
     began,metrics = time.perf_counter(),[accuracy,top5] if vocab_of(dls) else []
     with tempfile.TemporaryDirectory() as tmp:
         files = Path(files or Path(tmp)/'student')
@@ -339,7 +339,7 @@ def _fitter(run, stem):
 
 # %% ../../nbs/experiments/run.ipynb #d71f01a6
 def rehearse(run, path=None, teacher=None):
-    "Make what `run` trains; raises `ValueError` where it cannot be made. `teacher`, or where it starts, has random weights unless it is given"
+    "Create the learner of `run`; raises `ValueError` if that fails. `teacher`, or the network to start from, has random weights unless passed"
     dls = dls_of(run, path)
     try:
         start = run.start and (teacher_of(teacher, dls)[0] if teacher else network_at(run.start, dls))
@@ -351,4 +351,4 @@ def rehearse(run, path=None, teacher=None):
                 for change in (step.change,step.finish): (change or noop)(learn)
     except Exception as e:
         why = (str(e).strip() or repr(e)).splitlines()[-1].strip()
-        raise ValueError(f"{run} cannot be trained so, on images of {'x'.join(map(str, image_shape(dls)[1:]))}: {why}") from e
+        raise ValueError(f"{run} cannot be trained on images of {'x'.join(map(str, image_shape(dls)[1:]))}: {why}") from e

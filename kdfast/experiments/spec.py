@@ -49,9 +49,9 @@ def _ours(base):
     classes = [c for c in _below(base) if c.__module__.startswith('kdfast.')]
     return {c.__name__.lower():c for c in classes if not c.__name__.startswith('_')}
 
-@functools.cache  # inspecting sixty classes takes longer than all else that reading a run does
+@functools.cache  # inspecting sixty classes takes longer than all the rest of reading a run
 def methods() -> dict: # Name to class
-    "The terms that need no argument"
+    "All terms that need no argument"
     rooms = core,logits,features,relations,activations,similarity,online
     bare = lambda c: all(p.default is not p.empty for p in inspect.signature(c).parameters.values())
     classes = [c for o in rooms for c in vars(o).values() if inspect.isclass(c) and c.__module__==o.__name__]
@@ -59,11 +59,11 @@ def methods() -> dict: # Name to class
 
 # %% ../../nbs/experiments/spec.ipynb #9f9ca9c7
 def _described(c):
-    "What a method compares, and its paper, as its docstring says"
+    "What a method compares, and its paper, from its docstring"
     what,paper = re.fullmatch(r'(.*?)(?: \(([^()]*(?:arXiv|CVPR)[^()]*)\))?', c.__doc__.partition(';')[0]).groups()
     return what,paper or ''
 
-def method_table() -> pd.DataFrame: # One row a method: what it compares, arguments with their defaults, paper
+def method_table() -> pd.DataFrame: # One row per method: what it compares, arguments with their defaults, paper
     "The methods, from their signatures and docstrings"
     told = lambda o: f'{o:.3g}' if isinstance(o, float) else o
     args = lambda c: ':'.join(f'{k}={told(p.default)}' for k,p in inspect.signature(c).parameters.items() if k not in ('pairs','share'))
@@ -73,12 +73,12 @@ def method_table() -> pd.DataFrame: # One row a method: what it compares, argume
 # %% ../../nbs/experiments/spec.ipynb #fd874876
 def _number(name, text, read=ast.literal_eval):
     try: return read(text)
-    except (ValueError,SyntaxError,MemoryError,RecursionError): raise ValueError(f"{name}={text[:40]} is no number: write an argument as name=number") from None
+    except (ValueError,SyntaxError,MemoryError,RecursionError): raise ValueError(f"{name}={text[:40]} is not a number: write it as name=number") from None
 
 _phases = 'since','until','ramp'
 
 def _check_kind(name, key, value):
-    "Raises `ValueError` for what is no finite number where one stands by default"
+    "Raise `ValueError` if the default is a number and `value` is not a finite one"
     usual = 0. if key in (*_phases,'share') else inspect.signature(methods()[name]).parameters[key].default
     number = lambda o: isinstance(o, (int,float)) and not isinstance(o, bool)
     if number(usual) and not (number(value) and math.isfinite(value)): raise ValueError(f"{name} takes a finite number as {key}, got {value}")
@@ -100,7 +100,7 @@ def _term(name, *args):
 def _named(method): return [o.split(':')[0] for o in method.split('+')]
 
 def terms_of(
-    method:str # 'kd+at', 'at:per_stage=2', or 'control' for none; raises `ValueError` with the list of names for an unknown one
+    method:str # 'kd+at', 'at:per_stage=2', or 'control' for none; an unknown name raises `ValueError` with the list
 ) -> list: # New callbacks
     "The terms that `method` names"
     if method=='control': return []
@@ -114,8 +114,8 @@ def terms_of(
 # %% ../../nbs/experiments/spec.ipynb #9d15b75a
 def schedule_of(
     method:str # As for `terms_of`
-) -> dict: # None for one fit on labels
-    "How `method` trains block by block; raises `ValueError` for two ways at once"
+) -> dict: # Its options; None for a single fit on labels
+    "The schedule with which `method` trains block by block; raises `ValueError` for more than one"
     names = [m for m in _named(method) if m in schedules]
     if len(names)>1: raise ValueError(f"{method} names {len(names)} schedules: choose one of {' and '.join(names)}")
     return schedules[names[0]] if names else None
@@ -134,7 +134,7 @@ def conv_of(
 
 # %% ../../nbs/experiments/spec.ipynb #2b1b64e1
 def _by_name():
-    "Functions of networks that need no number in their names"
+    "Functions that create a network from its name alone, without numbers"
     takes = lambda f: inspect.signature(f).parameters
     ours = {n:getattr(nets, n) for n in nets.__all__ if inspect.isfunction(getattr(nets, n)) and 'n_out' in takes(getattr(nets, n))}
     return {n:f for n,f in ours.items() if {k for k,p in takes(f).items() if p.default is p.empty}<={'size'}}
@@ -142,9 +142,9 @@ def _by_name():
 def _known_networks(): return [*(f'resnet{d}' for d in nets.resnet_depths), *_by_name(), 'wrn-16-1', 'wrn-40-2 (any wrn-depth-width)', 'cifar-resnet8x4 (and others, see cifar_net)']
 
 def network_of(
-    name:str, # 'resnet10', 'wrn-16-1', 'cifar-resnet8x4', 'timm:resnet10t', or torchvision's, with or without 'torchvision.'; raises `ValueError` otherwise
-    size:int=32 # Side of the images, pixels: up to 32 a resnet gets the small stem
-): # As `distill_learner` takes a student: called with `n_out`, or an architecture
+    name:str, # 'resnet10', 'wrn-16-1', 'cifar-resnet8x4', 'timm:resnet10t', or a torchvision name, with or without 'torchvision.'; others raise `ValueError`
+    size:int=32 # Image size in pixels; up to 32, a resnet gets the small stem
+): # A student for `distill_learner`: a function of `n_out`, or an architecture
     "The network that `name` stands for, with random weights"
     if name.startswith('timm:'): return timm_name(name.removeprefix('timm:'))
     name,ours = name.removeprefix('torchvision.'),not name.startswith('torchvision.')
@@ -160,33 +160,33 @@ def network_of(
 
 # %% ../../nbs/experiments/spec.ipynb #a2974b14
 def _in_full(arch, conv):
-    "`arch` made of `conv`: by its argument, or by swapping"
+    "`arch` with convolutions `conv`: by its argument, or by swapping"
     if 'conv' in inspect.signature(arch).parameters: return partial(arch, conv=conv)
     def made(n_out): return swap_convs(student_of(arch, SimpleNamespace(c=n_out)), conv)[0]
     return made
 
 def _divisor(conv):
-    "Of what the channels must be multiples"
+    "Number that the channels must be multiples of"
     asked = {k:p.default for k,p in inspect.signature(conv).parameters.items()}
     return math.lcm(*(o for o in (asked.get('groups'), asked.get('group_size')) if o))
 
 def _in_width(arch, conv):
-    "`arch` of a width in steps of 1/64"
+    "`arch` as a function of its width, in steps of 1/64"
     func,divisor = getattr(arch, 'func', None),_divisor(conv)
     if func is nets.wrn: return lambda s: partial(func, arch.args[0], s/64, conv=conv, divisor=divisor)
     if func is nets.resnet and divisor==1: return lambda s: partial(arch, width=s/64, conv=conv)
     if arch is nets.mobile: return lambda s: partial(arch, width=s/64, conv=conv, divisor=divisor)
-    raise ValueError("--params cannot fit the width of this student, nor the ratio of its convolutions: "
+    raise ValueError("--params cannot fit the width of this student or the ratio of its convolutions: "
         "choose a wrn, mobile, a resnet without groups, or a convolution with a ratio, such as hashed")
 
 # %% ../../nbs/experiments/spec.ipynb #037e09fb
 def student_at(
-    arch, # What `network_of` gives
-    conv=None, # What `conv_of` gives
-    params:int=None, # Budget of parameters
+    arch, # From `network_of`
+    conv=None, # From `conv_of`
+    params:int=None, # Parameter budget
     n_out:int=10 # Number of classes
-) -> tuple: # A function of `n_out`, and what has been varied, with its value
-    "A student of an architecture, a convolution and a budget; raises `ValueError` where the budget is out of reach"
+) -> tuple: # A function of `n_out`, and the `ratio` or `width` that was fitted
+    "A student from an architecture, a convolution and a budget; raises `ValueError` if the budget is out of reach"
     if params is None and conv is None: return arch,{}
     if isinstance(arch, str): return student_at(lambda n_out: student_of(arch, SimpleNamespace(c=n_out)), conv, params, n_out)
     if params is None: return _in_full(arch, conv),{}
@@ -200,10 +200,10 @@ def student_at(
 # %% ../../nbs/experiments/spec.ipynb #1d4e4a23
 @functools.lru_cache
 def images_at(name, path):
-    "The images that are called `name`"
-    if path is None: raise ValueError(f"{name} names images of your own: pass the folder that holds them as path")
+    "The custom images with this name"
+    if path is None: raise ValueError(f"{name} is a custom data set: pass the folder that holds it as path")
     images = ImageFiles(path)
-    if images.name!=name: raise ValueError(f"{path} holds {images.name}, not {name}, so images or labels differ: run that in its place")
+    if images.name!=name: raise ValueError(f"{path} holds {images.name}, not {name}, so images or labels differ: use that name instead")
     return images
 
 @delegates(folder_dls)
@@ -220,10 +220,10 @@ def comes_in_memory(name): return 'in_memory' in inspect.signature(_func_of(name
 
 # %% ../../nbs/experiments/spec.ipynb #5081e539
 def data_of(
-    name:str, # One of `data_sets`, or that of a folder, with its digest; raises `ValueError` with the list of names for an unknown one
-    **kwargs # For its function; those that are None are left out, and `ValueError` is raised for those that it does not have
-): # Gives `DataLoaders`
-    "The function of the data set that `name` stands for, with arguments"
+    name:str, # One of `data_sets`, or the name of a folder, with its digest; an unknown one raises `ValueError` with the list
+    **kwargs # Arguments of its function; None leaves one out, an unknown one raises `ValueError`
+): # Returns `DataLoaders`
+    "The function of a data set, with arguments"
     func = _func_of(name)
     kwargs = {k:v for k,v in kwargs.items() if v is not None}
     only(f'data set {name}', kwargs, inspect.signature(func).parameters, 'leave it out')
@@ -247,10 +247,10 @@ def _amount(name, text):
 
 # %% ../../nbs/experiments/spec.ipynb #eeb91e1b
 def _check_form(ok, spec, form):
-    if not ok: raise ValueError(f"The step {spec} is written as {form}")
+    if not ok: raise ValueError(f"The step {spec} is malformed: write it as {form}")
 
 def _replace(make, learn):
-    "Put another network in the place of a learner's"
+    "Replace the network of a learner"
     learn.model,learn.opt = make(learn).to(learn.dls.device),None
 
 def _file(to, suffix, stem, learn): return to(deepcopy(bare_model(learn.model)), learn.path/f'{stem}{suffix}', image_shape(learn.dls))
@@ -272,7 +272,7 @@ def _quantized(args, spec, stem):
 
 # %% ../../nbs/experiments/spec.ipynb #4dcb95b2
 def _shrunk(name, hows, by, args, spec, stem):
-    _check_form(1<=len(args)<=2, spec, f'{name}:.5, or {name}:.5 and a name after another colon')
+    _check_form(1<=len(args)<=2, spec, f'{name}:.5, or {name}:.5 followed by a colon and a name')
     kwargs = {by: hows()[one_of(by, args[1], hows())]} if len(args)>1 else {}
     kwargs.update(_amount(name, args[0]))
     return Step(spec, lambda learn: getattr(learn, name)(**kwargs))
@@ -288,16 +288,16 @@ _steps = dict(swap=_swapped, distill=_distilled, prune=partial(_shrunk, 'prune',
 # %% ../../nbs/experiments/spec.ipynb #1410a4de
 def step_of(
     spec:str, # 'prune:params=100000:taylor', 'factorize:.7:tucker', 'swap:separable', 'int8'; raises `ValueError` for anything else
-    stem:str='student' # Of the names of files that are written, in `learn.path`
+    stem:str='student' # Stem of the files that are written to `learn.path`
 ) -> Step: # For `pipeline`
     "The step that `spec` stands for"
     name,*args = spec.split(':')
     return _steps[one_of('step', name, _steps)](args, spec, stem)
 
 def steps_of(
-    specs:str, # Steps with commas between
+    specs:str, # Comma-separated steps
     stem:str='student' # As for `step_of`
 ) -> list: # For `pipeline`
-    "The steps that `specs` stands for; where one of them writes a file again, the earlier file has its place in its name"
+    "The steps that `specs` stands for; if one is repeated, the name of the earlier file includes its position"
     names = specs.split(',')
     return [step_of(o, stem if o not in names[i+1:] else f'{stem}-{i+1}') for i,o in enumerate(names)]

@@ -29,24 +29,24 @@ def _before(run): return [o for t in run.needs for o in (*_before(t), t)]
 
 def with_controls(
     runs:list, # `Run`s
-    controls:bool=True # False leaves the controls out
-) -> list: # Each once: teachers, then all others by seed
+    controls:bool=True # Whether to add the controls
+) -> list: # Without duplicates: teachers, then all others by seed
     "`runs`, their controls, and all runs whose networks they need"
     arms = [o for r in runs for o in ((r.control, r) if r.teacher and controls else (r,))]
     return [*dict.fromkeys([*(t for r in arms for t in _before(r)), *sorted(arms, key=attrgetter('seed'))])]
 
 # %% ../../nbs/experiments/sweep.ipynb #acb195d4
 class Sweep:
-    "Runs, and the folder of their records; raises `ValueError` where the folder holds other data"
+    "Runs and the folder of their records; raises `ValueError` if the folder holds other data"
     def __init__(self,
-        name:str, # For what is shown
+        name:str, # Name to print
         runs:list, # `Run`s; their controls and teachers are added
-        folder:Path, # For records and networks; goes on with what it holds
-        path:Path=None, # Folder or archive of the data, or a dictionary of them by the names of the data
-        files:dict=None, # `Run` with `weights` to a `Teacher`, or to its file: weights, or an exported learner, whose name ends in .pkl
-        exports:bool=False, # Keep networks that are remade as exported learners, and what steps of compression write
-        controls:bool=True, # Do the control of each run that is taught as well
-        command:str=None # That does all of it, for the records
+        folder:Path, # For records and networks; an existing sweep is resumed
+        path:Path=None, # Folder or archive of the data, or a dictionary of these by data set name
+        files:dict=None, # `Run` with `weights` to a `Teacher`, or to its file: weights, or an exported learner (.pkl)
+        exports:bool=False, # Save networks with changed architectures as exported learners, and keep the files of compression steps
+        controls:bool=True, # Also execute the control of each run with a teacher
+        command:str=None # Command that executes the sweep, for the records
     ):
         self.name,self.runs,self.folder,self.path = name,with_controls(runs, controls),Path(folder).absolute(),path
         self.files,self.exports,self.command = files or {},exports,command
@@ -57,7 +57,7 @@ class Sweep:
 @patch
 @contextmanager
 def _claimed(self:Sweep, run):
-    "Whether this process, and no other one, does `run` within the block"
+    "Whether this process, and no other, executes `run` within the block"
     lock = FileLock(self.folder/'.locks'/f'{run.key}.lock')
     lock_file = Path(lock.lock_file)
     lock_file.parent.mkdir(exist_ok=True)
@@ -70,9 +70,9 @@ def _claimed(self:Sweep, run):
 # %% ../../nbs/experiments/sweep.ipynb #f406ce3d
 @patch
 def file_of(self:Sweep,
-    run:Run # One of the sweep's, or its teacher
+    run:Run # A run of the sweep, or a teacher
 ) -> Path: # Or a `Teacher`
-    "Where the network of a run is kept"
+    "File of the network of a run"
     if run in self.files: return self.files[run] if isinstance(self.files[run], Teacher) else Path(self.files[run])
     kind = 'teachers' if any(run in o.needs for o in self.runs) else 'students'
     name = f"{run.data}-{run.student}-{run.key}{'.pkl' if run.remade else '.pth'}"
@@ -81,8 +81,8 @@ def file_of(self:Sweep,
 
 @patch
 def network(self:Sweep,
-    run:Run # Done in this folder, or with a file; raises `FileNotFoundError` otherwise
-) -> nn.Module: # In eval mode; raises `ValueError` where a file has changed
+    run:Run # Finished in this folder, or with a file; others raise `FileNotFoundError`
+) -> nn.Module: # In eval mode; raises `ValueError` if its file has changed
     "The trained network of a run"
     dls,file = dls_of(run, self.path),self.file_of(run)
     if isinstance(file, Teacher): net = file.network
@@ -90,29 +90,29 @@ def network(self:Sweep,
     else: load_network(net := network_at(run, dls), file, vocab_of(dls))
     known = run.weights or (self.records.get(run) or {}).get('weights')
     if known and digest(net)!=known: raise ValueError(
-        f"{file} holds other weights than those on record, so it is damaged or of another run: remove it, and it is trained again")
+        f"{file} holds other weights than recorded, so it is damaged or from another run: remove it to retrain the network")
     return net.eval()
 
 # %% ../../nbs/experiments/sweep.ipynb #fdb416c3
 @patch
 def _teacher(self:Sweep, run):
-    "As `distill_learner` takes it: of an exported learner the file, which tells its normalization"
+    "The teacher for `distill_learner`; an exported learner as its file, which holds the normalization"
     file = self.file_of(run) if run in self.files else None
     return file if isinstance(file, Teacher) or file and file.suffix=='.pkl' else self.network(run)
 
 @patch
 def learner(self:Sweep,
-    run:Run # Done in this folder
-) -> Learner: # Its student trained, its teacher and terms attached
-    "The learner of a run, to look at and to export"
+    run:Run # Finished in this folder
+) -> Learner: # With its trained student, its teacher and terms
+    "The learner of a run, to inspect or export"
     teacher,dls = self._teacher(run.teacher) if run.teacher else None,dls_of(run, self.path)
     return learner_of(dls, teacher, self.network(run), run.method, metrics=[accuracy] if vocab_of(dls) else [], path=self.folder)
 
 @patch
 def ready(self:Sweep,
-    run:Run # One of the sweep's, or its teacher
+    run:Run # A run of the sweep, or a teacher
 ) -> bool:
-    "Whether `run` is on record, with its network where others wait for it"
+    "Whether `run` is recorded, and its network saved if others need it"
     if self.records.get(run) is None: return False
     file = self.file_of(run)
     return isinstance(file, Teacher) or file.exists() or not any(run in o.needs for o in self.runs if self.records.get(o) is None)
@@ -120,7 +120,7 @@ def ready(self:Sweep,
 # %% ../../nbs/experiments/sweep.ipynb #d54574e8
 @patch
 def _same_images(self:Sweep, run, dls):
-    "Refuse to put results of other images beside those on record"
+    "Raise `ValueError` if the recorded results are of other images"
     ours = images_of(dls)
     for other in self.records.runs():
         theirs = self.records.get(other).get('images', ours)
@@ -143,10 +143,10 @@ def _do(self:Sweep, run, quiet, cbs):
 # %% ../../nbs/experiments/sweep.ipynb #b78ba13b
 @patch
 def _measured(self:Sweep, run):
-    "What is to be known of a network from elsewhere"
+    "The result of an external network"
     dls,teacher = dls_of(run, self.path),self._teacher(run)
     whole = not isinstance(teacher, Teacher)
-    if whole: teacher_of(teacher, dls)  # all classes, in this order
+    if whole: teacher_of(teacher, dls)  # checks for all classes, in this order
     teacher = Teacher(teacher) if whole else teacher
     (picks,lacking),net = teacher.picks(dls),self.network(run).to(dls.device)
     acc = accuracy_of(net, dls, teacher.tfm(dls), picks) if vocab_of(dls) and not lacking and (whole or teacher.vocab) else None
@@ -180,7 +180,7 @@ def _attempt(self:Sweep, run, quiet=True, cbs=None):
 
 @patch
 def _failed(self:Sweep, run, e):
-    "On record, unless the run was done before and only its network was to be made again"
+    "Record the error, unless the run was done before and only its network was to be retrained"
     self.broken[run] = ''.join(traceback.format_exception(e))
     if not rank_distrib(): self.records.add(run, dict(error=self.broken[run], **origin_of()), 'failed')
     say(f"{run}: failed, {type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1].strip()}")
@@ -200,7 +200,7 @@ def errors(self:Sweep) -> dict: # Run to traceback
 # %% ../../nbs/experiments/sweep.ipynb #70c29d10
 @patch
 def _left(self:Sweep):
-    "How many runs, and about how long they will take one after another"
+    "How many runs are left, and about how long they take one after another"
     results = {o:self.records.get(o) for o in self.runs}
     done = {o:r['seconds'] for o,r in results.items() if r}
     left = [o for o in self.runs if o not in done]
@@ -224,7 +224,7 @@ def _hopeless(self:Sweep, run, retry):
 
 @patch
 def _work(self:Sweep, retry=False, quiet=True, show=None):
-    "Do runs until there are no more to do"
+    "Execute runs until none is left"
     while left := [o for o in self.runs if not self._settled(o, retry) and not self._hopeless(o, retry)]:
         for run in (o for o in left if all(map(self.ready, o.needs))):
             with self._claimed(run) as mine:
@@ -249,14 +249,14 @@ def _together(self:Sweep, retry, quiet):
             stack.close()
 
 def _end_with_parent():
-    "However that ends"
+    "Exit when the parent process ends, however it ends"
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
 
 def _one_of(sweep, i, n, retry, device):
-    "One of several processes beside each other"
+    "Worker process `i` of `n`"
     _end_with_parent()
     torch.set_num_threads(max(1, torch.get_num_threads()//n))
     default_device(device=='cuda')
@@ -266,7 +266,7 @@ def _one_of(sweep, i, n, retry, device):
 # %% ../../nbs/experiments/sweep.ipynb #6d4d739a
 @patch
 def _is_sound(self:Sweep, run):
-    "Whether the file of a run holds the network on record"
+    "Whether the file of a run holds the recorded network"
     net,weights = network_at(run, dls_of(run, self.path)),self.records.get(run).get('weights')
     try: load_network(net, self.file_of(run))
     except ValueError: return False
@@ -274,13 +274,13 @@ def _is_sound(self:Sweep, run):
 
 @patch
 def _put_aside(self:Sweep):
-    "Damaged networks that others wait for, which are trained again"
+    "Set aside damaged networks that other runs need, to retrain them"
     waiting = [o for o in self.runs if self.records.get(o) is None]
     for run in dict.fromkeys(t for o in waiting for t in o.needs if t not in self.files and self.ready(t)):
         if self._is_sound(run): continue
         file = self.file_of(run)
         file.replace(file.with_name(f'{file.name}.damaged'))
-        print(f"{file} is not the network on record: it is kept as {file.name}.damaged, and {run.student} is trained again", flush=True)
+        print(f"{file} is not the recorded network: it is kept as {file.name}.damaged, and {run.student} is retrained", flush=True)
 
 @patch
 def _look(self:Sweep):
@@ -290,7 +290,7 @@ def _look(self:Sweep):
 
 # %% ../../nbs/experiments/sweep.ipynb #d7933663
 class _Batches(Callback):
-    "A bar for the training batches of a run"
+    "Progress bar of the training batches of a run"
     run_valid = False
     def __init__(self, epochs, master): self.epochs,self.master,self.bar,self.n = epochs,master,None,0
     def after_batch(self):
@@ -301,7 +301,7 @@ class _Batches(Callback):
         self.bar.update(min(self.n, self.bar.total))
 
 def _watched(sweep):
-    "What is shown where there is a terminal or a notebook: a callback for each run"
+    "Progress bars in a terminal or notebook, from a callback for each run; None elsewhere"
     if not (sys.stdout.isatty() or IN_NOTEBOOK): return None
     master = master_bar(range(len(sweep.runs)))
     master.update(0)
@@ -312,7 +312,7 @@ def _watched(sweep):
 
 # %% ../../nbs/experiments/sweep.ipynb #e90a4db9
 def _remote(settings, path, weights):
-    "What a machine of a cluster does"
+    "Execute a run on a machine of a cluster"
     run = run_of(settings)
     dls,nets = dls_of(run, path),{}
     for k,w in weights.items():
@@ -330,7 +330,7 @@ def _submit(self:Sweep, client, run):
 
 @patch
 def _receive(self:Sweep, future):
-    "Put on record what came back"
+    "Record the result of a run"
     run = future.run
     try:
         weights,result = future.result()
@@ -346,7 +346,7 @@ def _on_cluster(self:Sweep, client, retry):
     from distributed import as_completed
     threads = client.nthreads()
     if any(n>1 for n in threads.values()): raise ValueError(
-        "Runs in threads of one process would disturb each other's random numbers: start the cluster with threads_per_worker=1")
+        "Runs in threads of one process would share their random state: start the cluster with threads_per_worker=1")
     for run in self.runs:
         if run.weights and not self._settled(run, retry): self._attempt(run)  # there is nothing to train
     pool,out = as_completed(),set()
@@ -364,18 +364,18 @@ def _on_cluster(self:Sweep, client, retry):
 # %% ../../nbs/experiments/sweep.ipynb #837b6d4e
 @patch
 def run(self:Sweep,
-    workers:int=1, # Processes beside each other on this machine; with GPUs, each has the next one
-    retry:bool=False, # Try again what failed before
-    quiet:bool=True, # No lines for each epoch
-    client=None # A `distributed.Client` of a cluster whose workers have one thread each, in place of `workers`
-) -> pd.DataFrame: # One row a run of this sweep that is done
-    "Do all runs that are not done; interrupted, the same call resumes; raises `RuntimeError` naming those that failed at the end"
-    if workers<1: raise ValueError(f"workers is at least 1, got {workers}")
+    workers:int=1, # Parallel processes on this machine; with several GPUs, each uses the next one
+    retry:bool=False, # Retry runs that failed before
+    quiet:bool=True, # Print no line per epoch
+    client=None # A `distributed.Client` of a cluster whose workers have one thread each, instead of `workers`
+) -> pd.DataFrame: # One row per finished run of this sweep
+    "Execute all unfinished runs; after an interruption, the same call resumes; raises `RuntimeError` at the end, naming those that failed"
+    if workers<1: raise ValueError(f"workers must be at least 1, got {workers}")
     self.started,self.broken = origin_of()['finished'],{}
     if not all(map(self.ready, self.runs)): self._look()
-    how = 'run by run' if client is not None else 'after the last whole epoch'
+    how = 'after the last finished run' if client is not None else 'after the last whole epoch'
     try:
-        with on_interrupt(lambda: f"{self}. The same command, or sweep.run(), goes on {how}."):
+        with on_interrupt(lambda: f"{self}. The same command, or sweep.run(), resumes {how}."):
             if client is not None: self._on_cluster(client, retry)
             elif num_distrib()>1: self._together(retry, quiet)
             elif workers==1: self._work(retry, quiet, _watched(self) if quiet else None)
@@ -385,7 +385,7 @@ def run(self:Sweep,
     failed = [str(o) for o in self.runs if not self.ready(o)]
     more = ' and more' if len(failed)>3 else ''
     if failed: raise RuntimeError(f"{len(failed)} of {len(self.runs)} runs of {self.name} are not done: "
-        f"{'; '.join(failed[:3])}{more}. sweep.errors() tells why; retry=True tries again")
+        f"{'; '.join(failed[:3])}{more}. See sweep.errors(), and pass retry=True to retry them")
     return self.table()
 
 @patch
@@ -399,17 +399,17 @@ def _beside(self:Sweep, workers, retry):
         for o in processes: o.terminate()
     codes = [o.exitcode for o in processes if o.exitcode]
     if codes: raise RuntimeError(
-        f"{len(codes)} of {workers} processes ended with exit code {codes[0]} (negative: a signal): the same call resumes their runs")
+        f"{len(codes)} of {workers} processes exited with code {codes[0]} (negative: a signal): repeat the call to resume their runs")
 
 # %% ../../nbs/experiments/sweep.ipynb #da72bb01
 @patch
 def results(self:Sweep) -> dict: # `Run` to result, in the order of the runs
-    "What is on record of this sweep"
+    "The recorded results of this sweep"
     known = self.records.results()
     return {o:known[o] for o in self.runs if o in known}
 
 @patch
 def table(self:Sweep) -> pd.DataFrame:
-    "What is on record of this sweep, one row a run"
+    "The recorded results of this sweep, one row per run"
     table,keys = self.records.table(),[o.key for o in self.runs]
     return table[table['key'].isin(keys)] if len(table) else table

@@ -36,7 +36,7 @@ def recipe(
     schedule:str, # 'smoke', 'cpu', 'short' or 'full'
     data:str # As for `data_of`
 ) -> tuple: # Settings of a student's `Run`, and of its teacher's
-    "How a table's runs are trained; raises `ValueError` where there is no such schedule"
+    "Training settings of a table's runs; raises `ValueError` if there is no such schedule"
     one_of('schedule', schedule, schedule_names)
     smoke = dict(data='digits', epochs=2, pct=.25, bs=20, size=32 if data=='imagenette' else 16)
     if schedule=='smoke': return dict(smoke, epochs=8 if data=='imagenette' else 2),smoke
@@ -48,15 +48,15 @@ def recipe(
 # %% ../../nbs/experiments/tables.ipynb #19cd8c6d
 @dataclass(frozen=True, eq=False)
 class ResearchTable:
-    "Rows and columns of a table, and what was published"
+    "Rows, columns and published figures of a table"
     name:str # As on the command line
-    caption:str # What it asks, and where it comes from
+    caption:str # Its question and source
     data:str # As for `data_of`
-    rows:dict # Label to settings of a `Run`, with `teacher` (a name or settings), `start='teacher'`, `small` (at smoke and cpu)
-    arms:dict # Label to method; 'alone', the control, is always there
-    published:dict = field(default_factory=dict) # Label of a row to accuracies in percent by label of an arm, `teacher` among them
-    small:str = '' # What differs at the schedules smoke and cpu, for the caption
-    tall:bool = False # Print an arm a line
+    rows:dict # Label to settings of a `Run`, with `teacher` (a name or settings), `start='teacher'`, `small` (settings at smoke and cpu)
+    arms:dict # Label to method; 'alone', the control, is always included
+    published:dict = field(default_factory=dict) # Row label to accuracies in percent by arm label, including `teacher`
+    small:str = '' # Differences at the schedules smoke and cpu, for the caption
+    tall:bool = False # Print one line per arm
 
     def __post_init__(self): object.__setattr__(self, 'arms', dict(alone='control', **{k:v for k,v in self.arms.items() if k!='alone'}))
 
@@ -80,22 +80,22 @@ def _chosen(kind, all_of, names): return [one_of(kind, o, all_of) for o in (all_
 @patch
 def _check_found(self:ResearchTable, found, schedule, what='Nothing'):
     command = f'kdfast table {self.name} --schedule {schedule}'
-    if not len(found): raise ValueError(f"{what} of {self.name} at the schedule {schedule} is on record: {command}")
+    if not len(found): raise ValueError(f"{what} of {self.name} at the schedule {schedule} is recorded: run {command}")
 
 @patch
 def runs(self:ResearchTable,
     schedule:str, # As for `recipe`
-    rows=None, # Labels, all if None; raises `ValueError` with the list for an unknown one
+    rows=None, # Labels, all if None; an unknown one raises `ValueError` with the list
     arms=None, # The same
-    seeds:int=1 # Runs of each cell
-) -> list: # `Run`s, controls among them
-    "What fills the table"
+    seeds:int=1 # Runs per cell
+) -> list: # `Run`s, including controls
+    "The runs that fill the table"
     rows,arms = _chosen('row', self.rows, rows),_chosen('arm', self.arms, arms)
     return [self._run(schedule, row, arm, seed) for row in rows for seed in range(seeds) for arm in dict.fromkeys(['alone',*arms])]
 
 # %% ../../nbs/experiments/tables.ipynb #838b7919
 def _of_any_seed(records):
-    "Lists of results by run, the seed set to 0; those that are grouped already as they are"
+    "Lists of results by run, with the seed set to 0; grouped results are returned unchanged"
     if isinstance(records, dict): return records
     return groupby(records.results().items(), lambda o: replace(o[0], seed=0), itemgetter(1))
 
@@ -103,14 +103,14 @@ def _of_any_seed(records):
 def cells(self:ResearchTable,
     records, # `Records`
     schedule:str # As for `recipe`
-) -> pd.DataFrame: # One row a cell: accuracy in percent with its standard deviation over the seeds, `n` seeds, what was published, cost
-    "What is on record, cell by cell, of rows that have a control; raises `ValueError` where two teachers taught one row"
+) -> pd.DataFrame: # One row per cell: accuracy in percent with its standard deviation over `n` seeds, published figure, cost
+    "The recorded cells of rows that have a control; raises `ValueError` if a row has two teachers"
     known,rows = _of_any_seed(records),[]
     for row in self.rows:
         found = {arm: known[run] for arm in self.arms if (run := self._run(schedule, row, arm)) in known}
         taught = {r['teacher weights'] for results in found.values() for r in results if 'teacher weights' in r}
         if len(taught)>1: raise ValueError(
-            f"The row {row} of {self.name} was taught by {len(taught)} teachers, one of them a rerun: run it in another folder")
+            f"The row {row} of {self.name} has {len(taught)} teachers, one of them a rerun: run it in another folder")
         if 'alone' in found: rows += [self._cell(schedule, row, arm, results) for arm,results in found.items()]
     table = pd.DataFrame(rows, columns=['row','arm','accuracy','std','n','published','parameters','MACs','seconds','images_per_second'])
     return table.astype(dict.fromkeys(['std','published','images_per_second'], float))
@@ -121,7 +121,7 @@ def refused(self:ResearchTable,
     records, # `Records`
     schedule:str # As for `recipe`
 ) -> list: # Labels
-    "Rows that have something on record, but no control"
+    "Rows that have recorded results but no control"
     known = _of_any_seed(records)
     has = {row: [arm for arm in self.arms if self._run(schedule, row, arm) in known] for row in self.rows}
     return [row for row,arms in has.items() if arms and 'alone' not in arms]
@@ -155,8 +155,8 @@ def _teacher_of(self:ResearchTable, known, schedule, row):
 def frame(self:ResearchTable,
     records, # `Records`
     schedule:str # As for `recipe`
-) -> pd.DataFrame: # One row a student, one column an arm; empty where nothing is on record
-    "The table as it is printed"
+) -> pd.DataFrame: # One row per student, one column per arm; empty if nothing is recorded
+    "The table as printed"
     known,rows = _of_any_seed(records),{}
     cells = self.cells(known, schedule)
     for row,of_row in cells.groupby('row', sort=False):
@@ -185,11 +185,11 @@ def markdown(self:ResearchTable,
     records, # `Records`
     schedule:str # As for `recipe`
 ) -> str:
-    "The table with its caption; raises `ValueError` where nothing is on record"
+    "The table with its caption; raises `ValueError` if nothing is recorded"
     known = _of_any_seed(records)
     cells,refused = self.cells(known, schedule),self.refused(known, schedule)
     self._check_found(cells, schedule, f'No control of {refused[0]}' if refused else 'Nothing')
-    left_out = f"\n\nRefused, since their controls are not on record: {', '.join(refused)}." if refused else ''
+    left_out = f"\n\nLeft out, since their controls are not recorded: {', '.join(refused)}." if refused else ''
     smoke = '\n\n**A smoke test: a few epochs on digits. These numbers mean nothing.**' if schedule=='smoke' else ''
     caption = self.caption + (f'. {self.small}' if schedule in ('smoke','cpu') and self.small else '')
     told = f"Accuracy after the last epoch in %, over {self._seeds(cells)}; in brackets as published.{smoke}"
@@ -205,14 +205,14 @@ def _seeds(self:ResearchTable, cells):
 
 @patch
 def _how(self:ResearchTable, schedule, cells):
-    "How all students on record were trained"
+    "Settings that all recorded students share"
     runs = [self._run(schedule, row, 'alone') for row in dict.fromkeys(cells.row)]
     values = {k:{getattr(o, k) for o in runs} for k in ('data','size','pct','epochs','bs','lr','wd','steps','bf16')}
     return ', '.join(f'{k} {first(v)}' for k,v in values.items() if len(v)==1 and first(v) not in (None,(),False))
 
 @patch
 def _part(self:ResearchTable, cells):
-    "The options that make the cells on record again, and what else lies in their rows and columns"
+    "Options that reproduce the recorded cells, and any others in their rows and columns"
     rows,arms,n = [o for o in self.rows if o in {*cells.row}],[o for o in self.arms if o in {*cells.arm}],cells.n.max()
     of_rows = f" --rows '{','.join(rows)}'" if len(rows)<len(self.rows) else ''
     return of_rows + (f" --arms '{','.join(arms)}'" if len(arms)<len(self.arms) else '') + (f' --seeds {n}' if n>1 else '')
@@ -224,7 +224,7 @@ def plot(self:ResearchTable,
     schedule:str, # As for `recipe`
     x:str='parameters' # Or 'MACs'
 ) -> plt.Figure:
-    "What each student costs, and what it gains: from alone to its best arm, with the Pareto front"
+    "Cost and accuracy of each student, alone and with its best arm, with the Pareto front"
     cells = self.cells(records, schedule)
     alone = cells[cells.arm=='alone']
     best = cells.loc[cells.groupby('row', sort=False).accuracy.idxmax()]
@@ -237,7 +237,7 @@ def curves(self:ResearchTable,
     records, # `Records`
     schedule:str # As for `recipe`
 ) -> plt.Figure:
-    "Validation accuracy over the epochs, a panel a row"
+    "Validation accuracy over the epochs, one panel per row"
     known = _of_any_seed(records)
     def drawn(run): return [r['history'] for r in known.get(run, ()) if r['history'].get('accuracy')]
     of_row = lambda row: {arm:drawn(self._run(schedule, row, arm)) for arm in self.arms}
@@ -265,7 +265,7 @@ def _as_trained(run):
 
 # %% ../../nbs/experiments/tables.ipynb #daea1bb4
 def _seconds_of(net, run, trains, left):
-    "Seconds an image of a training step, or of a forward, on random images; the second one where there is time"
+    "Seconds per image of a training step or forward pass on random images; the faster of two if there is time"
     device = default_device()
     bs,size = run.bs if device.type=='cuda' else 4,_size_of(run)
     x = torch.randn(bs, 3, size, size, device=device).to(memory_format=torch.channels_last)
@@ -284,7 +284,7 @@ def _seconds_of(net, run, trains, left):
 def _cost_key(run, trains): return Run(**{k:getattr(run, k) for k in ('data','student','conv','params','size','bs','bf16')}),trains
 
 def _costs(runs, limit):
-    "Seconds an image, by network and use"
+    "Seconds per image, by network and whether it trains"
     wanted = dict.fromkeys(o for r in runs for o in (_cost_key(r, True), *([_cost_key(r.teacher, False)] if r.teacher else [])))
     end,told,macs = time.perf_counter()+limit,{},{}
     for run,trains in wanted:
@@ -301,8 +301,8 @@ def _costs(runs, limit):
 def estimate(
     runs:list, # `Run`s
     limit:float=12. # Seconds after which no further network is measured
-) -> pd.DataFrame: # One row a run, with the `minutes` that it is likely to take
-    "What `runs` will take on this machine, without their data"
+) -> pd.DataFrame: # One row per run, with its estimated `minutes`
+    "Estimate how long `runs` take on this machine, without their data"
     costs = _costs(runs, limit)
     def minutes(run):
         valid = _facts(run).images[1]

@@ -17,7 +17,7 @@ from ..models.convs import init_he
 
 # %% ../../nbs/layers/adapters.ipynb #741a69c2
 class _OfOne:
-    "Where a batch has one value a channel, which has no statistics, takes those of the batches before"
+    "Uses the running statistics where a batch has one value per channel, and so no variance"
     def forward(self, x):
         if x.numel()>x.shape[1] or not self.training: return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
@@ -27,10 +27,10 @@ class Norm2d(_OfOne, nn.BatchNorm2d): pass
 
 # %% ../../nbs/layers/adapters.ipynb #7642e7cf
 def to_width(
-    ni:int, # Channels of the student's maps
+    ni:int, # Channels of the student's feature maps
     nf:int # Channels of the teacher's
 ) -> nn.Module: # A 1x1 convolution and a batch norm
-    "The adapter that changes the width of maps and nothing else"
+    "The adapter that changes only the width of feature maps"
     return init_he(nn.Sequential(nn.Conv2d(ni, nf, 1, bias=False), Norm2d(nf)))
 
 class ToGrid(nn.Module):
@@ -45,17 +45,17 @@ class ToGrid(nn.Module):
 
 def hint_adapter(
     s, # Shape of the student's features, `(bs,c,h,w)` or `(bs,d)`
-    t, # Shape of the teacher's; raises `ValueError` for feature maps beside vectors
+    t, # Shape of the teacher's; raises `ValueError` if only one has feature maps
     relu:bool=False, # End in a ReLU, and adapt features of the same shape too
     norm:bool=True # Batch norm after the convolution or linear layer
 ) -> nn.Module: # None where the shapes agree, unless `relu`
-    "The regressor from the student's features to the teacher's (arXiv:1412.6550), with a bias where `relu`, or no norm, follows"
+    "The regressor from the student's features to the teacher's (arXiv:1412.6550), with a bias if `relu` is set or `norm` is not"
     if s[1:]==t[1:] and not relu: return None
     (ni,*si),(nf,*sf) = s[1:],t[1:]
     bias,bn = relu or not norm,Norm1d if len(s)==2 else Norm2d
     ends = ([bn(nf)] if norm else []) + ([nn.ReLU()] if relu else [])
     if len(s)==len(t)==2: return nn.Sequential(nn.Linear(ni, nf, bias=bias), *ends)
-    if not len(s)==len(t)==4: raise ValueError(f"A hint adapts feature maps, or vectors, got {tuple(s)} and {tuple(t)}: choose other pairs")
+    if not len(s)==len(t)==4: raise ValueError(f"Hints need two feature maps or two vectors, got {tuple(s)} and {tuple(t)}: choose other pairs")
     r = max(si[0]//sf[0], sf[0]//si[0])
     if si!=[r*o for o in sf] and sf!=[r*o for o in si]:
         return nn.Sequential(init_he(nn.Sequential(nn.Conv2d(ni, nf, 1, bias=bias), *ends)), ToGrid(sf))
@@ -66,7 +66,7 @@ def hint_adapter(
 def _itself(model): return model
 
 class Adapted(nn.Module):
-    "`model`, with the `adapters` that its distillation terms train; computes what `model` computes"
+    "`model` with the `adapters` of its distillation terms; outputs what `model` outputs"
     def __init__(self,
         model:nn.Module, # The student
         adapters:dict # Name to module
@@ -79,7 +79,7 @@ class Adapted(nn.Module):
     def forward(self, *args, **kwargs): return self.model(*args, **kwargs)
 
     @property
-    def _ddp_params_and_buffers_to_ignore(self):  # read in training alone, or kept alike by what writes them
+    def _ddp_params_and_buffers_to_ignore(self):  # read only in training, or kept in sync by whatever writes them
         return [f'adapters.{n}' for n,_ in self.adapters.named_buffers()]
 
     def __reduce_ex__(self, protocol): return _itself,(self.model,)
@@ -98,27 +98,27 @@ class Adapted(nn.Module):
     @staticmethod
     def _own_keys(self, state, prefix, meta, *_):
         own,saved = prefix+'adapters.',dict(meta.get('adapters', {}))
-        saved.update({k[len(own):]:state.pop(k) for k in [*state] if k.startswith(own)})  # as files of before 0.1 have them
+        saved.update({k[len(own):]:state.pop(k) for k in [*state] if k.startswith(own)})  # as in files saved before 0.1
         for k in [k for k in state if k.startswith(prefix)]: state[prefix+'model.'+k[len(prefix):]] = state.pop(k)
         for k,v in self.adapters.state_dict().items(): state[own+k] = saved[k] if k in saved and saved[k].shape==v.shape else v
 
 # %% ../../nbs/layers/adapters.ipynb #e1947846
 def _inside(model):
-    "What `model` wraps, None if it wraps nothing"
+    "The module that `model` wraps, None if it wraps nothing"
     if isinstance(model, Adapted): return model.model
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)): return model.module
     return model._modules.get('_orig_mod')  # of torch.compile
 
 def bare_model(
     model:nn.Module # Possibly wrapped: by `Adapted`, `DistributedDataParallel`, `AveragedModel`, `torch.compile`, or several of them
-) -> nn.Module: # What was wrapped
-    "The network itself"
+) -> nn.Module: # The wrapped module
+    "The network without its wrappers"
     while (inner := _inside(model)) is not None: model = inner
     return model
 
 def adapters_of(
     model:nn.Module # Possibly wrapped, as for `bare_model`
 ) -> dict: # Name to module, empty where there are none
-    "The adapters that stand beside `model`"
+    "The adapters attached to `model`"
     while not isinstance(model, Adapted) and (inner := _inside(model)) is not None: model = inner
     return model.adapters if isinstance(model, Adapted) else {}

@@ -1,4 +1,4 @@
-"Taps, pairs and adapters of any network's layers"
+"Taps, pairs and adapters for the layers of any network"
 from .taps import *
 from .maps import *
 from .pairs import *

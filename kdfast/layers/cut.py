@@ -20,14 +20,14 @@ from .taps import check_tensor, get_layer, not_called, Once, Taps, Truncated
 
 # %% ../../nbs/layers/cut.ipynb #9e4d7cc3
 class Block:
-    "What a network computes between two taps, or after the last one"
+    "The part of a network between two taps, or after the last one"
     def __init__(self,
         tap:str, # Name of the layer at which it ends, None for the classifier
         params:set, # Names of its parameters
-        layers:list, # Names of the layers that are called in it, but for those with statistics that other blocks call too
-        shape:tuple=None, # Of what it puts out, `(bs,c,h,w)`
+        layers:list, # Names of the layers called in it, except those with buffers that other blocks call too
+        shape:tuple=None, # Of its output, `(bs,c,h,w)`
         hint:str=None, # Name of the teacher's layer that it learns from
-        hint_shape:tuple=None # Of what that puts out
+        hint_shape:tuple=None # Of that layer's output
     ): store_attr()
 
     def __repr__(self):
@@ -36,7 +36,7 @@ class Block:
 
 # %% ../../nbs/layers/cut.ipynb #5aeb528a
 class _Cut:
-    "Runs a model with its graph cut at `taps`: what each puts out, what the next is given, and which layers are called between which taps"
+    "Runs a model with its graph cut at `taps`; records the input and output of each block, and which layers are called between which taps"
     def __init__(self, model, taps):
         self.taps,self.ends,self.starts,self.open,self.spans = taps,[],[],[],{}
         self.layers = {n:m for n,m in model.named_modules() if n}
@@ -71,9 +71,9 @@ class _Cut:
 @contextmanager
 def only_learns(
     model:nn.Module, # Its `requires_grad` flags are restored, however the block ends
-    names=None # Of parameters; those that are frozen already stay so. None for all, frozen or not
+    names=None # Names of parameters; those already frozen stay frozen. None for all, frozen or not
 ):
-    "A block in which of the parameters of `model` only `names` learn"
+    "A block in which only the parameters `names` of `model` are trainable"
     flags = [(p, p.requires_grad) for p in model.parameters()]
     for n,p in model.named_parameters(): p.requires_grad_(names is None or p.requires_grad and n in names)
     try: yield
@@ -81,7 +81,7 @@ def only_learns(
         for p,f in flags: p.requires_grad_(f)
 
 def _reached(end, starts, params):
-    "Which of `starts`, and the names of which of `params`, the gradient of `end` comes to"
+    "Which of `starts` the gradient of `end` reaches, and the names of the `params` that it reaches"
     if not isinstance(end, torch.Tensor) or not end.requires_grad: return [False]*len(starts),set()
     known = [o for o in starts if o.requires_grad]
     grads = torch.autograd.grad(end.sum(), known + [*params.values()], allow_unused=True, retain_graph=True)
@@ -92,28 +92,28 @@ def _reached(end, starts, params):
 def _check_cut(taps, found):
     for i,(reach,_) in enumerate(found[:-1]):
         if i and (any(reach[:i]) or not reach[i]): raise ValueError(
-            f"The student cannot be cut at {taps[i-1]!r}, since {taps[i]!r} does not depend on that alone: leave one of them out")
+            f"The student cannot be cut at {taps[i-1]!r}, since {taps[i]!r} does not depend on it alone: leave one of them out")
 
 def _check_apart(model, params, spans):
     shared = [min(a & b) for a,b in itertools.combinations(params, 2) if a & b]
     shared += [n for n,at in spans.items() if len({o for o in at if len(o)==1})>1 and _keeps(model, n)]
-    if shared: raise ValueError(f"Several blocks share {shared[0]!r}, so they cannot learn one at a time: use FitNet() with fit_one_cycle")
+    if shared: raise ValueError(f"Several blocks share {shared[0]!r}, so they cannot train one at a time: use FitNet() with fit_one_cycle")
 
 # %% ../../nbs/layers/cut.ipynb #6818fa70
 def _keeps(model, name): return len([*model.get_submodule(name).buffers(recurse=False)])>0
 
 def _layers_of(model, i, n, spans):
-    "Names of the layers that have a share in block `i` of `n`, the model itself, '', among them"
+    "Names of the layers that belong to block `i` of `n`, including '', the model itself"
     shares = {'':{*range(n)}, **{name: {*itertools.chain(*at)} for name,at in spans.items()}}
     return [name for name,at in shares.items() if i in at and (len(at)<2 or not _keeps(model, name))]
 
 # %% ../../nbs/layers/cut.ipynb #9b95b355
 def cut_blocks(
-    model:nn.Module, # Any network; run once in eval mode, with gradients, and left as it is
-    taps, # Names of layers, in the order in which it runs them
-    *xb:torch.Tensor # A batch that it takes
-) -> list: # One `Block` a tap, and the classifier; raises `ValueError` where the network cannot be cut
-    "What `model` computes between `taps`"
+    model:nn.Module, # Any network; run once in eval mode, with gradients, and not changed
+    taps, # Names of layers, in the order of its forward pass
+    *xb:torch.Tensor # An input batch
+) -> list: # One `Block` per tap, and the classifier; raises `ValueError` if the network cannot be cut
+    "Split `model` into blocks at `taps`"
     taps,cut = [*taps],_Cut(model, [*taps])
     with eval_mode(model), only_learns(model), torch.enable_grad():
         cut(model, *xb)
@@ -128,19 +128,19 @@ def cut_blocks(
 
 # %% ../../nbs/layers/cut.ipynb #ad8037ea
 def _overwrites(m):
-    "Whether the backward pass of a layer writes beyond its memory in channels last, as in torch 2.14 on CPUs"
+    "Whether the channels-last backward pass of a layer writes out of bounds, as in torch 2.14 on CPUs"
     return isinstance(m, nn.Conv2d) and m.kernel_size==(1,1) and max(m.stride)>1 and m.groups==1 and m.in_channels<8
 
 def laid_out(
     xb:tuple, # A batch, or features
-    model:nn.Module # Which trains on them
+    model:nn.Module # The network that trains on them
 ) -> tuple: # The same values
-    "Images in the memory format that their device convolves fastest, if `model` can train in it"
+    "Images in the fastest memory format for convolutions on their device, if `model` can train in it"
     order = torch.contiguous_format if any(map(_overwrites, model.modules())) else torch.channels_last
     return tuple(o.contiguous(memory_format=order) if o.ndim==4 and o.device.type=='cpu' else o for o in xb)
 
 class PartOf(Adapted):
-    "`model`, of which only some layers, and its adapters, are ever in training mode"
+    "`model` with only some of its layers, and its adapters, ever in training mode"
     def __init__(self,
         model:nn.Module, # The student
         adapters:dict, # Name to module
@@ -159,7 +159,7 @@ class PartOf(Adapted):
 
 # %% ../../nbs/layers/cut.ipynb #2fab8b38
 class _Fed(Taps):
-    "Taps that hand on `feed` in place of what they read"
+    "Taps that pass on `feed` instead of the outputs that they read"
     def __init__(self, *args, feed):
         super().__init__(*args)
         self.feed,self.fed = feed,{}
@@ -175,11 +175,11 @@ class _Fed(Taps):
         return super().overwritten() | fed
 
 class Maps:
-    "What some layers of a network put out, by name; nothing after the last of them is computed"
+    "Outputs of some layers of a network, by name; nothing after the last of them is computed"
     def __init__(self,
-        model:nn.Module, # Not registered as a part of what holds these `Maps`
-        layers:list, # Names, the last to run last
-        xb:tuple, # A batch to try it on
+        model:nn.Module, # Not registered as a submodule of what holds these `Maps`
+        layers:list, # Names, ending with the last to run
+        xb:tuple, # A batch for a trial run
         tfm=None # Applied to the inputs first
     ):
         self.model,self.short,self.layers,self.tfm = (model,),(Truncated(model, layers[-1]),),layers,tfm
@@ -189,7 +189,7 @@ class Maps:
 
     def __deepcopy__(self, memo):
         new = copy(self)
-        new.model = tuple(memo.get(id(o), o) for o in self.model)  # the copied student, but the teacher itself
+        new.model = tuple(memo.get(id(o), o) for o in self.model)  # a copied student, but the original teacher
         new.short = (Truncated(*new.model, self.layers[-1]),)
         return new
 
@@ -202,11 +202,11 @@ class Maps:
 
 # %% ../../nbs/layers/cut.ipynb #a721aa24
 class Projection(nn.Module):
-    "The first principal components of a map's channels, to unit variance; fixed"
+    "The first principal components of a feature map's channels, scaled to unit variance; fixed"
     def __init__(self,
-        maps:torch.Tensor, # What is projected, for some images, `(n,c,h,w)`; raises `ValueError` where it is constant
-        nf:int, # Components, at most `c`
-        rectified:bool=False # Raise by 2 and rectify
+        maps:torch.Tensor, # Feature maps of some images, `(n,c,h,w)`; raises `ValueError` if they are constant
+        nf:int, # Number of components, at most `c`
+        rectified:bool=False # Add 2 and rectify
     ):
         super().__init__()
         x = maps.movedim(1, -1).flatten(0, -2)
@@ -214,7 +214,7 @@ class Projection(nn.Module):
         values,vectors = torch.linalg.eigh(x.T.cov())
         values,vectors = values.flip(0)[:nf],vectors.flip(1)[:,:nf]
         if not values[0]>0: raise ValueError(
-            f"There is nothing to project: the teacher's {maps.shape[1]} channels are constant or not finite, choose another layer")
+            f"The teacher's {maps.shape[1]} channels are constant or not finite, so there is nothing to project: choose another layer")
         weight = (vectors/values.clamp(min=1e-6*values[0]).sqrt()).T
         self.register_buffer('weight', weight[...,None,None].float())
         self.register_buffer('bias', (2*rectified - weight@x.mean(0)).float())

@@ -43,7 +43,7 @@ def _widths(m):
 def grids_of(calls): return [*dict.fromkeys(tuple(out.shape[2:]) for _,m,_,out,*_ in calls if isinstance(m, nn.Conv2d))][::-1]
 
 def _tokens(n, grids):
-    "How `n` tokens are laid out, None if no grid explains them"
+    "How `n` tokens are laid out, None if no grid fits"
     fits = [(n-h*w, (h,w)) for h,w in grids if 0<=n-h*w<=16 and h*w>1]
     merged = [(0, (h>>k,w>>k)) for h,w in grids for k in range(1,6) if (h>>k)*(w>>k)==n>1]
     return first(Tokens(*o) for o in sorted(fits+merged))
@@ -51,9 +51,9 @@ def _tokens(n, grids):
 # %% ../../nbs/layers/maps.ipynb #73153da7
 def layout_of(
     m:nn.Module, # A layer
-    shape, # Of what it outputs
+    shape, # Of its output
     grids # Sizes of the feature maps that convolutions output before it
-): # A callable that returns feature maps, None where they are maps already or cannot become any
+): # A callable that returns feature maps, None if they are feature maps already or cannot become any
     "How the features of a layer become feature maps, `(bs,c,h,w)`"
     if len(shape) not in (3,4): return None
     widths = _widths(m)
@@ -62,8 +62,8 @@ def layout_of(
     return ToChannelsFirst() if shape[1] not in widths else None
 
 def layouts_of(
-    calls, # As `calls_of` has them, of a whole forward pass
-    layers=None # Names of the layers that are read, by default all
+    calls, # From `calls_of`, for a whole forward pass
+    layers=None # Names of the layers to read, by default all
 ) -> dict: # Layer name to callable, for layers that need one
     "How the features of each layer become feature maps"
     grids = grids_of(calls)
@@ -74,9 +74,9 @@ def layouts_of(
 def layouts_read(
     model, # The network, run once more only if its features may be tokens
     x, # The batch that it was run on
-    features:dict # Layer name to what it output
-) -> dict: # As `layouts_of` has them
-    "How features that were read become feature maps"
+    features:dict # Layer name to output
+) -> dict: # As from `layouts_of`
+    "How features already read become feature maps"
     if any(o.ndim==3 for o in features.values()): return layouts_of(calls_of(model, x), features)
     layers = dict(model.named_modules())
     found = {n:layout_of(layers[n], o.shape, ()) for n,o in features.items() if n in layers}

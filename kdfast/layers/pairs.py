@@ -43,7 +43,7 @@ def _units(calls, name, ladder):
         elif _is_tap(calls[n]): yield n
 
 def _stages(calls):
-    "Map size to the names of the units that put out maps of this size"
+    "Feature map size to the names of the units that output maps of this size"
     ladder = {_positions(s) for c in calls.values() for s in c[1:]}
     res = {}
     for n in _units(calls, '', ladder):
@@ -55,7 +55,7 @@ def _stages(calls):
 def _is_stem(calls, units): return all(sum(isinstance(m, (nn.Conv2d,nn.Linear)) for m in calls[n][0].modules())<2 for n in units)
 
 def _blocks(calls, units):
-    "What a stage consists of: the parts of its end, if that is a sequence or holds one, otherwise its units"
+    "The blocks of a stage: the children of its last unit, if that is a sequence or wraps one, or else its units"
     end = units[-1]
     parts = [c for c in _children(calls, end) if c in calls and _is_tap(calls[c])]
     if isinstance(calls[end][0], nn.Sequential): return [*parts[:-1], end]
@@ -63,7 +63,7 @@ def _blocks(calls, units):
     return [*_blocks(calls, parts)[:-1], end] if inside else units
 
 def _spread(calls, units, n):
-    "`n` of the blocks that the stage of `units` consists of, evenly spaced, its end always one of them"
+    "`n` evenly spaced blocks of the stage of `units`, always including its end"
     end,blocks = units[-1],_blocks(calls, units)
     if not 1<=n<=len(blocks): raise ValueError(
         f"per_stage={n}, but the stage that ends at {end!r} has only {len(blocks)} blocks: use 1 to {len(blocks)}, or pass `pairs=`")
@@ -71,12 +71,12 @@ def _spread(calls, units, n):
 
 # %% ../../nbs/layers/pairs.ipynb #c9532bef
 def _as_box(m):
-    "What `m` was before it was traced: numbered parts ran one after the other"
+    "`m` as it was before tracing: numbered children were a sequence"
     parts = dict(m.named_children())
     return nn.Sequential(*parts.values()) if all(n.isdigit() for n in parts) else m
 
 def _lost(net, calls):
-    "The boxes that tracing took out of the forward pass, as if they were called: module, shapes of their first input and last output"
+    "The containers that tracing removed from the forward pass, as if they were called: module, shapes of their first input and last output"
     traced = [(f'{k}.' if k else '', m) for k,m in net.named_modules() if isinstance(m, torch.fx.GraphModule)]
     boxes = {k+n:_as_box(o) for k,m in traced for n,o in m.named_modules() if n and len([*o.children()]) and k+n not in calls}
     inside = {b:[c for n,c in calls.items() if n.startswith(f'{b}.')] for b in boxes}
@@ -84,19 +84,19 @@ def _lost(net, calls):
 
 # %% ../../nbs/layers/pairs.ipynb #6e02f466
 def _as_maps(calls):
-    "Layer name to module and shapes of its input and output, as feature maps where they can be"
+    "Layer name to module and shapes of its input and output, as feature maps where possible"
     grids = grids_of(calls)
     def shape(m, o): return getattr(layout_of(m, o.shape, grids), 'shape', noop)(o.shape)
     return {n:(m, shape(m, i), shape(m, o)) for n,m,i,o,_ in calls if n}
 
 def _normed(calls, layouts):
-    "The layer norm that follows a layer of tokens or channels-last features, by the name of that layer"
+    "Names of the layer norms that follow layers of tokens or channels-last features, by layer name"
     norms = {id(i):n for n,m,i,*_ in calls if isinstance(m, nn.LayerNorm)}
     return {n:norms[id(out)] for n,_,_,out,_ in calls if n in layouts and id(out) in norms}
 
 # %% ../../nbs/layers/pairs.ipynb #9d4c6d63
 class _Stages:
-    "The stages of `model`: `units` by size of map, large to small, and what `calls` they consist of"
+    "The stages of `model`: `units` by feature map size, large to small, and the `calls` in them"
     def __init__(self, model, x, stem=False):
         calls = calls_of(model, x)
         layouts = layouts_of(calls)
@@ -122,11 +122,11 @@ class _Stages:
 
 # %% ../../nbs/layers/pairs.ipynb #5a444ac9
 def stage_taps(
-    model:nn.Module, # Any network of feature maps or tokens
-    x:torch.Tensor, # A batch that it takes; sizes of stages depend on its size
-    per_stage:int=1, # Taps in each stage, evenly spaced, its end always one of them; raises `ValueError` where a stage has fewer blocks
+    model:nn.Module, # Any network with feature maps or tokens
+    x:torch.Tensor, # An input batch; sizes of stages depend on its size
+    per_stage:int=1, # Taps per stage, evenly spaced, always including its end; raises `ValueError` if a stage has fewer blocks
     stem:bool=False # Tap the stem as well, once
-) -> dict: # Size of its feature maps, `(h,w)`, to layer names, large to small
+) -> dict: # Size of the feature maps, `(h,w)`, to layer names, large to small
     "The layers of `model` at which its stages end"
     stages = _Stages(model, x, stem)
     return {s:stages.taps(s, per_stage) for s in stages.units}
@@ -140,12 +140,12 @@ def _with_stages(net, role, stages, layers=''):
 
 # %% ../../nbs/layers/pairs.ipynb #65d16efe
 def _same_sizes(s, t, ratio):
-    "Sizes of the student's stages to those of the teacher's stages that have them, `ratio` times larger"
+    "Sizes of the student's stages to those of the matching teacher's stages, `ratio` times as large"
     theirs = {tuple(round(a/r) for a,r in zip(o, ratio)):o for o in t.units}
     return {o:theirs[o] for o in s.units if o in theirs}
 
 def _deep(stages, n, per_stage):
-    "The last `n` stages, or as many parts of the only one"
+    "Taps of the last `n` stages, or as many taps of the only one"
     if len(stages)==1 and n>1: return stages.taps(first(stages.units), n*per_stage)
     return [o for size in [*stages.units][-n:] for o in stages.taps(size, per_stage)]
 
@@ -156,34 +156,34 @@ def _by_depth(s, t, per_stage):
 
 # %% ../../nbs/layers/pairs.ipynb #0e7300d5
 def pair_layers(
-    student:nn.Module, # The network to be taught
-    teacher:nn.Module, # The network to copy
-    x:torch.Tensor, # A batch that both take; a tuple for several inputs
-    per_stage:int=1, # Pairs in each stage: 1, 2, 3, 6 are AT, AT6, AT9, AT18 on a WRN
+    student:nn.Module, # The network to train
+    teacher:nn.Module, # The network to learn from
+    x:torch.Tensor, # An input batch for both; a tuple for several inputs
+    per_stage:int=1, # Pairs per stage: 1, 2, 3, 6 are AT, AT6, AT9, AT18 on a WRN
     stem:bool=False, # Pair the stems as well
-    tfm=None # What is done to `x` before the teacher sees it
+    tfm=None # Applied to `x` before the teacher sees it
 ) -> dict: # Student's layer to teacher's layer; raises `ValueError` if a network has no stages
-    "The layers of two networks at which stages of one size end, or, where no sizes agree, of one depth"
+    "The layers of two networks at which stages of the same size end, or, where no sizes agree, of the same depth"
     xs,xt = tuplify(x),seen_by(tfm, tuplify(x))
     s,t = _Stages(student, xs, stem),_Stages(teacher, xt, stem)
     layers = f" (layers of the student: {s}; of the teacher: {t})"
     for net,role,o in ((student,'student',s), (teacher,'teacher',t)): _with_stages(net, role, o, layers)
     same = _same_sizes(s, t, [b/a for a,b in zip(xs[0].shape[2:], xt[0].shape[2:])])
-    ends = xs[0].shape==xt[0].shape or same.get(last(s.units))==last(t.units)  # another input, and sizes may agree by chance
+    ends = xs[0].shape==xt[0].shape or same.get(last(s.units))==last(t.units)  # with different inputs, sizes may agree by chance
     by_depth = not same or not ends or len(s)!=len(t) and any(o.tokens and len(o)==1 for o in (s,t))
     if not by_depth: return {a:b for i,j in same.items() for a,b in zip(s.taps(i, per_stage), t.taps(j, per_stage))}
     if pairs := _by_depth(s, t, per_stage): return pairs
-    raise ValueError(f"No layers to pair, since the student's stages have maps of {[*s.units]}, the teacher's of {[*t.units]}: "
-        f"pass pairs={{'student.layer': 'teacher.layer'}}{layers}")
+    raise ValueError(f"Too few blocks to pair in the student's stages of {[*s.units]} or the teacher's of {[*t.units]}: "
+        f"lower per_stage, or pass pairs={{'student.layer': 'teacher.layer'}}{layers}")
 
 # %% ../../nbs/layers/pairs.ipynb #ce7793ea
 def _last_stage(net, role, x): return [*_with_stages(net, role, stage_taps(net, x)).values()][-1][-1]
 
 def last_stages(
-    student:nn.Module, # The network to be taught
-    teacher:nn.Module, # The network to copy
-    x:torch.Tensor, # A batch that both take; a tuple for several inputs
-    tfm=None # What is done to `x` before the teacher sees it
+    student:nn.Module, # The network to train
+    teacher:nn.Module, # The network to learn from
+    x:torch.Tensor, # An input batch for both; a tuple for several inputs
+    tfm=None # Applied to `x` before the teacher sees it
 ) -> dict: # Student's layer to teacher's layer; raises `ValueError` for a network without stages
     "The layers at which the last stages of two convnets end"
     return {_last_stage(student, 'student', x): _last_stage(teacher, 'teacher', seen_by(tfm, tuplify(x)))}
@@ -192,11 +192,11 @@ def last_stages(
 def _same_numbers(a, b): return a.numel()==b.numel() and len(a)==len(b) and torch.equal(a.flatten(1), b.flatten(1))
 
 def to_classifier(model, x):
-    "What layers but dropouts, called once, put out and nothing overwrites, before the last linear layer, and that one's name and input"
+    "Outputs of the layers before the last linear one, except dropouts, repeated and overwritten ones; and its name and input"
     *calls,whole = calls_of(model, random_like(tuplify(x)))
     ends = [i for i,(_,m,*_) in enumerate(calls) if isinstance(m, nn.Linear)]
     if not ends or not _same_numbers(calls[ends[-1]][3], whole[3]): raise ValueError(
-        f"This {type(model).__name__} does not end in a linear layer: choose another method, or pass `pairs=` to one that takes them")
+        f"This {type(model).__name__} does not end in a linear layer: choose another method, or pass `pairs=` to one that takes it")
     name,_,given,*_ = calls[ends[-1]]
     times,dropout = [n for n,*_ in calls],nn.modules.dropout._DropoutNd
     before = [(n, out) for n,m,_,out,version in calls[:ends[-1]]
@@ -206,29 +206,29 @@ def to_classifier(model, x):
 # %% ../../nbs/layers/pairs.ipynb #8667c2b3
 def classifier_map(
     model:nn.Module, # A classifier, run once in eval mode
-    x:torch.Tensor # A batch that it takes; a tuple for several inputs
-) -> tuple: # Names of the layer that puts out the map, and of the linear layer; raises `ValueError` if there is no such map
-    "The map, `(bs,c,h,w)`, of which the classifier of `model` reads the mean over positions, of several the last with more than one"
+    x:torch.Tensor # An input batch; a tuple for several inputs
+) -> tuple: # Names of the layer that outputs the feature map, and of the linear layer; raises `ValueError` if there is none
+    "The feature map, `(bs,c,h,w)`, whose mean over positions the classifier of `model` reads, preferably the last with several positions"
     calls,name,given = to_classifier(model, x)
     maps = [(n, out) for n,out in calls if out.ndim==4 and out.shape[:2]==given.shape]
     found = sorted((_positions(out.shape)>1, i, n) for i,(n,out) in enumerate(maps) if torch.allclose(out.mean((2,3)), given, atol=1e-5))
     if found: return found[-1][2],name
-    raise ValueError(f"What the classifier {name!r} of this {type(model).__name__} takes is the mean of no map: "
+    raise ValueError(f"The input of the classifier {name!r} of this {type(model).__name__} is not the mean of a feature map: "
         "choose a network with global average pooling before one linear layer")
 
 def embedding_layer(
     model:nn.Module, # A classifier, run once in eval mode
-    x:torch.Tensor # A batch that it takes; a tuple for several inputs
-) -> str: # Name of a layer that puts out `(bs,d)`, or else a map of which that is the mean; raises `ValueError` if there is none
-    "The layer that puts out what the last linear layer of `model` takes"
+    x:torch.Tensor # An input batch; a tuple for several inputs
+) -> str: # Name of a layer that outputs `(bs,d)`, or else feature maps with that mean; raises `ValueError` if there is none
+    "The layer that outputs what the last linear layer of `model` reads"
     calls,name,given = to_classifier(model, x)
     found = [n for n,out in calls if _positions(out.shape)==1 and _same_numbers(out, given)]
     return found[0] if found else classifier_map(model, x)[0]
 
 def vector_layer(
     model:nn.Module, # Any network, run once in eval mode
-    x:torch.Tensor # A batch that it takes; a tuple for several inputs
-) -> str: # Its features are vectors, `(bs,d)`, or feature maps whose mean is one; raises `ValueError` if there is none
+    x:torch.Tensor # An input batch; a tuple for several inputs
+) -> str: # Name of a layer that outputs vectors, `(bs,d)`, or feature maps to be averaged; raises `ValueError` if there is none
     "The layer that outputs what a classifier reads, or else the end of the last stage, as for a network without a head"
     try: return embedding_layer(model, x)
     except ValueError:
@@ -240,17 +240,17 @@ def vector_layer(
 _relus = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU)
 
 def _norm_of(calls, layer):
-    "Name of the last of the outermost norms in `layer`, which is not one of a shortcut; None if it does not end in norms"
+    "Name of the last of the outermost norms in `layer`, so not one of a shortcut; None if `layer` does not end in a norm"
     inside = [(-n.count('.'), i, n, isinstance(m, _norms)) for i,(n,m,*_) in enumerate(calls)
         if n.startswith(f'{layer}.') and any(True for _ in m.parameters(recurse=False))]
     return max(o for o in inside if o[3])[2] if inside and inside[-1][3] else None
 
 def before_relu(
     model:nn.Module, # Any network, run once in eval mode
-    x:torch.Tensor, # A batch that it takes; a tuple for several inputs
+    x:torch.Tensor, # An input batch; a tuple for several inputs
     layer:str # Name of a layer at which a stage ends
-) -> tuple: # Name of what to tap, and of the norm that made it or None; raises `ValueError` if no ReLU follows
-    "What the ReLU at the end of `layer`, or the one after it, is given"
+) -> tuple: # Name to tap, and that of the norm that computes it or None; raises `ValueError` if no ReLU or norm follows
+    "The input of the ReLU at the end of `layer`, or of the one after it"
     get_layer(model, layer)
     *calls,_ = calls_of(model, tuplify(x))
     ends = [out for n,_,_,out,_ in calls if n==layer]
@@ -261,10 +261,10 @@ def before_relu(
     relus = [(i, *c) for i,c in enumerate(calls) if isinstance(c[1], _relus) and (c[2] is end or c[3] is end)]
     i,relu,_,given,out,version = next(iter(relus), (None,)*6)
     version = relu and before(given, out, version)
-    # a sum may have been added in place
+    # a shortcut may have been added in place
     norm = next((n for n,m,_,out,v in calls if isinstance(m, _norms) and out is given and v==version), None)
     if relu and not norm and relu in [n for n,*_ in calls[i+1:]]: raise ValueError(
-        f"The ReLU {relu!r} of this {type(model).__name__} is called again after {layer!r}: give each stage a ReLU of its own")
+        f"The ReLU {relu!r} of this {type(model).__name__} is called again after {layer!r}: give each stage its own ReLU")
     if relu: return (norm,norm) if norm else (relu+given_mark, _norm_of(calls, layer))
     if after: return after[0],after[0]
     raise ValueError(f"No ReLU or norm follows {layer!r} in this {type(model).__name__}: pass `pairs=`, or choose another method")

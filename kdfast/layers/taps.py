@@ -22,25 +22,25 @@ def check_tensor(name, out):
     if not isinstance(out, torch.Tensor): raise ValueError(f"The layer {name!r} outputs a {type(out).__name__}, not a tensor: tap another")
 
 def called_again(name): raise ValueError(
-    f"The layer {name!r} is called more than once in a forward pass: tap one that is called once, or call it on all inputs at once, torch.cat")
+    f"The layer {name!r} is called more than once in a forward pass: tap one that is called once, or call it on the torch.cat of all inputs")
 
 def not_called(name): raise ValueError(f"The layer {name!r} was not called in the forward pass: choose one that is")
 
 # %% ../../nbs/layers/taps.ipynb #dd9361b9
 def get_layer(
     model:nn.Module, # Any network
-    name:str # With or without ':in', as in `model.named_modules()`; raises `ValueError` with the nearest names if there is none
+    name:str # As in `model.named_modules()`, with or without ':in'; raises `ValueError` with the closest names if there is none
 ) -> nn.Module: # The layer itself
     "The layer of `model` called `name`"
     layers,wanted = dict(model.named_modules()),str(name).removesuffix(given_mark)
     if wanted and wanted in layers: return layers[wanted]
     near = get_close_matches(wanted, [n for n in layers if n], n=3, cutoff=.3) or [n for n,_ in model.named_children()]
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "pass the network that it is in"
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "pass the network that contains it"
     raise ValueError(f"No layer {name!r} in this {type(model).__name__}: {hint}")
 
 # %% ../../nbs/layers/taps.ipynb #17cf1d53
 def calls_of(model, x):
-    "`(name, module, input, output, its version)` of every layer from tensor to tensor, as they finish; the whole model, '', is the last"
+    "`(name, module, input, output, its version)` of every layer from tensor to tensor, in order of completion; '', the model, is last"
     calls,device = [],next(model.parameters(), torch.empty(0)).device
     xb = tuple(o.to(device) for o in tuplify(x))
     def record(name, m, args, out):
@@ -57,25 +57,25 @@ def trace(model, x): return {n:(m, i.shape, o.shape) for n,m,i,o,_ in calls_of(m
 # %% ../../nbs/layers/taps.ipynb #ababd2ac
 def layer_sizes(
     model:nn.Module, # Run once in eval mode
-    x:torch.Tensor # A batch that it takes
+    x:torch.Tensor # An input batch
 ) -> dict: # Layer name to the shape of its output
-    "What every layer of `model` puts out"
+    "The output shapes of all layers of `model`"
     return {n:tuple(out) for n,(_,_,out) in trace(model, x).items()}
 
 # %% ../../nbs/layers/taps.ipynb #3bf39de6
 def _notice_hooks():
-    "Let networks that ran compiled before they had hooks be compiled again with them: torch takes for granted that there will be none"
+    "Let networks compiled before they had hooks be recompiled with them: by default torch assumes that none are added"
     if torch._dynamo.config.skip_nnmodule_hook_guards: torch._dynamo.reset()
     torch._dynamo.config.skip_nnmodule_hook_guards = False
 
 # %% ../../nbs/layers/taps.ipynb #7af6bb0a
 class Taps:
-    "What `layers` of `model` output in its last forward pass, or take, for a name with ':in'; hooks stand only inside a `with` block"
+    "Outputs of `layers` of `model` in its last forward pass, or inputs, for a name with ':in'; hooks exist only inside a `with` block"
     def __init__(self,
         model:nn.Module, # Any network
-        layers, # Names of layers; a wrong one raises `ValueError`
-        clone=(), # Names of those to copy, because the network overwrites what they put out
-        layouts=None # Layer name to what makes feature maps of its features, as `layouts_read` finds them
+        layers, # Names of layers; an unknown one raises `ValueError`
+        clone=(), # Names of those to copy, because the network overwrites their outputs
+        layouts=None # Layer name to a callable that turns its features into feature maps, as from `layouts_read`
     ):
         self.layers,self.clone,self.layouts = {n:get_layer(model, n) for n in layers},set(clone),layouts or {}
         self.outs,self.versions,self.graphs,self.handles,self.compiled = {},{},{},[],is_compiled(model)
@@ -106,17 +106,17 @@ class Taps:
 
     def check(self):
         if spoilt := self.overwritten(): raise ValueError(
-            f"A dropout in place overwrites the output of {', '.join(sorted(spoilt))}: use inplace=False there, or choose other layers")
+            f"An in-place dropout overwrites the output of {', '.join(sorted(spoilt))}: use inplace=False there, or choose other layers")
         apart = sorted(n for n in self.outs if torch.is_grad_enabled() and not self.graphs[n])
-        if apart: raise ValueError(f"The student runs {apart[0]!r} without a graph, so nothing there can learn: "
-            "pass use_reentrant=False to gradient checkpointing, take no_grad() out of forward, or tap another layer")
+        if apart: raise ValueError(f"The student runs {apart[0]!r} without a graph, so nothing there can be trained: "
+            "pass use_reentrant=False to gradient checkpointing, remove no_grad() from forward, or tap another layer")
 
 # %% ../../nbs/layers/taps.ipynb #4d38e9ff
 class Once(Taps):
-    "Taps for one forward pass in which no layer is called a second time, but for those of which the last call is meant"
+    "Taps for one forward pass in which no layer is called twice, except those in `last`, whose last call counts"
     def __init__(self,
         model:nn.Module, # Any network
-        layers, # As for `Taps`; raises `ValueError` in the forward pass where one is called again
+        layers, # As for `Taps`; raises `ValueError` in the forward pass if one is called again
         last=() # Names of those that may be called again
     ):
         super().__init__(model, layers)
@@ -140,10 +140,10 @@ class _Reached(Exception):
     def __init__(self, out): self.out = out
 
 class Truncated(nn.Module):
-    "Computes what `layer` of `model` puts out, and nothing after it"
+    "Computes the output of `layer` of `model`, and nothing after it"
     def __init__(self,
         model:nn.Module, # Any network; its layers are shared, not copied
-        layer:str # Name of the last layer to run; a wrong one raises `ValueError`
+        layer:str # Name of the last layer to run; an unknown one raises `ValueError`
     ):
         super().__init__()
         self.model,self.layer = model,layer

@@ -1,4 +1,4 @@
-"Pictures and comparisons"
+"Plots and comparisons"
 from .plots import *
 from .compare import *
 from .show import *

@@ -22,23 +22,23 @@ from ..teacher.callback import TeacherCallback
 def teacher_callback_of(learn):
     cb = first(o for o in learn.cbs if isinstance(o, TeacherCallback))
     if cb is None or cb.network is None: raise ValueError(
-        "This learner has no teacher to compare with: make it with distill_learner(dls, teacher, student)")
+        "This learner has no teacher to compare with: create it with distill_learner(dls, teacher, student)")
     return cb
 
 def _networks(learn, control):
-    "Name to a network, what is done to its inputs, and what is read of its outputs"
+    "Name to network, transform of its inputs, and function that reads its logits"
     cb = teacher_callback_of(learn)
     nets = dict(teacher=(cb.network,cb.tfm,cb.picked), student=(bare_model(learn.model),None,logits_of))
     if control is not None: nets['control'] = bare_model(control.model if isinstance(control, Learner) else control),None,logits_of
     return nets
 
 def _seen(net, tfm, xb):
-    plain = tuple(o.as_subclass(Tensor) for o in xb)  # fastai's types and compiled networks do not always agree
+    plain = tuple(o.as_subclass(Tensor) for o in xb)  # compiled networks do not support all of fastai's tensor types
     return seen_by(tfm, to_device(plain, next(net.parameters()).device))
 
 # %% ../../nbs/look/compare.ipynb #765a6865
 def _maps(net, tfm, x, layers):
-    "Maps `(bs,h,w)` in [0,1], one a layer, of the size of `x`"
+    "One attention map `(bs,h,w)` in [0,1] per layer, resized to `x`"
     with probing(net), Once(net, layers) as taps:
         net(*_seen(net, tfm, (x,)))
         flat = {o: (attention_map(taps[o]),taps[o].shape[2:]) for o in layers}
@@ -46,7 +46,7 @@ def _maps(net, tfm, x, layers):
     return [m/m.amax((1,2), keepdim=True).clamp(min=1e-12) for m in maps]
 
 def _columns(learn, control, x, stage):
-    "Title to maps"
+    "Column title to attention maps"
     nets = _networks(learn, control)
     (theirs,tfm,_),(ours,*_) = nets['teacher'],nets['student']
     with keep_rng(): pairs = [*pair_layers(ours, theirs, *_seen(ours, None, (x[:1],)), tfm=tfm).items()]
@@ -59,9 +59,9 @@ def show_attention(
     learn:Learner, # From `distill_learner`, with a teacher; its first validation images are shown
     n:int=4, # Number of images
     control=None, # A learner or network of the student's architecture, trained without the teacher
-    stage:int=None # Of the pairs of layers, from the first (0) to the last (-1); all if None
-) -> plt.Figure: # One row an image
-    "Where teacher, student and control look; raises `ValueError` for a learner without a teacher"
+    stage:int=None # Index of the pair of layers, from the first (0) to the last (-1); all if None
+) -> plt.Figure: # One row per image
+    "Plot attention maps of teacher, student and control; raises `ValueError` for a learner without a teacher"
     with keep_rng(learn.dls.valid): b = learn.dls.valid.one_batch()
     x,images = b[0][:n].as_subclass(Tensor),learn.dls.valid.decode_batch(tuple(o[:n] for o in b), max_n=n)
     maps = _columns(learn, control, x, stage)
@@ -78,9 +78,9 @@ def show_attention(
 def calibration_error(
     probs:Tensor, # Probabilities `(n,c)`
     targ:Tensor, # Labels `(n,)`
-    bins:int=15 # Of the confidence, of equal width
+    bins:int=15 # Number of confidence bins, of equal width
 ) -> float: # Between 0 and 1
-    "The expected calibration error: confidence against accuracy, averaged over bins by their number of samples (arXiv:1706.04599)"
+    "Expected calibration error: the gap between confidence and accuracy, averaged over bins weighted by their size (arXiv:1706.04599)"
     confidence,pred = probs.max(1)
     right,which = (pred==targ).float(),(confidence*bins).long().clamp(max=bins-1)
     gaps = [(right[o].mean()-confidence[o].mean()).abs()*o.float().mean() for o in (which==i for i in range(bins)) if o.any()]
@@ -88,14 +88,14 @@ def calibration_error(
 
 # %% ../../nbs/look/compare.ipynb #f07b6516
 Agreement = namedtuple('Agreement', 'overall classes')
-Agreement.__doc__ = "What `agreement` finds: one row a network, and one row a class"
+Agreement.__doc__ = "Results of `agreement`: `overall` with one row per network, `classes` with one row per class"
 
 # %% ../../nbs/look/compare.ipynb #b454525d
 def probabilities(
-    nets:dict, # Name to a network, what is done to its inputs, and what is read of its outputs
+    nets:dict, # Name to network, transform of its inputs, and function that reads its logits
     dl # Batches of inputs and labels
 ) -> tuple: # Name to probabilities `(n,c)`, and the labels
-    "What networks answer to all of `dl`"
+    "Predicted probabilities of networks for all of `dl`"
     found,labels = {k:[] for k in nets},[]
     with keep_rng(dl), probing(*(net for net,*_ in nets.values())):
         for *xb,y in dl:
@@ -105,13 +105,13 @@ def probabilities(
 
 # %% ../../nbs/look/compare.ipynb #5e687879
 def agreement(
-    learn:Learner, # From `distill_learner`, with a teacher; a classifier with one label an image
+    learn:Learner, # From `distill_learner`, with a teacher; a classifier with one label per image
     control=None # A learner or network of the student's architecture, trained without the teacher
-) -> Agreement: # `overall`: accuracy, agreement with the teacher, ECE; `classes`: accuracy by class, and `helped`, student minus control
-    "How often student, teacher, control and labels agree on the validation data, how sure they are, and which classes the teacher helped"
+) -> Agreement: # `overall`: accuracy, agreement with the teacher, ECE; `classes`: accuracy per class, and `helped`, student minus control
+    "Accuracy, agreement with the teacher and calibration of each network on the validation data, and which classes the teacher helped"
     probs,y = probabilities(_networks(learn, control), learn.dls.valid)
     sizes = {k:p.shape[1] for k,p in probs.items()}
-    if y.ndim!=1 or len({*sizes.values()})>1: raise ValueError(f"agreement takes networks with the same classes and one label an image, "
+    if y.ndim!=1 or len({*sizes.values()})>1: raise ValueError(f"agreement needs networks with the same classes and one label per image, "
         f"got {', '.join(f'{n} outputs of the {k}' for k,n in sizes.items())} and labels of shape {tuple(y.shape)}: pass teacher_vocab to distill_learner")
     says = {k:p.argmax(1) for k,p in probs.items()}
     overall = {k:dict(accuracy=(o==y), agrees=(o==says['teacher'])) for k,o in says.items()}
@@ -128,7 +128,7 @@ def agreement(
 # %% ../../nbs/look/compare.ipynb #15f9e98a
 def linear_cka(
     x:Tensor, # Features `(n,...)` of `n` images
-    y:Tensor # Others of the same images, of any shape
+    y:Tensor # Other features of the same images, of any shape
 ) -> Tensor: # Between 0 and 1
     "Linear centred kernel alignment (arXiv:1905.00414)"
     def gram(o):
@@ -140,12 +140,12 @@ def linear_cka(
 
 # %% ../../nbs/look/compare.ipynb #ba7450eb
 def _layers(net, x):
-    "As many layers of every stage as the one with fewest blocks has, in order"
+    "Layers of all stages in order, as many per stage as the stage with the fewest blocks has"
     for n in range(12, 0, -1):
         try: found = [o for names in stage_taps(net, x, n).values() for o in names]
         except ValueError: continue
         if found: return found
-    raise ValueError("This network has no stages to compare: use linear_cka on features of your own")
+    raise ValueError("This network has no stages to compare: call linear_cka on your own features")
 
 def _features(net, tfm, x):
     x, = _seen(net, tfm, (x,))
@@ -157,7 +157,7 @@ def _features(net, tfm, x):
 def layer_similarity(
     learn:Learner, # From `distill_learner`, with a teacher
     n:int=128 # Number of validation images
-) -> pd.DataFrame: # Student's layers by teacher's
+) -> pd.DataFrame: # One row per student layer, one column per teacher layer
     "Linear CKA between the layers of student and teacher"
     with keep_rng(learn.dls.valid): xs = [b[0] for b in itertools.islice(learn.dls.valid, -(-n//learn.dls.valid.bs))]
     x = torch.cat([*xs])[:n].as_subclass(Tensor)
@@ -168,9 +168,9 @@ def layer_similarity(
 def similarity(
     learn:Learner, # From `distill_learner`, with a teacher
     n:int=128, # Number of validation images
-    ax=None # Made if None
+    ax=None # Axes to draw on; created if None
 ) -> plt.Figure:
-    "Linear CKA between the layers of student and teacher as a heat map"
+    "Plot linear CKA between the layers of student and teacher as a heat map"
     table = layer_similarity(learn, n)
     if ax is None: _,ax = plt.subplots(figsize=(1.5+.55*table.shape[1],1.2+.45*table.shape[0]), layout='constrained')
     ax.imshow(table, cmap='cividis', vmin=0, vmax=1)

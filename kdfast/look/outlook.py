@@ -24,19 +24,19 @@ fractions = dict(hints=.8, soft=.35)
 def expected(
     teacher:float, # Accuracy of the teacher, or of a linear classifier on its features
     alone:float # Accuracy of the student trained without a teacher
-) -> dict: # Percentage points by kind of method
-    "Gains that students had from such a gap"
+) -> dict: # Percentage points per kind of method
+    "Gains to expect from this gap in accuracy, going by past experiments"
     return {k: 100*o*(teacher-alone) for k,o in fractions.items()}
 
 # %% ../../nbs/look/outlook.ipynb #9b1ff65c
 class _Steps:
-    "`n` batches of a loader, repeated as often as necessary"
+    "`n` batches of a loader, which is repeated as often as necessary"
     def __init__(self, dl, n): self.dl,self.n = dl,n
     def __len__(self): return self.n
     def __iter__(self): return itertools.islice(itertools.chain.from_iterable(itertools.repeat(self.dl)), self.n)
 
 def _trained(learn, n):
-    "Train for `n` steps; returns the seconds per step"
+    "Train for `n` steps and return the seconds per step"
     loaders = DataLoaders(*(_Steps(learn.dls.train, o) for o in (n,0)), device=learn.dls.device)
     short = Learner(loaders, learn.model, learn.loss_func, learn.opt_func, lr=learn.lr, splitter=learn.splitter)
     start = perf_counter()
@@ -44,7 +44,7 @@ def _trained(learn, n):
     return (perf_counter()-start)/n
 
 def _alone(learn, seconds):
-    "Train a copy of the student; returns it and the number of steps"
+    "Train the student for about `seconds`, after timing steps on a copy; returns it and the number of steps"
     model = learn.model
     learn.model = deepcopy(model)
     step = _trained(learn, 3)
@@ -62,7 +62,7 @@ def _as_many(dl, seconds, f):
         return res + [*itertools.islice(batches, int(seconds/(perf_counter()-start)))]
 
 def _features(cb, dls, held):
-    "Accuracies that the teacher's features allow; empty if it has no feature vectors, or all images are of one class"
+    "Accuracies of classifiers on the teacher's features; empty if it has no feature vectors, or all images are of one class"
     seen = lambda bs: [(*seen_by(cb.tfm, tuple(xb)), y) for *xb,y in bs]
     try:
         known,asked = (features_of(cb.network, seen(bs)) for bs in (first_batches(dls, 4*len(held)),held))
@@ -73,7 +73,7 @@ def _features(cb, dls, held):
 def _accuracy(probs, y): return (probs.argmax(1)==y).float().mean().item()
 
 def _reordered(probs, y):
-    "Accuracy on half of the images under the assignment of outputs to classes that fits the other half best"
+    "Accuracy on half of the images, under the assignment of outputs to classes that fits the other half best"
     mixed = np.random.default_rng(0).permutation(len(y))
     pred,y = probs.argmax(1).numpy()[mixed],y.numpy()[mixed]
     counts = np.zeros((probs.shape[1], probs.shape[1]))
@@ -81,16 +81,16 @@ def _reordered(probs, y):
     return float((linear_sum_assignment(-counts)[1][pred[1::2]]==y[1::2]).mean())
 
 def _renormalized(cb, dls, held):
-    "The most accurate way to normalize the inputs of a teacher that brings none, and its accuracy"
+    "The most accurate normalization for a teacher whose inputs are not transformed, and its accuracy"
     given,found = normalizer(dls),{}
-    for name,stats in {'in [0,1]':None, 'by the statistics of ImageNet':Normalize.from_stats(*imagenet_stats, cuda=False)}.items():
+    for name,stats in {'in [0,1]':None, 'with ImageNet statistics':Normalize.from_stats(*imagenet_stats, cuda=False)}.items():
         probs,y = probabilities(dict(teacher=(cb.network,Renormalize(given, stats),cb.picked)), held[:4])
         found[name] = _accuracy(probs['teacher'], y)
     return max(found.items(), key=itemgetter(1))
 
 # %% ../../nbs/look/outlook.ipynb #54b26321
 def _measured(cb, dls, seconds):
-    "What the teacher knows, and the batches on which that was measured"
+    "Measurements of the teacher, and the validation batches on which they were taken"
     comparable,net = any(t.taught and t.reads_logits for t in cb.terms),dict(teacher=(cb.network,cb.tfm,cb.picked))
     held,found = _as_many(dls.valid, seconds, partial(probabilities, net)),{}
     if comparable:
@@ -104,16 +104,16 @@ def _measured(cb, dls, seconds):
 
 # %% ../../nbs/look/outlook.ipynb #b4a93d55
 def _faults(found):
-    "What is wrong with the teacher, each with a remedy"
+    "Faults of the teacher, each with a remedy"
     right,best,seen = found['accuracy'],found['reordered'],found['augmented']
     way,other = found.get('renormalized', ('',0.))
-    checks = ((best>right+.2, f"Its outputs are in another order: {best:.0%} correct once reordered. Pass teacher_vocab."),
+    checks = ((best>right+.2, f"Its outputs are in a different order: {best:.0%} correct once reordered. Pass teacher_vocab."),
         (other>max(right, best)+.1, f"Its inputs are normalized differently: {other:.0%} correct {way}. Pass Teacher(network, stats=...)."),
-        (seen<right-.15, f"It recognizes only {seen:.0%} of the augmented training images. Augment less."))
+        (seen<right-.15, f"Only {seen:.0%} of the augmented training images are classified correctly. Augment less."))
     return [o for wrong,o in checks if wrong]
 
 class Outlook:
-    "`expect` ('gain', 'none' or 'loss'), `gains` in percentage points by kind of method, `faults`, and what was `found`"
+    "`expect` ('gain', 'none' or 'loss'), `gains` in percentage points per kind of method, `faults`, and the measurements `found`"
     def __init__(self, found, alone, steps, seconds):
         store_attr()
         self.reference = found.get('accuracy', found.get('linear'))
@@ -124,15 +124,15 @@ class Outlook:
 
     @property
     def begin(self):
-        "The method to begin with"
+        "The method to start with"
         return 'FitNet(standardize=True)' if 'accuracy' not in self.found else 'FitNet()' if 'linear' in self.found else 'KD()'
 
     def _verdict(self):
-        if self.faults: return ["Mend this first, or expect a loss:", *self.faults]
-        if self.expect!='gain': return ["Expect no gain: the student alone is as accurate as this teacher. Look for a better teacher."]
+        if self.faults: return ["Fix this first, or expect a loss:", *self.faults]
+        if self.expect!='gain': return ["Expect no gain: the student alone is as accurate as this teacher. Use a better teacher."]
         hints,soft = (f'{o:.0f}' for o in self.gains.values())
-        told = [f"Expect a gain: about {hints} points with hints, {soft} with soft labels. Begin with {self.begin}."]
-        longer = f"Longer training narrows the gap: none is left once the student alone reaches {self.reference:.0%}."
+        told = [f"Expect a gain: about {hints} points with hints, {soft} with soft labels. Start with {self.begin}."]
+        longer = f"Longer training narrows the gap, which closes once the student alone reaches {self.reference:.0%}."
         return told + [longer]*(self.steps is not None)
 
     def __repr__(self):
@@ -143,20 +143,20 @@ class Outlook:
 
 # %% ../../nbs/look/outlook.ipynb #b2f4ad07
 def will_it_help(
-    dls:DataLoaders, # With one label for each sample, training and validation data
+    dls:DataLoaders, # With one label per sample, and with training and validation data
     teacher, # As for `distill_learner`
-    student, # As for `distill_learner`; it stays as it is
-    minutes:float=2., # How long this may take, roughly; three quarters of it for the student
-    alone:float=None, # Accuracy of the student without a teacher, in [0,1], if known; it is not trained then
+    student, # As for `distill_learner`; left unchanged
+    minutes:float=2., # Approximate time limit, three quarters of it for the student
+    alone:float=None, # Accuracy of the student without a teacher, in [0,1], if known; skips its training
     lr:float=1e-2, # Highest learning rate of the student's one-cycle schedule
-    **kwargs # `tfm`, `teacher_vocab` and others of `distill_learner`
-) -> Outlook: # Printed as a verdict with the measurements behind it
-    "Predict what `student` can gain from `teacher`, before training; raises `ValueError` for targets other than one label for each sample"
+    **kwargs # Further arguments of `distill_learner`, such as `tfm` and `teacher_vocab`
+) -> Outlook: # Prints as a verdict, with the measurements behind it
+    "Predict what `student` can gain from `teacher`, before training; raises `ValueError` for targets other than one label per sample"
     if not minutes>0 or alone is not None and not 0<=alone<=1: raise ValueError(
-        f"minutes must be positive and alone an accuracy in [0,1], got minutes={minutes}, alone={alone}: leave them out for the defaults")
+        f"minutes must be positive and alone an accuracy in [0,1], got minutes={minutes}, alone={alone}: omit them for the defaults")
     y = first(probe_batch(dls)[1])
     if not isinstance(y, Tensor) or y.ndim!=1 or y.is_floating_point(): raise ValueError(
-        "will_it_help compares accuracies, so it needs one label for each sample: train a control and the student for a few epochs instead")
+        "will_it_help compares accuracies, so it needs one label per sample: train a control and the student for a few epochs instead")
     ours = {k:o for k,o in kwargs.items() if k not in ('tfm','teacher_vocab','precision','compile')}
     with keep_rng(dls.train, dls.valid):
         learn = distill_learner(dls, teacher, deepcopy(student), **kwargs)

@@ -11,7 +11,7 @@ __all__ = ['colours', 'plot_history', 'plot_tradeoff']
 from cycler import cycler
 from fastai.vision.all import *
 from ..core import whole_file
-from ..learner import Learner  # the recorder with `history`
+from ..learner import Learner  # adds `Recorder.history`
 
 # %% ../../nbs/look/plots.ipynb #cff3f961
 colours = '#0072b2','#d55e00','#009e73','#cc79a7','#e69f00','#56b4e9','#000000','#8c8c8c'
@@ -23,10 +23,10 @@ def _axis(ax):
 
 # %% ../../nbs/look/plots.ipynb #ffbe0a81
 def name_lines(
-    ax, # With lines that have labels
-    apart:tuple=(80,13) # Least distances of two names, pixels
+    ax, # Axes with labelled lines
+    apart:tuple=(80,13) # Minimum `(x,y)` distance between two names, in pixels
 ):
-    "Write each line's name where it ends, or a legend where two of them would touch, beside the axis if it is long"
+    "Label each line at its end, or add a legend if labels would overlap, outside the axes if it is long"
     lines = [o for o in ax.lines if not o.get_label().startswith('_') and len(o.get_xdata())]
     if not lines: return
     ax.figure.canvas.draw()
@@ -40,9 +40,9 @@ def name_lines(
 # %% ../../nbs/look/plots.ipynb #34dcd26a
 def save_figure(
     fig:plt.Figure, # Any figure
-    stem:Path # Name of the files without suffix
-) -> list: # Their names
-    "Write a picture as SVG and PNG, each whole or not at all"
+    stem:Path # File name without suffix
+) -> list: # Paths of both files
+    "Save a figure as SVG and PNG, each written atomically"
     files = [Path(f'{stem}.{o}') for o in ('svg','png')]
     with plt.rc_context({'svg.hashsalt':'kdfast'}):
         for file in files:
@@ -52,14 +52,14 @@ def save_figure(
 
 # %% ../../nbs/look/plots.ipynb #bd2063db
 def plot_history(
-    arms:dict, # Name to a learner, its `history`, or a list of either, one a seed
-    columns=('valid_loss','accuracy'), # A panel for each
-    axs=None # One axis a column; made if None
-) -> plt.Figure: # With one line an arm in each panel
-    "Curves of several arms over the epochs, losses on a logarithmic axis"
+    arms:dict, # Name to learner, its `history`, or a list of either, one per seed
+    columns=('valid_loss','accuracy'), # Metrics to plot, one panel each
+    axs=None # Axes, one per column; created if None
+) -> plt.Figure: # With one line per arm in each panel
+    "Plot curves of several arms over the epochs, with losses on a logarithmic axis"
     given = f'a {type(arms).__name__}' if arms else 'nothing'
     if not isinstance(arms, dict) or not arms: raise ValueError(
-        f"Nothing to plot, got {given}: pass a dictionary such as {{'control': control, 'KD': student}}")
+        f"arms must be a non-empty dictionary, got {given}: pass for instance {{'control': control, 'KD': student}}")
     frames = {k: [_history(o) for o in (v if isinstance(v, (list,tuple,L)) else [v])] for k,v in arms.items()}
     values = {c: {k: _stacked([r[c] for r in runs]) for k,runs in frames.items()} for c in columns}
     if axs is None: _,axs = plt.subplots(1, len(columns), figsize=(4.5*len(columns),3.2), layout='constrained', squeeze=False)
@@ -76,7 +76,7 @@ def _history(o): return o.recorder.history if isinstance(o, Learner) else pd.Dat
 
 
 def _stacked(runs):
-    "`(runs, epochs)`, up to the last epoch that all of them have"
+    "Array `(runs, epochs)`, up to the last epoch that all runs have"
     n = min(map(len, runs))
     return np.array([o[:n] for o in runs], dtype=float)
 
@@ -90,10 +90,10 @@ def _line(ax, name, values):
 
 # %% ../../nbs/look/plots.ipynb #6e9f3649
 def pareto(
-    cost, # One a network
-    value # The same
-) -> list: # Places in `cost`, from the cheapest on
-    "The networks to which no other one is both cheaper and better"
+    cost, # One value per network
+    value # One value per network
+) -> list: # Indices into `cost`, cheapest first
+    "The Pareto front: networks for which no other is both cheaper and better"
     order,front = sorted(range(len(cost)), key=lambda i: (cost[i], -value[i])),[]
     for i in order:
         if not front or value[i]>value[front[-1]]: front.append(i)
@@ -106,15 +106,15 @@ def _draw_front(ax, cost, value):
 
 # %% ../../nbs/look/plots.ipynb #e8991d46
 def plot_tradeoff(
-    table:pd.DataFrame, # One row a network
-    x:str='parameters', # Column of what it costs, on a logarithmic axis unless all cost about the same
-    y:str='after', # Column of what it can do
-    by:str='method', # Column of names, a line for each
-    before:str=None, # Column for dashed lines, such as the accuracy before training
+    table:pd.DataFrame, # One row per network
+    x:str='parameters', # Column with the cost, on a logarithmic axis unless all values are similar
+    y:str='after', # Column with the accuracy or another metric
+    by:str='method', # Column with names, one line each
+    before:str=None, # Column to draw as dashed lines, such as the accuracy before training
     front:bool=False, # Draw the Pareto front
-    ax=None # Made if None
-) -> plt.Figure: # With a line a method
-    "Accuracy against cost"
+    ax=None # Axes to draw on; created if None
+) -> plt.Figure: # With one line per method
+    "Plot accuracy against cost"
     if ax is None: _,ax = plt.subplots(figsize=(6,4), layout='constrained')
     _axis(ax)
     if front: _draw_front(ax, table[x], table[y])

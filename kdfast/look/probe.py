@@ -18,7 +18,7 @@ from ..losses.relations import embedding
 
 # %% ../../nbs/look/probe.ipynb #e5b39649
 def _taps(model, xb, layer):
-    "Taps of `layer` that give feature maps or vectors"
+    "`Taps` of `layer` that return feature maps or vectors"
     with Taps(model, [layer]) as taps:
         model(*xb)
         return Taps(model, [layer], layouts=layouts_read(model, xb, taps.outs))
@@ -26,9 +26,9 @@ def _taps(model, xb, layer):
 def features_of(
     model:nn.Module, # Any network, run in eval mode
     dl, # A fastai `DataLoader` with labels
-    layer:str=None # Whose features are read; by default what a classifier reads
-) -> tuple: # Vectors, `(n,d)`, of length one, and labels, `(n,)`, on the CPU
-    "A network's features of all images of a loader"
+    layer:str=None # Layer whose features are read; by default the input of the classifier
+) -> tuple: # Unit-length vectors `(n,d)` and labels `(n,)`, on the CPU
+    "Extract a network's features of all images of a loader"
     device,found = next(model.parameters()).device,[]
     with probing(model):
         for *xb,y in dl:
@@ -42,12 +42,12 @@ def features_of(
 
 # %% ../../nbs/look/probe.ipynb #b59fa40a
 def knn_accuracy(
-    known:tuple, # Vectors of length one and labels, as `features_of` has them
-    asked:tuple, # The same of the images whose labels are predicted
-    k:int=20, # Neighbours that vote
-    tau:float=.07 # Temperature of their weights
+    known:tuple, # Unit-length vectors and labels, as returned by `features_of`
+    asked:tuple, # The same for the images whose labels are predicted
+    k:int=20, # Number of neighbours that vote
+    tau:float=.07 # Temperature of the weights of votes
 ) -> float: # Between 0 and 1
-    "Fraction of labels that the nearest neighbours predict"
+    "Fraction of labels predicted correctly by the nearest neighbours"
     (x,y),(x2,y2),right = known,asked,0
     for a,b in zip(x2.split(1024), y2.split(1024)):
         near,i = (a@x.T).topk(min(k, len(x)))
@@ -57,7 +57,7 @@ def knn_accuracy(
 
 # %% ../../nbs/look/probe.ipynb #5bcd8904
 def linear_accuracy(known, asked):
-    "Fraction of labels that a logistic regression on `known` predicts"
+    "Fraction of labels predicted correctly by a logistic regression on `known`"
     from sklearn.linear_model import LogisticRegression
     (x,y),(x2,y2) = known,asked
     scale = x.std().item()+1e-12
@@ -74,22 +74,22 @@ class _Column(Metric):
 
 # %% ../../nbs/look/probe.ipynb #331f7cc6
 class Probe(Callback):
-    "After each epoch, how well labels are told from the student's features, in a column `knn` or `linear`"
+    "Record after each epoch how well the student's features predict labels, in a column `knn` or `linear`"
     def __init__(self,
-        dls:DataLoaders, # Labelled images: those of `train` are known, those of `valid` are asked; transformed as the student's
-        k:int=20, # Neighbours that vote
-        tau:float=.07, # Temperature of their weights
-        linear:bool=False, # A logistic regression in place of the neighbours
-        layer:str=None # The student's layer whose features are read; by default what a classifier reads
+        dls:DataLoaders, # Labelled images, transformed like the student's: labels of `valid` are predicted from those of `train`
+        k:int=20, # Number of neighbours that vote
+        tau:float=.07, # Temperature of the weights of votes
+        linear:bool=False, # Use logistic regression instead of nearest neighbours
+        layer:str=None # The student's layer whose features are read; by default the input of the classifier
     ):
         if not hasattr(dls, 'valid') or not probe_batch(dls)[1]: raise ValueError(
-            "Probe takes DataLoaders with labels: pass those of your labelled images, as Probe(labelled_dls)")
+            "Probe needs DataLoaders with labels: pass those of your labelled images, as in Probe(labelled_dls)")
         self.labelled,self.k,self.tau,self.linear,self.layer = dls,k,tau,linear,layer
 
     def after_create(self): self.learn.metrics = [m for m in self.learn.metrics if not isinstance(m, _Column)] + [_Column(self)]
 
     def accuracy(self) -> float: # Between 0 and 1
-        "What the student's features are worth now"
+        "Accuracy of labels predicted from the student's current features"
         model,valid = bare_model(self.learn.model),self.labelled.valid
         with keep_rng(valid):
             known = self.labelled.train.new(shuffle=False, drop_last=False)

@@ -22,14 +22,14 @@ from ..teacher.callback import NoTeacher
 
 # %% ../../nbs/look/show.ipynb #2c8fff42
 def _sizes(net, layers, xb):
-    "Layer to the size of what it puts out, in the order of the forward, its logits last as `output`"
+    "Layer to size of its output, in the order of the forward pass, with the logits last as `output`"
     xb = to_device(xb, next((o.device for o in net.parameters()), xb[0].device))
     with keep_rng(), probing(net), eagerly(net), Taps(net, layers) as taps: out,features = logits_of(net(*xb)),{**taps.outs}
     layouts = layouts_read(net, xb, features)
     return {**{n:tuple(layouts.get(n, noop)(o).shape[1:]) for n,o in features.items()}, 'output':tuple(out.shape[1:])}
 
 def _read(source, xb):
-    "The sizes of both networks at the layers that terms read, and at the ends of stages"
+    "Output sizes of both networks at the layers that terms read and at the ends of stages"
     student,terms = bare_model(source.learn.model),source.terms
     ours = _sizes(student, {*(a for t in terms for a in t.layers), *_ends(student, xb)}, xb)
     if isinstance(source.network, NoTeacher): return ours,{}
@@ -48,7 +48,7 @@ def _weight_of(term):
 
 # %% ../../nbs/look/show.ipynb #3994671a
 def _told(term, plan):
-    "Rows of the table: one a pair, one for each adapter that belongs to none"
+    "Rows of the table: one per pair, and one per adapter without a pair"
     left = {k:f"{type(m).__name__}, {count_params(m):,} parameters" for k,m in term.adapters.items()}
     size = lambda sizes,n: '×'.join(map(str, sizes.get(n, ())))
     share = '' if term.measured is None else f'{term.measured[0].item():.2f}'
@@ -57,22 +57,22 @@ def _told(term, plan):
     return pairs + [(term.label, '', '', k, '', '', '', v) for k,v in left.items()]
 
 # %% ../../nbs/look/show.ipynb #shwasked
-def _named(net): return f"{type(net).__name__} of {count_params(net):,} parameters"
+def _named(net): return f"{type(net).__name__} with {count_params(net):,} parameters"
 
 def _computes_in(source):
     if callable(source.precision): return source.precision.__name__
     return str(autocast_dtype(source.precision, device_of(source.dls)) or 'float32').removeprefix('torch.')
 
 def _asked(source):
-    if isinstance(source.network, NoTeacher): return "none, no term asks one"
-    how = 'itself' if source.precision is None else f'on a copy in {_computes_in(source)}'
-    answers = ', its answers from a cache' if source.cache else ', on a copy in training mode' if source.train_mode else f', {how}'
-    return _named(source.network) + answers + ('\n' + source.about if source.about else ', whose inputs are transformed by `tfm`' if source.tfm else '')
+    if isinstance(source.network, NoTeacher): return "none, no term uses one"
+    how = 'itself' if source.precision is None else f'run as a copy in {_computes_in(source)}'
+    answers = ', outputs read from a cache' if source.cache else ', run as a copy in training mode' if source.train_mode else f', {how}'
+    return _named(source.network) + answers + ('\n' + source.about if source.about else ', inputs transformed by `tfm`' if source.tfm else '')
 
 # %% ../../nbs/look/show.ipynb #2d521cbb
 @patch
-def show_distill(self:Learner) -> PrettyString: # Sizes are `channels×height×width`; a schedule's weights are at start, middle and end; print it in a script
-    "Teacher, student, and for each term its weight, the layers it reads and its adapters; raises `ValueError` without a teacher"
+def show_distill(self:Learner) -> PrettyString: # Sizes are `channels×height×width`; schedules show weights at start, middle and end; `print` it in a script
+    "Summarize teacher, student, and for each term its weight, the layers it reads and its adapters; raises `ValueError` without a teacher"
     source = teacher_callback_of(self)
     plan = source.setup()
     rows = [o for t in source.terms for o in _told(t, plan)]
@@ -85,12 +85,12 @@ def show_distill(self:Learner) -> PrettyString: # Sizes are `channels×height×w
 
 # %% ../../nbs/look/show.ipynb #b8b899f9
 def _ends(net, xb):
-    "Layers at which stages end, none where there are no stages"
+    "Layers at which stages end; empty without stages"
     try: return [n for names in stage_taps(net, xb, stem=True).values() for n in names]
     except ValueError: return []
 
 def _column(ax, x, sizes, used):
-    "Draw a network's layers as boxes, and give their heights by name"
+    "Draw a network's layers as boxes and return their y positions by name"
     at = {n:-i*(1/max(1, len(sizes)-1)) for i,n in enumerate(sizes)}
     for n,y in at.items():
         text = f"{n}\n{'×'.join(map(str, sizes[n]))}"
@@ -102,9 +102,9 @@ def _column(ax, x, sizes, used):
 # %% ../../nbs/look/show.ipynb #af0f1b6e
 @patch
 def show_pairs(self:Learner,
-    x=None # Inputs, such as `dls.one_batch()[0]`, a tensor or a tuple of them; by default zeros of the size of a batch
+    x=None # Inputs, such as `dls.one_batch()[0]`, a tensor or a tuple of tensors; by default zeros in the shape of a batch
 ) -> plt.Figure:
-    "Draw which layers of student and teacher the terms compare, and their sizes; raises `ValueError` without a teacher"
+    "Plot which layers of student and teacher the terms compare, with their sizes; raises `ValueError` without a teacher"
     source = teacher_callback_of(self)
     plan,terms = source.setup(),source.terms
     ours,theirs = _read(source, plan.xb if x is None else tuplify(x))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 # %% ../../nbs/losses/core.ipynb #6428a2c4
 def at_least_float(
-    x:Tensor # Any floating point tensor, a fastai `TensorImage` too
+    x:Tensor # Any floating-point tensor, including fastai's `TensorImage`
 ) -> Tensor: # The same values as a plain tensor: float64 stays, everything else becomes float32
-    "`x` in the precision that losses are computed in"
+    "`x` in the precision in which losses are computed"
     x = x.as_subclass(Tensor)
     return x if x.dtype==torch.float64 else x.float()
 
@@ -31,7 +31,7 @@ def full_precision(
 
 # %% ../../nbs/losses/core.ipynb #3ebf7a4d
 def mean_over(x, mask):
-    "The mean over the positions that count, to the last bit `x.mean()` where all do"
+    "Mean over the positions that count, bit-identical to `x.mean()` if all do"
     if mask is None: return x.mean()
     w = mask.to(x)
     n = w.sum()
@@ -49,7 +49,7 @@ def to_size(
     x, # Feature maps, `(bs,c,h,w)`
     size # `(h,w)`
 ): # `(bs,c,*size)`
-    "Feature maps, interpolated if they have another size"
+    "Feature maps, interpolated to `size` if theirs differs"
     return x if x.shape[2:]==size else F.interpolate(x, size, mode='bilinear')
 
 def check_maps(x, name):
@@ -59,9 +59,9 @@ def check_maps(x, name):
 def soften(
     logits:Tensor, # `(bs,c,...)`
     T:float=4., # Temperature: the higher it is, the more the small probabilities count; raises `ValueError` unless positive
-    axis:int=1 # The axis of the classes
+    axis:int=1 # The class axis
 ) -> Tensor: # Same shape, at least float32
-    "Logarithms of the softened probabilities"
+    "Log-probabilities at temperature `T`"
     check_temperature(T)
     return F.log_softmax(at_least_float(logits)/T, axis)
 
@@ -69,7 +69,7 @@ def kd_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
     target:Tensor, # Teacher's logits, same shape
     T:float=4., # Temperature, as for `soften`
-    axis:int=1, # The axis of the classes
+    axis:int=1, # The class axis
     mask:Tensor=None # Which positions count, `(bs,...)` without that axis; by default all
 ) -> Tensor: # A scalar: summed over classes, averaged over everything else
     "`T**2` times the Kullback-Leibler divergence of the softened outputs (Hinton et al., arXiv:1503.02531)"
@@ -79,7 +79,7 @@ def kd_loss(
 
 # %% ../../nbs/losses/core.ipynb #2303a2ff
 class _MeanSquare(torch.autograd.Function):
-    "Mean square over channels, which keeps nothing but its input"
+    "Mean square over channels, saving only its input for the backward pass"
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
@@ -92,15 +92,15 @@ class _MeanSquare(torch.autograd.Function):
         x, = ctx.saved_tensors
         grad = (grad*(2/x.shape[1])).unsqueeze(1)
         if torch.is_grad_enabled() or grad.dtype==x.dtype: return (x*grad).to(x.dtype)
-        return torch.mul(x, grad, out=torch.empty_like(x))  # multiplied in float32, so that nothing is lost before
+        return torch.mul(x, grad, out=torch.empty_like(x))  # multiplied in float32 and rounded once
 
 # %% ../../nbs/losses/core.ipynb #694c1238
 def attention_map(
-    x:Tensor, # Activations, `(bs,c,h,w)`; raises `ValueError` for another number of axes
+    x:Tensor, # Activations, `(bs,c,h,w)`; raises `ValueError` for any other number of axes
     p:int=2, # Power: the larger it is, the more the strongest activations dominate
-    size:tuple=None # Average-pool the map to this `(h,w)` first
+    size:tuple=None # Average-pool the attention map to this `(h,w)` first
 ) -> Tensor: # One unit-length map per image, `(bs,h*w)`
-    "Where `x` looks: `|x|**p` averaged over channels, flattened and normalized (arXiv:1612.03928)"
+    "Spatial attention of `x`: `|x|**p` averaged over channels, flattened and normalized (arXiv:1612.03928)"
     check_maps(x, 'Attention')
     a = _MeanSquare.apply(x.as_subclass(Tensor)) if p==2 and x.is_floating_point() else at_least_float(x).abs().pow(p).mean(1)
     if size is not None and a.shape[1:]!=size: a = F.adaptive_avg_pool2d(a, size)

@@ -18,25 +18,25 @@ def to_one_size(
     a:Tensor, # `(bs,c,h,w)`
     b:Tensor # `(bs,c2,h2,w2)`
 ) -> list: # Both, at least float32
-    "Two maps, the larger pooled to the smaller"
+    "Two feature maps, the larger pooled to the size of the smaller"
     size = tuple(map(min, a.shape[2:], b.shape[2:]))
     return [F.adaptive_avg_pool2d(o, size) if o.shape[2:]!=size else o for o in map(at_least_float, (a,b))]
 
 def vid_loss(
-    input:Tensor, # What the student tells of the teacher's features, `(bs,c,h,w)`
-    variance:Tensor, # How far it expects to be off, one positive number a channel, `(c,)`
+    input:Tensor, # Teacher's features as predicted from the student's, `(bs,c,h,w)`
+    variance:Tensor, # Predicted variance, one positive value per channel, `(c,)`
     target:Tensor # Teacher's features, `(bs,c,h2,w2)`
-) -> Tensor: # A scalar: the mean over all elements; below zero where the variance is small and right
-    "Negative log-likelihood of the teacher's features, but for a constant (Ahn et al., arXiv:1904.05835)"
+) -> Tensor: # A scalar: the mean over all elements; negative if the variance is small and accurate
+    "Negative log-likelihood of the teacher's features, up to a constant (Ahn et al., arXiv:1904.05835)"
     (s,t),var = to_one_size(input, target),at_least_float(variance)[:,None,None]
     return ((s-t)**2/var + var.log()).mean()/2
 
 # %% ../../nbs/losses/features.ipynb #dd4df52f
 def pyramid_loss(
-    input:Tensor, # Student's maps, `(bs,c,h,w)`
-    target:Tensor # Teacher's maps, same shape; raises `ValueError` otherwise
+    input:Tensor, # Student's feature maps, `(bs,c,h,w)`
+    target:Tensor # Teacher's feature maps, same shape; raises `ValueError` otherwise
 ) -> Tensor: # A scalar
-    "Weighted mean of squared differences, of the maps and of what pooling makes of them (Chen et al., ReviewKD, arXiv:2104.09044)"
+    "Weighted mean of squared differences of feature maps, at full size and pooled (Chen et al., ReviewKD, arXiv:2104.09044)"
     check_shapes(input, target, "use `ReviewKD`, which learns an adapter")
     s,t = at_least_float(input),at_least_float(target)
     sizes = [None,*(o for o in (4,2,1) if o<s.shape[2])]
@@ -46,31 +46,31 @@ def pyramid_loss(
 
 # %% ../../nbs/losses/features.ipynb #993ec3cd
 def ft_loss(
-    input:Tensor, # What a translator makes of the student's maps, `(bs,c,h,w)`
-    target:Tensor # What a paraphraser makes of the teacher's, same shape; raises `ValueError` otherwise
+    input:Tensor, # Student's feature maps after a translator, `(bs,c,h,w)`
+    target:Tensor # Teacher's after a paraphraser, same shape; raises `ValueError` otherwise
 ) -> Tensor: # A scalar: the mean over all elements
-    "Mean absolute difference of maps of unit length (Kim et al., arXiv:1802.04977)"
+    "Mean absolute difference of feature maps of unit length (Kim et al., arXiv:1802.04977)"
     check_shapes(input, target, "use `FactorTransfer`, which learns an adapter")
     s,t = (F.normalize(at_least_float(o).flatten(1)) for o in (input,target))
     return F.l1_loss(s, t)
 
 # %% ../../nbs/losses/features.ipynb #2ad98dd8
 def ab_loss(
-    input:Tensor, # Student's maps before the ReLU, `(bs,c,h,w)`
-    target:Tensor, # Teacher's maps before the ReLU, same shape
-    margin:float=1. # How far from zero is far enough; raises `ValueError` unless positive
-) -> Tensor: # A scalar: summed over everything, divided by bs
-    "Squared distance to the right side of the activation boundary (Heo et al., arXiv:1811.03233)"
-    if margin<=0: raise ValueError(f"The margin of an activation boundary is positive, got {margin}: 1 is published")
+    input:Tensor, # Student's feature maps before the ReLU, `(bs,c,h,w)`
+    target:Tensor, # Teacher's feature maps before the ReLU, same shape
+    margin:float=1. # Required distance from zero; raises `ValueError` unless positive
+) -> Tensor: # A scalar: summed over all elements, divided by bs
+    "Squared distance to the teacher's side of the activation boundary (Heo et al., arXiv:1811.03233)"
+    if margin<=0: raise ValueError(f"The margin of an activation boundary must be positive, got {margin}: the published value is 1")
     check_shapes(input, target, "use `AB`, which learns an adapter")
     s,on = at_least_float(input),at_least_float(target)>0
     return (margin - torch.where(on, s, -s)).clamp(min=0).square().sum()/len(s)
 
 # %% ../../nbs/losses/features.ipynb #e562f7b2
 def ofd_margin(
-    norm:nn.Module # A norm over channels with weight and bias, `(c,)`: mean and standard deviation of what it puts out
-) -> Tensor: # `(c,)`, below zero
-    "The mean of what is below zero of normally distributed numbers, -3 standard deviations where there is hardly any"
+    norm:nn.Module # A norm over channels with weight and bias, `(c,)`: standard deviation and mean of its outputs
+) -> Tensor: # `(c,)`, negative
+    "The mean of a normal distribution's negative part, -3 standard deviations if hardly any of it is negative"
     mean,std = norm.bias.detach().double(),norm.weight.detach().double().abs().clamp(min=1e-12)
     z = -mean/std
     part = torch.special.ndtr(z)
@@ -79,11 +79,11 @@ def ofd_margin(
 
 # %% ../../nbs/losses/features.ipynb #8baa42fa
 def ofd_loss(
-    input:Tensor, # Student's maps before the ReLU, `(bs,c,h,w)`
-    target:Tensor, # Teacher's maps before the ReLU, same shape
-    margin:Tensor # What to be below zero is enough, `(c,)`, as from `ofd_margin`
-) -> Tensor: # A scalar: summed over everything, divided by bs
-    "Squared difference from maps raised to `margin`; none where both are negative and the student lower (Heo et al., arXiv:1904.01866)"
+    input:Tensor, # Student's feature maps before the ReLU, `(bs,c,h,w)`
+    target:Tensor, # Teacher's feature maps before the ReLU, same shape
+    margin:Tensor # Lower bound of the target, negative, `(c,)`, as from `ofd_margin`
+) -> Tensor: # A scalar: summed over all elements, divided by bs
+    "Squared difference from targets of at least `margin`; none where both are negative and the student is lower (Heo et al., arXiv:1904.01866)"
     check_shapes(input, target, "use `OFD`, which learns an adapter")
     s,t = at_least_float(input),at_least_float(target)
     t = torch.maximum(t, at_least_float(margin).to(t)[:,None,None])
@@ -91,17 +91,17 @@ def ofd_loss(
 
 # %% ../../nbs/losses/features.ipynb #62962274
 def fsp_matrix(
-    a:Tensor, # Maps of one layer, `(bs,c,h,w)`
-    b:Tensor # Those of a later one, `(bs,c2,h2,w2)`
+    a:Tensor, # Feature maps of one layer, `(bs,c,h,w)`
+    b:Tensor # Those of a later layer, `(bs,c2,h2,w2)`
 ) -> Tensor: # `(bs,c,c2)`, at least float32
-    "Products of the channels of two layers, averaged over positions, the larger maps pooled to the smaller"
+    "Inner products of the channels of two layers, averaged over positions, the larger feature maps pooled to the smaller"
     a,b = (o.flatten(2) for o in to_one_size(a, b))
     return a@b.mT/a.shape[2]
 
 @full_precision
 def fsp_loss(
-    input:Tensor, # Student's maps of one layer, `(bs,c,h,w)`
-    later:Tensor, # Student's of a later one, `(bs,c2,h2,w2)`
+    input:Tensor, # Student's feature maps of one layer, `(bs,c,h,w)`
+    later:Tensor, # Student's of a later layer, `(bs,c2,h2,w2)`
     target:Tensor, # Teacher's, `(bs,c,h3,w3)`
     target_later:Tensor # Teacher's, `(bs,c2,h4,w4)`
 ) -> Tensor: # A scalar: the mean over pairs of channels and images
@@ -111,7 +111,7 @@ def fsp_loss(
 
 # %% ../../nbs/losses/features.ipynb #10802e64
 def _right_vectors(x, k, columns):
-    "First `k` right singular vectors of positions by channels, `(bs,c,k)`, largest entries positive, and values of unit length, `(bs,k)`"
+    "First `k` right singular vectors of positions by channels, `(bs,c,k)`, largest entries positive, and normalized singular values, `(bs,k)`"
     x = at_least_float(x)
     x = x.flatten(1, 2).mT if columns else x.flatten(2)
     values,vectors = torch.linalg.eigh(x@x.mT)
@@ -119,7 +119,7 @@ def _right_vectors(x, k, columns):
     return v*v.gather(1, v.abs().argmax(1, keepdim=True)).sign(),F.normalize(values.flip(1)[:,:k].clamp(min=0).sqrt(), dim=1)
 
 def _aligned(s, t):
-    "Of the student's vectors, for each of the teacher's the most alike, with its sign"
+    "The student's vector most similar to each of the teacher's, with matching sign"
     cos = s.mT@t
     best = cos.abs().argmax(1, keepdim=True)
     return s.gather(2, best.mT.squeeze(-1)[:,None].expand(-1, s.shape[1], -1))*cos.gather(1, best).sign()
@@ -128,7 +128,7 @@ def _rbf(a, b): return (-(a[:,:,None]-b[:,None])**2/8).exp()
 
 # %% ../../nbs/losses/features.ipynb #608448d0
 class _FiniteGrad(torch.autograd.Function):
-    "The identity, whose gradient is zero where it is no number"
+    "The identity, with non-finite gradients set to zero"
     @staticmethod
     def forward(ctx, x): return x.view_as(x)
 
@@ -137,13 +137,13 @@ class _FiniteGrad(torch.autograd.Function):
 
 @full_precision
 def kdsvd_loss(
-    input:Tensor, # Student's maps of one layer, `(bs,c,h,w)`
-    later:Tensor, # Student's of a later one, `(bs,c2,h2,w2)`
+    input:Tensor, # Student's feature maps of one layer, `(bs,c,h,w)`
+    later:Tensor, # Student's of a later layer, `(bs,c2,h2,w2)`
     target:Tensor, # Teacher's, `(bs,c,h3,w3)`
     target_later:Tensor, # Teacher's, `(bs,c2,h4,w4)`
-    k:int=1, # Singular vectors of the teacher
-    columns:bool=False # Vectors over the columns of feature maps, as in mdistiller, whatever the channels; by default over channels
-) -> Tensor: # A scalar: summed over pairs of channels, the mean over images
+    k:int=1, # Number of the teacher's singular vectors
+    columns:bool=False # Singular vectors over the columns of feature maps, as in mdistiller, for any numbers of channels; by default over channels
+) -> Tensor: # A scalar: summed over pairs of channels, averaged over images
     "Squared difference of a radial basis function of singular vectors of consecutive layers (Lee et al., arXiv:1807.06819)"
     def both(s, t):
         if columns: s,t = to_one_size(s, t)

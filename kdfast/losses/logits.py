@@ -17,7 +17,7 @@ from .core import at_least_float, check_shapes, full_precision, kd_loss, mean_ov
 def logits_loss(
     input:Tensor, # Student's logits
     target:Tensor, # Teacher's logits, same shape
-    mask:Tensor=None # Which positions count, `(bs,...)` without the axis of the classes, here 1; by default all
+    mask:Tensor=None # Which positions count, `(bs,...)` without the class axis, here 1; by default all
 ) -> Tensor: # A scalar: the mean over all elements
     "Mean squared difference of logits (Ba and Caruana, arXiv:1312.6184)"
     s,t = at_least_float(input),at_least_float(target)
@@ -35,7 +35,7 @@ def sigmoid_kd_loss(
 
 # %% ../../nbs/losses/logits.ipynb #85ec33b2
 def _others(x, y):
-    "`x`, `(...,c)`, without the entries that `y`, `(...)`, names"
+    "`x`, `(...,c)`, without the entries at indices `y`, `(...)`"
     i = torch.arange(x.shape[-1]-1, device=x.device)
     return x.gather(-1, i + (i>=y[...,None]))
 
@@ -45,28 +45,28 @@ def _kl(s, t): return (t.exp()*(t-s)).sum(-1)
 
 # %% ../../nbs/losses/logits.ipynb #d9721b66
 def _labelled(y, c):
-    "Labels that can be looked up, and which of them are labels"
-    if c<2: raise ValueError(f"Labels choose among at least two classes, but there is {c} logit: use BCE, or logits_loss")
+    "Labels clamped to valid indices, and which of them were valid"
+    if c<2: raise ValueError(f"Labels need at least two classes, but there is {c} logit: use BCE, or logits_loss")
     y,ok = y.as_subclass(Tensor),(y>=0)&(y<c)
     return y.clamp(0, c-1),ok.as_subclass(Tensor)
 
 def _reduced(x, ok, reduction):
     x = x.where(ok, 0)
     if reduction=='none': return x
-    if reduction!='mean': raise ValueError(f"reduction is 'mean' or 'none', got {reduction!r}")
+    if reduction!='mean': raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     return x.sum()/ok.sum().clamp(min=1)
 
 # %% ../../nbs/losses/logits.ipynb #52861f25
 def dkd_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
     target:Tensor, # Teacher's logits, same shape
-    y:Tensor, # Right classes, `(bs,...)`; others than 0 to c-1 are left out
-    alpha:float=1., # Weight of the right class against the rest
-    beta:float=8., # Weight of the classes of the rest among each other
+    y:Tensor, # Class indices, `(bs,...)`; those outside 0 to c-1 are ignored
+    alpha:float=1., # Weight of the correct class versus the rest
+    beta:float=8., # Weight of the distribution over the other classes
     T:float=4., # Temperature; raises `ValueError` unless positive
-    axis:int=1, # The axis of the classes
-    reduction:str='mean' # Over all labels, or 'none': `(bs,...)`
-) -> Tensor: # A scalar with 'mean'
+    axis:int=1, # The class axis
+    reduction:str='mean' # 'mean' over all labels, or 'none' for `(bs,...)`
+) -> Tensor: # A scalar for 'mean'
     "Decoupled distillation: `T**2*(alpha*TCKD + beta*NCKD)` (Zhao et al., arXiv:2203.08679)"
     s,t = (soften(o, T, axis).movedim(axis, -1) for o in (input,target))
     y,ok = _labelled(y, s.shape[-1])
@@ -78,12 +78,12 @@ def dkd_loss(
 def nkd_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
     target:Tensor, # Teacher's logits, same shape
-    y:Tensor, # Right classes, `(bs,...)`; others than 0 to c-1 are left out
+    y:Tensor, # Class indices, `(bs,...)`; those outside 0 to c-1 are ignored
     gamma:float=1.5, # Weight of the other classes
-    T:float=1., # Temperature of the other classes; raises `ValueError` unless positive
-    axis:int=1, # The axis of the classes
-    reduction:str='mean' # Over all labels, or 'none': `(bs,...)`
-) -> Tensor: # A scalar with 'mean'
+    T:float=1., # Temperature for the other classes; raises `ValueError` unless positive
+    axis:int=1, # The class axis
+    reduction:str='mean' # 'mean' over all labels, or 'none' for `(bs,...)`
+) -> Tensor: # A scalar for 'mean'
     "Normalized distillation: `-p_t(y)*log(p_s(y)) + gamma*T**2*CE` of the other classes (Yang et al., arXiv:2303.13005)"
     s,t = (soften(o, 1, axis).movedim(axis, -1) for o in (input,target))
     y,ok = _labelled(y, s.shape[-1])
@@ -100,10 +100,10 @@ def dist_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
     target:Tensor, # Teacher's logits, same shape
     tau:float=4., # Temperature; raises `ValueError` unless positive
-    axis:int=1, # The axis of the classes
+    axis:int=1, # The class axis
     mask:Tensor=None # Which positions count, `(bs,...)` without that axis; by default all
-) -> Tensor: # A scalar; of one image the second part is left out
-    "`tau**2` times what Pearson's correlation lacks to 1, within images and within classes (Huang et al., arXiv:2205.10536)"
+) -> Tensor: # A scalar; for a single image the second part is omitted
+    "`tau**2` times one minus Pearson's correlation, within images and within classes (Huang et al., arXiv:2205.10536)"
     s,t = (soften(o, tau, axis).exp().movedim(axis, -1).flatten(0, -2) for o in (input,target))
     w = None if mask is None else mask.to(s).reshape(-1, 1)
     lack = 1 - mean_over(_correlation(s, t, 1), None if w is None else w[:,0])
@@ -113,8 +113,8 @@ def dist_loss(
 def wttm_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
     target:Tensor, # Teacher's logits, same shape
-    gamma:float=.1, # Power of the teacher's probabilities, the inverse of a temperature; raises `ValueError` unless positive
-    axis:int=1, # The axis of the classes
+    gamma:float=.1, # Exponent of the teacher's probabilities, the inverse of a temperature; raises `ValueError` unless positive
+    axis:int=1, # The class axis
     mask:Tensor=None # Which positions count, `(bs,...)` without that axis; by default all
 ) -> Tensor: # A scalar: summed over classes, averaged over everything else
     "Weighted transformed teacher matching (Zheng and Yang, ICLR 2024, arXiv:2402.11148)"
@@ -125,31 +125,31 @@ def wttm_loss(
 
 # %% ../../nbs/losses/logits.ipynb #b7e6c492
 def check_power(eps):
-    if not 0<eps<math.inf: raise ValueError(f"eps, a power of the teacher's probabilities, must be positive and finite, got {eps}: 1 is published")
+    if not 0<eps<math.inf: raise ValueError(f"eps, an exponent of probabilities, must be positive and finite, got {eps}: the published value is 1")
 
 # %% ../../nbs/losses/logits.ipynb #72f9089e
 def ofa_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
     target:Tensor, # Teacher's logits, same shape; raises `ValueError` otherwise
-    y:Tensor, # Right classes, `(bs,...)`; others than 0 to c-1 are left out
-    eps:float=1., # Power; raises `ValueError` unless positive
-    axis:int=1, # The axis of the classes
-    reduction:str='mean' # Over all labels, or 'none': `(bs,...)`
-) -> Tensor: # A scalar with 'mean'
-    "Cross entropy with a teacher whose right class is raised (Hao et al., OFA-KD, arXiv:2310.19444)"
+    y:Tensor, # Class indices, `(bs,...)`; those outside 0 to c-1 are ignored
+    eps:float=1., # Exponent; raises `ValueError` unless positive
+    axis:int=1, # The class axis
+    reduction:str='mean' # 'mean' over all labels, or 'none' for `(bs,...)`
+) -> Tensor: # A scalar for 'mean'
+    "Cross entropy with the teacher's outputs, the correct class enhanced (Hao et al., OFA-KD, arXiv:2310.19444)"
     check_power(eps)
     check_shapes(input, target, "give both networks the same n_out")
     s,t = (soften(o, 1., axis).movedim(axis, -1) for o in (input,target))
     y,ok = _labelled(y, s.shape[-1])
-    right = torch.zeros_like(s).scatter(-1, y[...,None], 1.)  # one_hot would make a GPU wait
+    right = torch.zeros_like(s).scatter(-1, y[...,None], 1.)  # one_hot would synchronize the GPU
     return _reduced(-(((t.exp()+right)**eps-right)*s).sum(-1), ok, reduction)
 
 # %% ../../nbs/losses/logits.ipynb #564a29ee
 def standardize(
     logits:Tensor, # `(bs,c,...)`
-    axis:int=1 # The axis of the classes
+    axis:int=1 # The class axis
 ) -> Tensor: # At least float32
-    "Logits of mean 0 and standard deviation 1 (Sun et al., arXiv:2403.01427); those that are all equal become 0"
+    "Logits scaled to mean 0 and standard deviation 1 (Sun et al., arXiv:2403.01427); constant ones become 0"
     x = at_least_float(logits)
     std,mean = torch.std_mean(x, axis, keepdim=True)
     return (x-mean)/(std+1e-7)
@@ -157,15 +157,15 @@ def standardize(
 # %% ../../nbs/losses/logits.ipynb #3d9431a3
 def _check_ndim(input, name):
     if input.ndim!=2: raise ValueError(
-        f"{name} compares images and takes logits (bs,c), got shape {tuple(input.shape)}: use KD for pixels and tokens")
+        f"{name} compares whole images and needs logits (bs,c), got shape {tuple(input.shape)}: use KD for pixels and tokens")
 
 @full_precision
 def mlkd_loss(
-    input:Tensor, # Student's logits, `(bs,c)`; raises `ValueError` for another number of axes
+    input:Tensor, # Student's logits, `(bs,c)`; raises `ValueError` for any other number of axes
     target:Tensor, # Teacher's logits, same shape
     T:tuple=(2.,3.,4.,5.,6.) # Temperatures
 ) -> Tensor: # A scalar, summed over temperatures
-    "`kd_loss`, and squared differences of products of probabilities, `(c,c)` divided by c and `(bs,bs)` by bs (Jin et al., CVPR 2023)"
+    "`kd_loss` plus squared differences of products of probabilities, `(c,c)` divided by c and `(bs,bs)` by bs (Jin et al., CVPR 2023)"
     _check_ndim(input, 'MLKD')
     def level(T):
         s,t = (soften(o, T).exp() for o in (input,target))
@@ -175,18 +175,18 @@ def mlkd_loss(
 
 # %% ../../nbs/losses/logits.ipynb #f4c1bd31
 def check_probability(a):
-    if not 0<a<1: raise ValueError(f"The virtual teacher's probability of the right class must be in (0,1), got a={a}: .99 is published")
+    if not 0<a<1: raise ValueError(f"The virtual teacher's probability of the correct class must be in (0,1), got a={a}: the published value is .99")
 
 # %% ../../nbs/losses/logits.ipynb #169aafa4
 def tfkd_loss(
     input:Tensor, # Student's logits, `(bs,c,...)`
-    y:Tensor, # Right classes, `(bs,...)`; others than 0 to c-1 are left out
-    a:float=.99, # The virtual teacher's probability of the right class; raises `ValueError` unless in (0,1)
+    y:Tensor, # Class indices, `(bs,...)`; those outside 0 to c-1 are ignored
+    a:float=.99, # The virtual teacher's probability of the correct class; raises `ValueError` unless in (0,1)
     T:float=20., # Temperature; raises `ValueError` unless positive
-    axis:int=1, # The axis of the classes
-    reduction:str='mean' # Over all labels, or 'none': `(bs,...)`
-) -> Tensor: # A scalar with 'mean'
-    "`kd_loss` from a virtual teacher that gives the right class `a` and the others equal parts of the rest (Yuan et al., arXiv:1909.11723)"
+    axis:int=1, # The class axis
+    reduction:str='mean' # 'mean' over all labels, or 'none' for `(bs,...)`
+) -> Tensor: # A scalar for 'mean'
+    "`kd_loss` from a virtual teacher that gives the correct class `a` and shares the rest equally among the others (Yuan et al., arXiv:1909.11723)"
     check_probability(a)
     s = at_least_float(input).movedim(axis, -1)
     y,ok = _labelled(y, s.shape[-1])
@@ -196,22 +196,22 @@ def tfkd_loss(
 # %% ../../nbs/losses/logits.ipynb #656e03ac
 def next_of_class(
     y:Tensor # Classes of a batch, `(bs,)`
-) -> Tensor: # For each image the number of another, `(bs,)`; its own if there is none
-    "The next image of the same class, after the last comes the first"
+) -> Tensor: # For each image the index of another, `(bs,)`; its own if there is none
+    "The next image of the same class, cyclically"
     i = torch.arange(len(y), device=y.device)
     steps = (i-i[:,None]-1)%len(y) + 1
     return (i + steps.where(y==y[:,None], len(y)).amin(1))%len(y)
 
 def cskd_loss(
-    input:Tensor, # Student's logits, `(bs,c)`; raises `ValueError` for another number of axes
-    y:Tensor, # Right classes, `(bs,)`; others than 0 to c-1 have no partner
+    input:Tensor, # Student's logits, `(bs,c)`; raises `ValueError` for any other number of axes
+    y:Tensor, # Class indices, `(bs,)`; those outside 0 to c-1 have no partner
     T:float=4., # Temperature; raises `ValueError` unless positive
-    target:Tensor=None # Logits in place of the student's own, for the partners
+    target:Tensor=None # Logits from which partners are taken, `(bs,c)`; by default the student's own
 ) -> Tensor: # A scalar: the mean over images that have a partner
-    "`kd_loss` between two images of one class, the second without gradient (Yun et al., arXiv:2003.13964)"
+    "`kd_loss` between two images of the same class, the second without gradient (Yun et al., arXiv:2003.13964)"
     _check_ndim(input, 'CS-KD')
     y,ok = y.as_subclass(Tensor),_labelled(y, input.shape[1])[1]
-    partner = next_of_class(y.where(ok, -1-torch.arange(len(y), device=y.device)))  # what has no label has no class
+    partner = next_of_class(y.where(ok, -1-torch.arange(len(y), device=y.device)))  # each unlabelled image is a class of its own
     paired = partner!=torch.arange(len(partner), device=partner.device)
     s,t = (soften(o, T) for o in (input,(input if target is None else target).detach()[partner]))
     return _reduced(T**2*_kl(s, t), paired, 'mean')

@@ -15,11 +15,11 @@ from .core import at_least_float, check_channels, check_maps, full_precision
 
 # %% ../../nbs/losses/relations.ipynb #91804ea4
 def embedding(
-    x:Tensor # Features, `(bs,d)`, or feature maps, `(bs,d,h,w)` or `(bs,d,t,h,w)`; raises `ValueError` for tokens, which signals are not told from
+    x:Tensor # Features, `(bs,d)`, or feature maps, `(bs,d,h,w)` or `(bs,d,t,h,w)`; raises `ValueError` for three axes, tokens or signals
 ) -> Tensor: # `(bs,d)`, at least float32
-    "One vector an image: feature maps are averaged over their positions"
+    "One vector per image: feature maps are averaged over positions"
     if x.ndim not in (2,4,5) and tuple(x.shape[2:])!=(1,): raise ValueError(
-        f"Features must be (bs,d) or feature maps (bs,d,h,w), got shape {tuple(x.shape)}: choose a layer that outputs one of them")
+        f"Features must be vectors (bs,d) or feature maps (bs,d,h,w), got shape {tuple(x.shape)}: choose a layer that outputs either")
     return at_least_float(x).flatten(2).mean(2) if x.ndim>2 else at_least_float(x)
 
 # %% ../../nbs/losses/relations.ipynb #54f77d8d
@@ -30,9 +30,9 @@ def _gram(x):
 @full_precision
 def sp_loss(
     input:Tensor, # Student's features, `(bs,...)`
-    target:Tensor # Teacher's, of any shape but for the number of images
+    target:Tensor # Teacher's features, `(bs,...)`, of any shape
 ) -> Tensor: # A scalar
-    "Mean squared difference of the products of all pairs of images, rows normalized (Tung and Mori, arXiv:1907.09682)"
+    "Mean squared difference of the Gram matrices of a batch, rows normalized (Tung and Mori, arXiv:1907.09682)"
     return F.mse_loss(_gram(input), _gram(target))
 
 # %% ../../nbs/losses/relations.ipynb #738764ed
@@ -59,9 +59,9 @@ def _gaussians(x, gamma):
 def cc_loss(
     input:Tensor, # Student's features, `(bs,d,...)`
     target:Tensor, # Teacher's, `(bs,d2,...)`
-    gamma:float=.4 # Of `exp(-gamma*d**2)`
+    gamma:float=.4 # Coefficient in `exp(-gamma*d**2)`
 ) -> Tensor: # A scalar: the mean over pairs of images
-    "Mean squared difference of a Gaussian kernel of all pairs of images (Peng et al., arXiv:1904.01802)"
+    "Mean squared difference of Gaussian kernels of all pairs of images (Peng et al., arXiv:1904.01802)"
     return F.mse_loss(_gaussians(input, gamma), _gaussians(target, gamma))
 
 # %% ../../nbs/losses/relations.ipynb #9cd33ce3
@@ -71,7 +71,7 @@ def _distances(x, all_pairs):
     return d/(d.sum()/n).clamp(min=1e-12)
 
 def _angles(x):
-    "Cosines of the angles at each image between each two others, `(bs,bs,bs)`"
+    "Cosines of the angles at each image between every two others, `(bs,bs,bs)`"
     e = F.normalize(x[None]-x[:,None], dim=2)
     return e@e.mT
 
@@ -80,11 +80,11 @@ def _angles(x):
 def rkd_loss(
     input:Tensor, # Student's features, `(bs,d,...)`
     target:Tensor, # Teacher's, `(bs,d2,...)`
-    distance:float=25., # Weight of distances
-    angle:float=50., # Weight of angles, of which there are `bs**3`
-    all_pairs:bool=False # Count pairs of equal embeddings in the mean distance, as the paper and the authors' code do
+    distance:float=25., # Weight of the distances
+    angle:float=50., # Weight of the `bs**3` angles
+    all_pairs:bool=False # Include pairs of equal embeddings in the mean distance, as the paper and the authors' code do
 ) -> Tensor: # A scalar
-    "Smooth L1 of distances and of angles between the images of a batch (Park et al., arXiv:1904.05068)"
+    "Smooth L1 loss of distances and of angles between the images of a batch (Park et al., arXiv:1904.05068)"
     s,t,distances = embedding(input),embedding(target),partial(_distances, all_pairs=all_pairs)
     return sum((w*F.smooth_l1_loss(f(s), f(t)) for w,f in ((distance,distances),(angle,_angles)) if w), s.new_zeros(()))
 
@@ -93,10 +93,10 @@ def _kernel(a, b): return torch.bmm(a, b.mT).square().mean((1,2))
 
 @full_precision
 def nst_loss(
-    input:Tensor, # Student's maps, `(bs,c,h,w)`
-    target:Tensor # Teacher's maps, `(bs,c2,h2,w2)`: channels and size may differ
+    input:Tensor, # Student's feature maps, `(bs,c,h,w)`
+    target:Tensor # Teacher's feature maps, `(bs,c2,h2,w2)`: channels and size may differ
 ) -> Tensor: # A scalar: the mean over images
-    "Squared maximum mean discrepancy of normalized channels, kernel `(x.y)**2`, larger maps pooled (Huang and Wang, arXiv:1707.01219)"
+    "Squared maximum mean discrepancy of normalized channels, kernel `(x.y)**2`, larger feature maps pooled (Huang and Wang, arXiv:1707.01219)"
     for o in (input,target): check_maps(o, 'NST')
     size = tuple(map(min, input.shape[2:], target.shape[2:]))
     s,t = (F.normalize(F.adaptive_avg_pool2d(at_least_float(o), size).flatten(2), dim=2) for o in (input,target))
@@ -109,23 +109,23 @@ def _channel_products(x):
 
 @full_precision
 def ickd_loss(
-    input:Tensor, # Student's maps, `(bs,c,h,w)`, after its adapter if it has one
-    target:Tensor # Teacher's maps, `(bs,c,h2,w2)`; raises `ValueError` for another number of channels
+    input:Tensor, # Student's feature maps, `(bs,c,h,w)`, after its adapter if it has one
+    target:Tensor # Teacher's feature maps, `(bs,c,h2,w2)`; raises `ValueError` for any other number of channels
 ) -> Tensor: # A scalar: the mean over pairs of channels and images
-    "Mean squared difference of the products of all pairs of channels, rows normalized (Liu et al., arXiv:2202.03680)"
+    "Mean squared difference of the Gram matrices of channels, rows normalized (Liu et al., arXiv:2202.03680)"
     check_channels(input, target, "use `ICKD`, which learns an adapter, or `nst_loss`, which needs none")
     return F.mse_loss(_channel_products(input), _channel_products(target))
 
 # %% ../../nbs/losses/relations.ipynb #ba3ad05e
 def crd_loss(
-    positive:Tensor, # Similarity to the same image, divided by the temperature, less the logarithm of what normalizes it, `(bs,)`
-    negatives:Tensor, # The same for others, `(bs,k)`
-    n:int, # Images from which the others are drawn
+    positive:Tensor, # Similarity to the same image, divided by the temperature, minus the logarithm of the normalizer, `(bs,)`
+    negatives:Tensor, # The same for other images, `(bs,k)`
+    n:int, # Number of images from which the others are drawn
     valid:Tensor=None # Which of `negatives` count, `(bs,k)`; by default all
-) -> Tensor: # A scalar: the sum of an image's decisions, the mean over images
-    "Noise contrastive estimation of contrastive representation distillation (Tian et al., arXiv:1910.10699)"
+) -> Tensor: # A scalar: summed over the decisions of each image, averaged over images
+    "Noise-contrastive loss of contrastive representation distillation (Tian et al., arXiv:1910.10699)"
     positive,negatives = at_least_float(positive),at_least_float(negatives)
     valid = torch.ones_like(negatives, dtype=torch.bool) if valid is None else valid
-    noise = (valid.sum(1).to(positive)/n).log()  # -inf, which counts for nothing, where there are none
+    noise = (valid.sum(1).to(positive)/n).log()  # -inf, which adds nothing, if there are none
     wrong = F.softplus(negatives-noise.clamp(min=-1e4)[:,None]).where(valid, 0).sum(1)
     return (F.softplus(noise-positive) + wrong).mean()

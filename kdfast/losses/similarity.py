@@ -16,9 +16,9 @@ from .core import at_least_float, check_channels, full_precision, to_size
 @full_precision
 def cosine_loss(
     input:Tensor, # Student's features, `(bs,d)` or `(bs,d,h,w)`, after its adapter
-    target:Tensor # Teacher's features, `(bs,d)` or `(bs,d,h2,w2)`; raises `ValueError` for another `d`
+    target:Tensor # Teacher's features, `(bs,d)` or `(bs,d,h2,w2)`; raises `ValueError` for any other `d`
 ) -> Tensor: # A scalar between 0 and 2: the mean over images and positions of the teacher's grid
-    "One minus the cosine of the angle between both networks' features, position by position (arXiv:2510.25257)"
+    "One minus the cosine similarity of both networks' features, position by position (arXiv:2510.25257)"
     check_channels(input, target, "use `Cosine`, which learns an adapter")
     s,t = at_least_float(input),at_least_float(target)
     return 1 - F.cosine_similarity(to_size(s, t.shape[2:]) if t.ndim==4 else s, t).mean()
@@ -29,7 +29,7 @@ def vkd_loss(
     input:Tensor, # Student's vectors, `(bs,d)`, after an orthogonal projection
     target:Tensor # Teacher's vectors, `(bs,d)`
 ) -> Tensor: # A scalar: the mean over all elements
-    "Smooth absolute difference from the teacher's vectors, each normalized (Miles et al., VkD, arXiv:2403.06213)"
+    "Smooth L1 loss against the teacher's vectors, each normalized (Miles et al., VkD, arXiv:2403.06213)"
     check_channels(input, target, "use `VkD`, which learns a projection")
     s,t = at_least_float(input),at_least_float(target)
     return F.smooth_l1_loss(s, F.layer_norm(t, t.shape[1:]))
@@ -46,7 +46,7 @@ def global_similarity_loss(
     queue:Tensor, # Teacher's embeddings of other images, `(n,d)`
     tau:float=.07 # Temperature
 ) -> Tensor: # A scalar: the mean over images
-    "KL divergence of how similar an image is to those of a queue (LightlyTrain's distillation)"
+    "KL divergence of an image's similarities to those of a queue (LightlyTrain's distillation)"
     check_channels(input, target, "use `Similarity`, which learns an adapter")
     return _kl(*(_log_similarity(at_least_float(o), at_least_float(queue), tau) for o in (input,target)))
 
@@ -57,7 +57,7 @@ def local_similarity_loss(
     target:Tensor, # Teacher's feature maps, `(bs,d2,h2,w2)`
     tau:float=.07 # Temperature
 ) -> Tensor: # A scalar: the mean over images and positions
-    "KL divergence of how similar a position is to all of its image (LightlyTrain's distillation)"
+    "KL divergence of a position's similarities to all of its image (LightlyTrain's distillation)"
     t = at_least_float(target)
     tokens = [o.flatten(2).transpose(1, 2) for o in (to_size(at_least_float(input), t.shape[2:]),t)]
     return _kl(*(_log_similarity(o, o, tau) for o in tokens))

@@ -28,7 +28,7 @@ def _resnet(depth, k, n_out, n_in):
 
 # %% ../../nbs/models/cifar.ipynb #f7b7c614
 class BottleneckBlock(nn.Module):
-    "1x1, 3x3 and 1x1 convolutions around a shortcut; the inner two have a quarter of the channels (arXiv:1512.03385)"
+    "1x1, 3x3 and 1x1 convolutions with a shortcut; the first two output a quarter of the channels (arXiv:1512.03385)"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
@@ -63,7 +63,7 @@ def _vgg(depth, n_out, n_in):
 
 # %% ../../nbs/models/cifar.ipynb #f30edfbc
 class InvertedResidual(nn.Module):
-    "A depthwise convolution between two 1x1 ones, wider inside than outside, added to its input where their shapes agree (arXiv:1801.04381)"
+    "A depthwise convolution between two 1x1 ones, wider inside than outside, added to the input where shapes match (arXiv:1801.04381)"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
@@ -87,7 +87,7 @@ def _mobilenetv2(n_out, n_in, width=.5):
 
 # %% ../../nbs/models/cifar.ipynb #b151d2b3
 class ShuffleUnit(nn.Module):
-    "Grouped 1x1, depthwise 3x3 and grouped 1x1 convolutions, added to their input, or at stride 2 joined to it (arXiv:1707.01083)"
+    "Grouped 1x1, depthwise 3x3 and grouped 1x1 convolutions, added to the input, or at stride 2 concatenated with it (arXiv:1707.01083)"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
@@ -114,11 +114,11 @@ def _shufflenetv1(n_out, n_in, groups=3):
 
 # %% ../../nbs/models/cifar.ipynb #ee20be94
 class SplitUnit(nn.Module):
-    "Half of the channels through a depthwise convolution between two 1x1 ones, the other half unchanged, or at stride 2 all through both; then shuffled (arXiv:1807.11164)"
+    "Half of the channels through 1x1, depthwise and 1x1 convolutions, at stride 2 all through two branches; then a shuffle (arXiv:1807.11164)"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
-        stride:int # 1, where `ni` is `nf`, or 2
+        stride:int # 1, if `ni` equals `nf`, or 2
     ):
         super().__init__()
         n,self.down = nf//2,stride==2
@@ -142,10 +142,10 @@ cifar_nets = {**{f'resnet{d}':partial(_resnet, d, 1) for d in (8,14,20,32,44,56,
 
 # %% ../../nbs/models/cifar.ipynb #43c6e77a
 def cifar_net(
-    name:str, # 'resnet8x4', 'vgg8', 'mobilenetv2', ...; raises `ValueError` with all names for an unknown one
+    name:str, # 'resnet8x4', 'vgg8', 'mobilenetv2', ...; raises `ValueError` listing all names for an unknown one
     n_out:int=100, # Number of classes
     n_in:int=3 # Channels of the image
 ) -> nn.Sequential: # Stages `stem layer1 layer2 ... pool flat fc`, for images of 32 px
-    "A network of the tables on CIFAR-100 (arXiv:1910.10699)"
+    "A network of the published CIFAR-100 tables (arXiv:1910.10699)"
     if name not in cifar_nets: raise ValueError(f"Unknown network {name!r} for CIFAR: choose from {', '.join(cifar_nets)}")
     return init_he(nn.Sequential(OrderedDict(cifar_nets[name](n_out, n_in))))

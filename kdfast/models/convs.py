@@ -28,21 +28,21 @@ class Full(nn.Conv2d):
 def _is_norm(m): return isinstance(m, nn.modules.batchnorm._NormBase)
 
 class Cheap:
-    "A layer in place of a full convolution of `full` weights"
+    "A layer that replaces a full convolution of `full` weights"
     full = None
 
     def compressed(self) -> list: # Parameters
-        "What it has learned in place of those weights: no bias, no batch norm"
+        "The parameters that replace those weights: no bias, no batch norm"
         return [p for m in self.modules() if not _is_norm(m) for n,p in m.named_parameters(recurse=False) if n!='bias']
 
     @property
     def compression(self) -> float: # 0.1 for a tenth of the weights
-        "Numbers over weights of the full convolution"
+        "Parameters as a fraction of the weights of the full convolution"
         return sum(p.numel() for p in self.compressed())/self.full
 
 # %% ../../nbs/models/convs.ipynb #a0157c9f
 class Dilated2x2(Cheap, nn.Conv2d):
-    "A 2x2 kernel spread to the corners of a `ks` x `ks` one: 4 weights instead of 9, the same field of view"
+    "A 2x2 kernel spread to the corners of a `ks` x `ks` one: 4 weights instead of 9, the same receptive field"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
@@ -61,7 +61,7 @@ def check_one(**given):
 
 # %% ../../nbs/models/convs.ipynb #1573bfb0
 def _groups(ni, nf, groups, group_size):
-    "How many groups that is; raises `ValueError` where they do not divide the channels"
+    "The number of groups; raises `ValueError` unless it divides the channels"
     check_one(groups=groups, group_size=group_size)
     n,rest = (groups,0) if group_size is None else divmod(ni, group_size) if group_size>=1 else (0,0)
     asked = f"groups={groups}" if group_size is None else f"group_size={group_size}"
@@ -70,29 +70,29 @@ def _groups(ni, nf, groups, group_size):
     return n
 
 class Grouped(Cheap, nn.Conv2d):
-    "A convolution whose channels see only those of their own group"
+    "A convolution whose output channels see only the input channels of their own group"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
         ks:int=3, # Kernel size
         stride:int=1, # Stride
         bias:bool=False, # Add a bias
-        groups:int=None, # How many groups; raises `ValueError` unless it divides `ni` and `nf`
-        group_size:int=None # In place of `groups`: input channels in each
+        groups:int=None, # Number of groups; raises `ValueError` unless it divides `ni` and `nf`
+        group_size:int=None # Instead of `groups`: input channels per group
     ):
         super().__init__(ni, nf, ks, stride, padding=ks//2, bias=bias, groups=_groups(ni, nf, groups, group_size))
         self.full = ni*nf*ks*ks
 
 # %% ../../nbs/models/convs.ipynb #c41cf8a6
 def _normal(m, gain):
-    "Outputs that vary `gain` times as much as the inputs' mean square"
+    "Initialize for outputs with `gain` times the mean square of the inputs as their variance"
     if hasattr(m, 'init_weights'): m.init_weights()
     else: nn.init.normal_(m.weight, std=sqrt(gain/m.weight[0].numel()))
 
 class Composite(Cheap, nn.Sequential):
-    "Layers in place of one convolution; the last one mixes all channels"
+    "Layers that replace one convolution; the last one mixes all channels"
     def __init__(self,
-        ni:int, # Channels in of the convolution that is replaced
+        ni:int, # Channels in of the replaced convolution
         nf:int, # Channels out
         ks:int, # Kernel size
         *layers # Modules
@@ -101,7 +101,7 @@ class Composite(Cheap, nn.Sequential):
         self.ni,self.nf,self.full = ni,nf,ni*nf*ks*ks
 
     def init_weights(self):
-        "Outputs of the variance that a full convolution's have, whatever the last layer's fan-in"
+        "Initialize for the output variance of a full convolution, whatever the last layer's fan-in"
         *inner,last = [m for m in self if isinstance(m, (nn.Conv2d,Cheap))]
         for m in inner: _normal(m, 1)
         _normal(last, 2*self.ni/self.nf)
@@ -109,14 +109,14 @@ class Composite(Cheap, nn.Sequential):
 
 # %% ../../nbs/models/convs.ipynb #9bb566b8
 def _plain(m):
-    "Biases at zero, batch norms at the identity"
+    "Set biases to zero and batch norms to the identity"
     if isinstance(m, nn.BatchNorm2d): m.reset_parameters()
     elif isinstance(m, nn.Conv2d) and m.bias is not None: nn.init.zeros_(m.bias)
 
 def init_he(
     model:nn.Module # Its convolutions are initialized in place, its batch norms set to the identity
 ) -> nn.Module: # The same `model`
-    "He initialization by fan-out (arXiv:1502.01852), which takes groups into account, and layers in place of one convolution together"
+    "He initialization by fan-out (arXiv:1502.01852), which accounts for groups and treats layers that replace one convolution as one"
     if hasattr(model, 'init_weights'): model.init_weights()
     else:
         if isinstance(model, nn.Conv2d):
@@ -128,7 +128,7 @@ def init_he(
 
 # %% ../../nbs/models/convs.ipynb #aa33eb7e
 def depthwise_layers(ni, ks, stride, linear=True):
-    "A filter for each channel, nothing where there is no space to mix"
+    "A depthwise convolution, or nothing if the kernel is 1x1"
     if ks==1: return []
     return [Full(ni, ni, ks, stride, groups=ni), *([] if linear else [nn.BatchNorm2d(ni), nn.ReLU(inplace=True)])]
 
@@ -138,10 +138,10 @@ class Separable(Composite):
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
-        ks:int=3, # Kernel size of the depthwise part; 1 leaves the pointwise part alone
+        ks:int=3, # Kernel size of the depthwise part; 1 leaves only the pointwise part
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the pointwise part
-        linear:bool=False # Leave batch norm and ReLU out
+        linear:bool=False # Leave out batch norm and ReLU
     ): super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride, linear), nn.Conv2d(ni, nf, 1, stride if ks==1 else 1, bias=bias))
 
 # %% ../../nbs/models/convs.ipynb #528d7a8d
@@ -150,11 +150,11 @@ class SeparableGrouped(Composite):
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
-        ks:int=3, # Kernel size of the grouped part; 1 leaves the pointwise part alone
+        ks:int=3, # Kernel size of the grouped part; 1 leaves only the pointwise part
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the pointwise part
-        groups:int=None, # How many groups; raises `ValueError` unless it divides `ni`
-        group_size:int=None # In place of `groups`: channels in each
+        groups:int=None, # Number of groups; raises `ValueError` unless it divides `ni`
+        group_size:int=None # Instead of `groups`: channels per group
     ):
         n = _groups(ni, ni, groups, group_size)
         spatial = [Full(ni, ni, ks, stride, groups=n), nn.BatchNorm2d(ni), nn.ReLU(inplace=True)] if ks>1 else []
@@ -162,7 +162,7 @@ class SeparableGrouped(Composite):
 
 # %% ../../nbs/models/convs.ipynb #4cd94242
 class Bottleneck(Composite):
-    "1x1 down to `nf/b` channels, a convolution, 1x1 up, batch norm and ReLU between: Moonshine's B and BG (arXiv:1711.02613)"
+    "1x1 down to `nf/b` channels, a convolution, 1x1 up, with batch norm and ReLU in between: Moonshine's B and BG (arXiv:1711.02613)"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
@@ -172,7 +172,7 @@ class Bottleneck(Composite):
         b:float=4, # How many times narrower than `nf` the middle is, at least 1; raises `ValueError` below
         middle=Full # Called as `middle(channels, channels, ks, stride)`
     ):
-        if b<1: raise ValueError(f"A bottleneck is narrower than its {nf} outputs by b of at least 1, got b={b}")
+        if b<1: raise ValueError(f"A bottleneck with {nf} outputs needs b of at least 1, got b={b}")
         n = max(1, int(nf/b))
         act = lambda: [nn.BatchNorm2d(n), nn.ReLU(inplace=True)]
         spatial = [middle(n, n, ks, stride), *act()] if ks>1 else []
@@ -188,7 +188,7 @@ class Shuffle(Composite):
         ks:int=3, # Kernel size of the depthwise part; 1 leaves it out
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the last part
-        groups:int=4 # Of the two 1x1 parts; raises `ValueError` unless it divides `ni` and `nf`
+        groups:int=4 # Groups of the two 1x1 parts; raises `ValueError` unless it divides `ni` and `nf`
     ):
         n = _groups(ni, nf, groups, None)
         super().__init__(ni, nf, ks, nn.Conv2d(ni, nf, 1, stride if ks==1 else 1, groups=n, bias=False), nn.ChannelShuffle(n),
@@ -196,28 +196,28 @@ class Shuffle(Composite):
 
 # %% ../../nbs/models/convs.ipynb #e1f53044
 def _rank(ni, nf, rank, ratio):
-    "The rank asked for; raises `ValueError` where there is none"
+    "The requested rank; raises `ValueError` if it is out of range"
     check_one(rank=rank, ratio=ratio)
     check_ratio(ratio)
     rank = max(1, min(ni, nf, int(ratio*ni*nf/(ni+nf)+1e-9))) if rank is None else rank
-    if not 1<=rank<=min(ni,nf): raise ValueError(f"For {ni} and {nf} channels rank is between 1 and {min(ni,nf)}, got rank={rank}")
+    if not 1<=rank<=min(ni,nf): raise ValueError(f"For {ni} and {nf} channels, rank must be between 1 and {min(ni,nf)}, got rank={rank}")
     return rank
 
 # %% ../../nbs/models/convs.ipynb #3cf937ea
 def check_ratio(ratio):
-    if ratio is not None and not 0<ratio<=1: raise ValueError(f"ratio is a fraction of the weights, above 0 and at most 1, got {ratio}")
+    if ratio is not None and not 0<ratio<=1: raise ValueError(f"ratio must be above 0 and at most 1, got {ratio}")
 
 # %% ../../nbs/models/convs.ipynb #85d4ed22
 class LowRank(Composite):
-    "Depthwise convolution, then a pointwise one of low rank: two 1x1 with few channels between and no activation (arXiv:1906.00859)"
+    "Depthwise convolution, then a pointwise one of low rank: two 1x1 with few channels and no activation in between (arXiv:1906.00859)"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
         ks:int=3, # Kernel size of the depthwise part; 1 leaves it out
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the last part
-        rank:int=None, # Channels between; raises `ValueError` above the full rank, min(ni,nf)
-        ratio:float=None # In place of `rank`: part of the pointwise weights that is left, in (0,1], with a rank of at least 1
+        rank:int=None, # Channels in between; raises `ValueError` above the full rank, min(ni,nf)
+        ratio:float=None # Instead of `rank`: fraction of the pointwise weights to keep, in (0,1], with a rank of at least 1
     ):
         n = _rank(ni, nf, rank, ratio)
         super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride),

@@ -25,20 +25,20 @@ from .convs import check_one
 # %% ../../nbs/models/measure.ipynb #69f289bb
 def count_params(
     model:nn.Module, # Any module; a parameter shared by two layers counts once
-    buffers:bool=False # Add the floating point buffers, that is, the running statistics of batch norms
+    buffers:bool=False # Include floating-point buffers, such as the running statistics of batch norms
 ) -> int: # Number of elements, frozen or not
-    "How many numbers `model` has to learn, or with `buffers` to store"
+    "Number of parameters of `model`, or with `buffers` of all values that it stores"
     model = getattr(model, '_kdfast_reference', model)
     tensors = [*model.parameters(), *(b for b in model.buffers() if buffers and b.is_floating_point())]
     return sum(t.numel() for t in tensors)
 
 # %% ../../nbs/models/measure.ipynb #0b6e1ba1
 def zeros_for(
-    model:nn.Module, # The result lies on the device of its first parameter
-    size:int|tuple, # As for `input_shape`; for a network of anything but images a batch, a tensor or a tuple of them, whose values do not matter
+    model:nn.Module, # The result is on the device of its first floating-point parameter
+    size:int|tuple, # As for `input_shape`; for inputs other than images, a batch: a tensor or a tuple of them, whose values do not matter
     bs:int=1 # Number of samples
-) -> tuple: # One tensor an input, `(bs,...)`
-    "A batch of zeros that `model` can take"
+) -> tuple: # One tensor per input, `(bs,...)`
+    "A batch of zeros for `model`"
     p = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     like = size if isinstance(size, tuple) and all(isinstance(o, torch.Tensor) for o in size) else (size,)
     shapes = [(o.shape[1:],o.dtype) if isinstance(o, torch.Tensor) else (input_shape(o),p.dtype) for o in like]
@@ -47,7 +47,7 @@ def zeros_for(
 # %% ../../nbs/models/measure.ipynb #d6b4be80
 @contextmanager
 def _spelt_out(model):
-    "A block in which attention and recurrent layers run as the matrix products that they are"
+    "A block in which attention and recurrent layers run as plain matrix products"
     recurrent,fast = any(isinstance(m, nn.RNNBase) for m in model.modules()),torch.backends.mha.get_fastpath_enabled()
     fused = [o.flags(enabled=False) for o in (torch.backends.mkldnn,torch.backends.cudnn)] if recurrent else [nullcontext()]*2
     torch.backends.mha.set_fastpath_enabled(False)
@@ -58,9 +58,9 @@ def _spelt_out(model):
 def count_macs(
     model:nn.Module, # Run once on one image of zeros, in eval mode
     size:int|tuple, # Side of a square RGB image, `(h,w)`, `(c,h,w)`, or inputs, as for `zeros_for`
-    parts:bool=False # Give a dictionary of what the total is made of instead
-) -> int: # Multiply-adds of convolutions and matrix products, and what layers with a method `extra_macs` tell of others
-    "Multiply-adds of one image, counted by torch while it runs"
+    parts:bool=False # Return a dictionary of the parts instead of the total
+) -> int: # Multiply-adds of convolutions and matrix products, and others that layers report in a method `extra_macs`
+    "Multiply-adds for one image, counted by torch during a forward pass"
     model = getattr(model, '_kdfast_reference', model)
     counter,told = FlopCounterMode(display=False),Counter()
     hooks = [m.register_forward_hook(lambda m,x,y: told.update(m.extra_macs())) for m in model.modules() if hasattr(m, 'extra_macs')]
@@ -90,10 +90,10 @@ def _seconds(model, xb):
 def compare(
     models:dict, # Name to module
     size:int|tuple, # Side of a square RGB image, `(h,w)`, `(c,h,w)`, or inputs, as for `zeros_for`
-    bs:int=1, # Images at a time: 1 is latency, 64 is throughput
-    reps:int=10 # Turns of each model, after one to warm up
-) -> DataFrame: # One row a model
-    "What each of `models` costs: parameters, state, multiply-adds, MB on disk, ms per image"
+    bs:int=1, # Batch size: 1 measures latency, 64 throughput
+    reps:int=10 # Timed runs of each model, after one to warm up
+) -> DataFrame: # One row per model
+    "Costs of each of `models`: parameters, state, multiply-adds, MB on disk, ms per image"
     xs = {k:zeros_for(m, size, bs) for k,m in models.items()}
     with probing(*models.values()): turns = [{k:_seconds(m, xs[k]) for k,m in models.items()} for _ in range(reps+1)][1:]
     rows = {k: {'parameters':count_params(m), 'state':count_params(m, buffers=True), 'MACs':count_macs(m, size), 'MB on disk':_megabytes(m),
@@ -102,19 +102,19 @@ def compare(
 
 # %% ../../nbs/models/measure.ipynb #75e7ed42
 Fit = namedtuple('Fit', 'setting model count')
-Fit.__doc__ = "What `fit_budget` finds: the setting, its network, and what that costs"
+Fit.__doc__ = "Result of `fit_budget`: the setting, the network and its cost"
 
 def _built(make, setting):
     try:
         with torch.device('meta'): return make(setting)
-    except (RuntimeError,TypeError,ValueError): return make(setting)  # it looks at its weights, or is wrong anyway
+    except (RuntimeError,TypeError,ValueError): return make(setting)  # it reads its weights, or fails anyway
 
 def _milliseconds(model, size, reps=10):
     xb = zeros_for(model, size)
     with probing(model): return 1e3*median([_seconds(model, xb) for _ in range(reps+1)][1:])
 
 def _settings(over):
-    "How many settings there are beyond the first, and a function that gives each"
+    "Number of settings after the first, and a function from index to setting"
     if isinstance(over, list): return len(over)-1,over.__getitem__
     lo,hi = over
     if isinstance(lo, int) and isinstance(hi, int): return hi-lo,lambda i: lo+i
@@ -122,14 +122,14 @@ def _settings(over):
 
 # %% ../../nbs/models/measure.ipynb #8017e38e
 def fit_budget(
-    make, # Called with a setting, gives a network whose cost rises or falls with it
+    make, # Called with a setting, returns a network whose cost rises or falls with it
     params:int=None, # Budget of parameters
-    macs:int=None, # In place of `params`: of multiply-adds of one image
-    ms:float=None, # In place of `params`: of milliseconds for one image, measured
-    over=(1,64), # First and last setting, whole or real numbers, of which about a million are tried; or a list of all, in order
+    macs:int=None, # Instead of `params`: budget of multiply-adds for one image
+    ms:float=None, # Instead of `params`: budget of measured milliseconds for one image
+    over=(1,64), # First and last setting: integers, or floats in about a million steps; or a list of all, in order
     size=None # Of the images, as for `count_macs`; needed for `macs` and `ms`
 ) -> Fit: # `(setting, model, count)`
-    "The setting that costs as much as possible without exceeding the budget; raises `ValueError` with the costs that can be reached"
+    "The setting that costs as much as possible without exceeding the budget; raises `ValueError` with the costs within reach"
     check_one(params=params, macs=macs, ms=ms)
     n,at = _settings(over)
     build = make if ms is not None else lambda s: _built(make, s)
@@ -142,10 +142,10 @@ def fit_budget(
 def compare_at_budget(
     makes:dict, # Name to a function for `fit_budget`, or to `(function, over)`
     size, # Of the images, as for `count_macs`
-    over=(1,64), # As for `fit_budget`, where a make has none of its own
+    over=(1,64), # As for `fit_budget`, for functions given without their own
     **budget # One of `params`, `macs` and `ms`
-) -> DataFrame: # One row a make: its setting and what `compare` tells
-    "What networks of one budget cost in other ways"
+) -> DataFrame: # One row per function: its setting and the columns of `compare`
+    "The other costs of networks with the same budget"
     pairs = {k: f if isinstance(f, tuple) else (f, over) for k,f in makes.items()}
     fits = {k: fit_budget(f, over=o, size=size, **budget) for k,(f,o) in pairs.items()}
     table = compare({k:f.model for k,f in fits.items()}, size)

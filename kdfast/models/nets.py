@@ -16,7 +16,7 @@ from .convs import Full, init_he, Separable
 
 # %% ../../nbs/models/nets.ipynb #b98df3cf
 class PreActBlock(nn.Module):
-    "Batch norm, ReLU and convolution, twice, around a shortcut (arXiv:1603.05027)"
+    "Batch norm, ReLU and convolution, twice, with a shortcut (arXiv:1603.05027)"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
@@ -43,14 +43,14 @@ def wrn(
     depth:int, # 6n+4: 10, 16, 22, 28, 40; raises `ValueError` otherwise
     k:float, # Width: the groups have 16k, 32k and 64k channels, rounded
     n_out:int=10, # Number of classes
-    conv=Full, # What the 3x3 convolutions of the blocks are made of, called as `conv(ni, nf, ks, stride)`
+    conv=Full, # Builds the 3x3 convolutions of the blocks, called as `conv(ni, nf, ks, stride)`
     n_in:int=3, # Channels of the image
-    divisor:int=1 # The groups' channels are rounded to multiples of it, for convolutions with groups
-) -> nn.Sequential: # Stages `stem group1 group2 group3 bn act pool flat fc`; the groups' outputs have strides 1, 2, 4
+    divisor:int=1 # The groups' channels are rounded to multiples of it, for grouped convolutions
+) -> nn.Sequential: # Stages `stem group1 group2 group3 bn act pool flat fc`; the groups have strides 1, 2 and 4
     "WRN-`depth`-`k` (Zagoruyko and Komodakis, arXiv:1605.07146)"
     n,rest = divmod(depth-4, 6)
     if rest or n<1 or not 0<k<math.inf: raise ValueError(
-        f"The depth of a WRN is 6n+4 (10, 16, 22, 28, 34, 40, ...) and its width above 0, got {depth} and {k}")
+        f"The depth of a WRN must be 6n+4 (10, 16, 22, 28, 34, 40, ...) and its width above 0, got {depth} and {k}")
     nfs = [16, *(divisor*max(1, round(w*k/divisor)) for w in (16,32,64))]
     groups = {f'group{i+1}': stage_of(PreActBlock, nfs[i], nfs[i+1], n, 2 if i else 1, conv) for i in range(3)}
     return init_he(nn.Sequential(OrderedDict(stem=nn.Conv2d(n_in, 16, 3, padding=1, bias=False), **groups,
@@ -58,7 +58,7 @@ def wrn(
 
 # %% ../../nbs/models/nets.ipynb #3f69e0ce
 class BasicBlock(nn.Module):
-    "Convolution and batch norm, twice, around a shortcut, with a ReLU at the end (arXiv:1512.03385)"
+    "Convolution and batch norm, twice, with a shortcut and a final ReLU (arXiv:1512.03385)"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
@@ -90,13 +90,13 @@ def resnet(
     depth:int, # 10, 14, 18, 20, 26 or 34; raises `ValueError` otherwise
     n_out:int=10, # Number of classes
     width:float=1., # Multiplies the 64, 128, 256, 512 channels of the stages
-    conv=Full, # What the 3x3 convolutions of the blocks are made of, called as `conv(ni, nf, ks, stride)`
+    conv=Full, # Builds the 3x3 convolutions of the blocks, called as `conv(ni, nf, ks, stride)`
     stem:str='imagenet', # 'imagenet': 7x7 with stride 2 and a pool; 'small': 3x3 with stride 1, for 32 px
     n_in:int=3 # Channels of the image
 ) -> nn.Sequential: # Stages `stem layer1 layer2 layer3 layer4 pool flat fc`
     "ResNet-`depth` with basic blocks (He et al., arXiv:1512.03385)"
-    if depth not in resnet_depths: raise ValueError(f"The depth of a resnet is one of {[*resnet_depths]}, got {depth}")
-    if stem not in ('imagenet','small'): raise ValueError(f"stem is 'imagenet' or 'small', got {stem!r}")
+    if depth not in resnet_depths: raise ValueError(f"The depth of a ResNet must be one of {[*resnet_depths]}, got {depth}")
+    if stem not in ('imagenet','small'): raise ValueError(f"stem must be 'imagenet' or 'small', got {stem!r}")
     nfs = [max(1, round(w*width)) for w in (64,64,128,256,512)]
     layers = {f'layer{i+1}': stage_of(BasicBlock, nfs[i], nfs[i+1], n, 2 if i else 1, conv) for i,n in enumerate(resnet_depths[depth])}
     return init_he(nn.Sequential(OrderedDict(stem=_stem(stem, n_in, nfs[0]), **layers, **head_of(nfs[4], n_out))))
@@ -105,13 +105,13 @@ def resnet(
 def _pooled(ni, nf, conv, act): return nn.Sequential(conv(ni, nf, 3, 1, bias=True), *([act()] if act else []), nn.MaxPool2d(2))
 
 def plain_cnn(
-    size:int|tuple, # Side of the images or `(h,w)`, pixels, at least 32: decides the size of the first linear layer
+    size:int|tuple, # Side of the images or `(h,w)`, in pixels, at least 32: determines the size of the first linear layer
     n_out:int=10, # Number of classes
-    act=None, # Activation after every convolution and after the first linear layer, called without arguments: `nn.ReLU`
-    conv=Full, # What all convolutions but the first are made of, called as `conv(ni, nf, ks, stride, bias=True)`
+    act=None, # Activation after every convolution and the first linear layer, called without arguments, such as `nn.ReLU`; by default none
+    conv=Full, # Builds all convolutions but the first, called as `conv(ni, nf, ks, stride, bias=True)`
     n_in:int=3 # Channels of the image
-) -> nn.Sequential: # Stages `stem layer1 layer2 layer3 layer4 flat hidden fc`, of strides 2 to 32
-    "Convolutions of 64, 64, 128, 256 and 512 channels, each with a 2x2 max-pool after it, and two linear layers"
+) -> nn.Sequential: # Stages `stem layer1 layer2 layer3 layer4 flat hidden fc`, with strides 2 to 32
+    "Convolutions of 64, 64, 128, 256 and 512 channels, each followed by a 2x2 max pool, and two linear layers"
     shape = (n_in, *input_shape(size)[1:])
     nfs = 64,64,128,256,512
     maps = OrderedDict(stem=_pooled(n_in, 64, Full, act),
@@ -136,16 +136,16 @@ class ResidualLayer(nn.Module):
 
 # %% ../../nbs/models/nets.ipynb #bac6c561
 class ConcatPool(nn.Module):
-    "Maximum and average of each channel of `(bs,c,h,w)`, side by side, as fastai's heads have them"
+    "Maximum and average of each channel of `(bs,c,h,w)`, concatenated, as in fastai's heads"
     def forward(self, x): return torch.cat([F.adaptive_max_pool2d(x, 1), F.adaptive_avg_pool2d(x, 1)], 1)
 
 # %% ../../nbs/models/nets.ipynb #4487c6ed
 def residual_cnn(
     n_out:int=10, # Number of classes
-    conv=Full, # What the 3x3 convolutions are made of, called as `conv(ni, nf, ks, stride)`
+    conv=Full, # Builds the 3x3 convolutions, called as `conv(ni, nf, ks, stride)`
     n_in:int=3 # Channels of the image
-) -> nn.Sequential: # Stages `stem layer1 layer2 layer3 layer4 pool flat hidden fc`, of strides 2 and 4 to 32
-    "A 7x7 stem, four stages of a convolution and a residual layer, average and maximum pools side by side, two linear layers"
+) -> nn.Sequential: # Stages `stem layer1 layer2 layer3 layer4 pool flat hidden fc`, with strides 4 to 32
+    "A 7x7 stem, four stages of a convolution and a residual layer, concatenated average and max pools, two linear layers"
     nfs = 64,64,128,256,512
     layers = {f'layer{i+1}': nn.Sequential(_conv_layer(*nfs[i:i+2], 2 if i else 1, conv), ResidualLayer(nfs[i+1], conv)) for i in range(4)}
     return init_he(nn.Sequential(OrderedDict(stem=_stem('imagenet', n_in, 64), **layers, pool=ConcatPool(), flat=nn.Flatten(),
@@ -155,10 +155,10 @@ def residual_cnn(
 def mobile(
     n_out:int=10, # Number of classes
     width:float=1., # Multiplies the 32, 64, 128, 256, 512 channels of the stages
-    conv=Separable, # What all convolutions but the first are made of, called as `conv(ni, nf, 3, stride)`
+    conv=Separable, # Builds all convolutions but the first, called as `conv(ni, nf, 3, stride)`
     n_in:int=3, # Channels of the image
-    divisor:int=1 # Channels are rounded to multiples of it, for convolutions with groups
-) -> nn.Sequential: # Stages `stem layer1 layer2 layer3 layer4 pool flat fc`, of strides 2, 2, 4, 8 and 16
+    divisor:int=1 # Channels are rounded to multiples of it, for grouped convolutions
+) -> nn.Sequential: # Stages `stem layer1 layer2 layer3 layer4 pool flat fc`, with strides 2, 2, 4, 8 and 16
     "A convolution, then eleven depthwise separable ones"
     nfs = [divisor*max(1, round(w*width/divisor)) for w in (32,64,128,256,512)]
     depths = 1,2,2,6

@@ -18,7 +18,7 @@ from .convs import Cheap, check_one, check_ratio, Composite, depthwise_layers
 def _product(ws): return reduce(lambda a,b: b@a, (w.flatten(1) for w in ws))
 
 class Structured(Cheap, nn.Module):
-    "A convolution with `weights` that are a function of fewer numbers"
+    "A convolution whose `weights` are a function of fewer parameters"
     def __init__(self,
         ni:int, # Channels in
         nf:int, # Channels out
@@ -31,11 +31,11 @@ class Structured(Cheap, nn.Module):
         self.bias = nn.Parameter(torch.zeros(nf)) if bias else None
 
     def weights(self):
-        "Matrices `(out,in)` or kernels `(out,in,ks,ks)`, to be applied one after another"
-        raise NotImplementedError(f"{type(self).__name__} does not say what its weights are: define weights()")
+        "Matrices `(out,in)` or kernels `(out,in,ks,ks)`, to be applied in sequence"
+        raise NotImplementedError(f"{type(self).__name__} does not define its weights: implement weights()")
 
     def extra_macs(self):
-        "Operations on the way to the weights that torch's counter does not know, by name"
+        "Operations for computing the weights that torch's counter misses, by name"
         return {}
 
     def forward(self, x):
@@ -45,7 +45,7 @@ class Structured(Cheap, nn.Module):
         return x
 
     def numbers(self):
-        "What the weights are made of; they are linear in the last"
+        "The parameters that define the weights, which are linear in the last"
         return [p for n,p in self.named_parameters() if n!='bias']
 
     def draw(self):
@@ -63,13 +63,13 @@ class Structured(Cheap, nn.Module):
 
 # %% ../../nbs/models/structured.ipynb #154d33a2
 def _hash(n, device=None):
-    "32 bits for each of `n` indices, all different"
+    "A distinct 32-bit hash for each of `n` indices"
     k = torch.arange(n, device=device)
     for _ in range(2): k = ((k^(k>>16))*0x45d9f3b) & 0xffffffff
     return k^(k>>16)
 
 def _shared_index(n, budget):
-    "For each of `n` connections its place in `cat([w,-w])`"
+    "The index into `cat([w,-w])` of each of `n` connections"
     k = _hash(n)
     return (k.argsort()%budget + budget*(k&1)).int()
 
@@ -81,14 +81,14 @@ class Hashed(Structured):
         ks:int=3, # Kernel size
         stride:int=1, # Stride
         bias:bool=False, # Add a bias
-        ratio:float=None, # Part of the weights that is left, in (0,1]; raises `ValueError` elsewhere
-        budget:int=None # In place of `ratio`: how many are left
+        ratio:float=None, # Fraction of the weights to keep, in (0,1]; raises `ValueError` otherwise
+        budget:int=None # Instead of `ratio`: number of weights to keep
     ):
         super().__init__(ni, nf, ks, stride, bias)
         check_one(ratio=ratio, budget=budget)
         check_ratio(ratio)
         budget = max(1, int(ratio*self.full)) if budget is None else budget
-        if not 1<=budget<=self.full: raise ValueError(f"budget is between 1 and {self.full} weights, got budget={budget}")
+        if not 1<=budget<=self.full: raise ValueError(f"budget must be between 1 and {self.full} weights, got budget={budget}")
         self.weight = nn.Parameter(torch.empty(budget))
         self.register_buffer('index', _shared_index(self.full, budget), persistent=False)
         self.init_weights()
@@ -105,13 +105,13 @@ class SeparableHashed(Composite):
         ks:int=3, # Kernel size of the depthwise part; 1 leaves it out
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the pointwise part
-        ratio:float=None, # Part of the pointwise weights that is left, in (0,1]; raises `ValueError` elsewhere
-        budget:int=None # In place of `ratio`: how many are left
+        ratio:float=None, # Fraction of the pointwise weights to keep, in (0,1]; raises `ValueError` otherwise
+        budget:int=None # Instead of `ratio`: number of weights to keep
     ): super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride), Hashed(ni, nf, 1, stride if ks==1 else 1, bias, ratio, budget))
 
 # %% ../../nbs/models/structured.ipynb #1181e9a3
 def _band(ni, nf, taps):
-    "For each of `(nf,ni)` connections its place in `cat([0, filters])`"
+    "The index into `cat([0, filters])` of each of `(nf,ni)` connections"
     n = -(-nf//ni)
     centre,which = (torch.arange(nf)*ni*n//nf//n)[:,None],(torch.arange(nf)*ni*n//nf%n)[:,None]
     tap = torch.arange(ni)-centre + taps//2
@@ -121,7 +121,7 @@ class _ChannelwisePart(Structured):
     "The pointwise part of a `SeparableChannelwise`"
     def __init__(self, ni, nf, stride, bias, taps):
         super().__init__(ni, nf, 1, stride, bias)
-        if taps<1 or taps%2==0: raise ValueError(f"taps is an odd number of channels, got {taps}")
+        if taps<1 or taps%2==0: raise ValueError(f"taps must be an odd number of channels, got {taps}")
         self.weight = nn.Parameter(torch.empty(-(-nf//ni)*taps))
         self.register_buffer('index', _band(ni, nf, taps), persistent=False)
         self.init_weights()
@@ -137,7 +137,7 @@ class SeparableChannelwise(Composite):
         ks:int=3, # Kernel size of the depthwise part; 1 leaves it out
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the part along the channels
-        taps:int=3 # Odd number of neighbouring channels that are mixed; raises `ValueError` for an even one
+        taps:int=3 # Odd number of neighbouring channels to mix; raises `ValueError` for an even one
     ): super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride, linear=False),
         _ChannelwisePart(ni, nf, stride if ks==1 else 1, bias, taps))
 
@@ -158,7 +158,7 @@ def _weave(x): return torch.arange(2*(-(-x.shape[1]//2)), device=x.device).view(
 def idct(
     x:torch.Tensor # `(b,n)`, float32 or float64
 ) -> torch.Tensor: # `(b,n)`
-    "What `dct` has been given"
+    "The inverse of `dct`"
     x = x/_norm(x)
     v = torch.fft.ifft(torch.complex(x, -F.pad(x[:,1:].flip(1), (1,0)))*_turn(x).conj()).real
     h = -(-v.shape[1]//2)
@@ -195,14 +195,14 @@ class ACDC(Composite):
         ks:int=3, # Kernel size of the depthwise part; 1 leaves it out
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the last part
-        n_layers:int=4 # Of 2*max(ni,nf) numbers each, at least 1, a riffle shuffle between them; raises `ValueError` below
+        n_layers:int=4 # Of 2*max(ni,nf) parameters each, at least 1, with riffle shuffles in between; raises `ValueError` below
     ):
         if n_layers<1: raise ValueError(f"An ACDC needs at least one layer, got n_layers={n_layers}")
         super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride), _ACDCPart(ni, nf, stride if ks==1 else 1, bias, n_layers))
 
 # %% ../../nbs/models/structured.ipynb #e13156ce
 def _factors(n, k):
-    "`n` as a product of `k` whole numbers that are as alike as its prime factors allow"
+    "`n` as a product of `k` integers that are as similar as its prime factors allow"
     out,p = [1]*k,2
     primes = []
     while n>1:
@@ -212,11 +212,11 @@ def _factors(n, k):
     return sorted(out)
 
 def _largest(count, n, most):
-    "The largest of 1 to `n` of which `count` is at most `most`, or 1"
+    "The largest of 1 to `n` for which `count` is at most `most`, or 1"
     return next((r for r in range(n, 1, -1) if count(r)<=most), 1)
 
 def _cheapest(ws):
-    "Matrices to be applied one after another, or their product if that takes fewer multiply-adds"
+    "Matrices to be applied in sequence, or their product if that takes fewer multiply-adds"
     return ws if sum(w.numel() for w in ws)<ws[0].shape[1]*ws[-1].shape[0] else [_product(ws)]
 
 # %% ../../nbs/models/structured.ipynb #0527e572
@@ -242,7 +242,7 @@ class CP(Composite):
         ks:int=3, # Kernel size of the depthwise part; 1 leaves it out
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the last part
-        ratio:float=.5 # Part of the pointwise weights that is left at most, in (0,1]; raises `ValueError` elsewhere
+        ratio:float=.5 # Maximum fraction of the pointwise weights to keep, in (0,1]; raises `ValueError` otherwise
     ): super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride), _CPPart(ni, nf, stride if ks==1 else 1, bias, ratio))
 
 # %% ../../nbs/models/structured.ipynb #3f6963d9
@@ -276,7 +276,7 @@ class Tucker(Composite):
         ks:int=3, # Kernel size of the depthwise part; 1 leaves it out
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the last part
-        ratio:float=.5 # Fraction of the pointwise weights left at most, in (0,1], the same of each dimension; raises `ValueError` elsewhere
+        ratio:float=.5 # Maximum fraction of the pointwise weights, in (0,1], ranks proportional to dimensions; raises `ValueError` otherwise
     ): super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride), _TuckerPart(ni, nf, stride if ks==1 else 1, bias, ratio))
 
 # %% ../../nbs/models/structured.ipynb #bd32f2e1
@@ -307,5 +307,5 @@ class TensorTrain(Composite):
         ks:int=3, # Kernel size of the depthwise part; 1 leaves it out
         stride:int=1, # Stride
         bias:bool=False, # Add a bias to the last part
-        ratio:float=.5 # Part of the pointwise weights that is left at most, in (0,1]; raises `ValueError` elsewhere
+        ratio:float=.5 # Maximum fraction of the pointwise weights to keep, in (0,1]; raises `ValueError` otherwise
     ): super().__init__(ni, nf, ks, *depthwise_layers(ni, ks, stride), _TensorTrainPart(ni, nf, stride if ks==1 else 1, bias, ratio))

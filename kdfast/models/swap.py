@@ -20,7 +20,7 @@ from .measure import count_params
 def why_kept(
     name:str, # Of the layer
     conv:nn.Module, # A convolution
-    first:bool # It is the first of the network
+    first:bool # Whether it is the first of the network
 ) -> str: # None if it may be replaced
     "Why a convolution is better left as it is"
     if type(conv) not in (nn.Conv2d,Full): return f"a {type(conv).__name__}"
@@ -36,7 +36,7 @@ def why_kept(
 
 # %% ../../nbs/models/swap.ipynb #3f7dacf0
 def layers_by_name(model, *kinds):
-    "Every layer of some types, by name; raises `ValueError` for one that cannot be looked into"
+    "All layers of some types, by name; raises `ValueError` if a layer is quantized or has no weights yet"
     for n,m in model.named_modules():
         lazy = isinstance(m, nn.modules.lazy.LazyModuleMixin) and m.has_uninitialized_params()
         if lazy or type(m).__module__.startswith('torch.ao.'): raise ValueError(f"{n or 'the network'} is " + (
@@ -45,15 +45,15 @@ def layers_by_name(model, *kinds):
     return {n:m for n,m in model.named_modules() if isinstance(m, kinds)}
 
 def tied_to(m, model):
-    "Why the weights of a layer are not its own, if so"
+    "Why the weights of a layer are not its own, None if they are"
     if not isinstance(m._parameters.get('weight'), nn.Parameter): return 'its weights are a function of others'
     if sum(m.weight is p for o in model.modules() for p in o._parameters.values())>1: return 'another layer shares its weights'
 
 def patterns_of(keep, layers):
-    "`keep` as a list; raises `ValueError` for a name that no layer has"
+    "`keep` as a list; raises `ValueError` for a pattern that matches no layer"
     keep = [keep] if isinstance(keep, str) else [*keep]
     lost = [k for k in keep if not any(fnmatch(n, k) for n in layers)]
-    if lost: raise ValueError(f"keep names {', '.join(lost)}, which no layer is called: choose from {', '.join(layers)}")
+    if lost: raise ValueError(f"keep names {', '.join(lost)}, but no layer matches: choose from {', '.join(layers)}")
     return keep
 
 # %% ../../nbs/models/swap.ipynb #f7bceeaa
@@ -61,7 +61,7 @@ def _energy(weight): return weight.detach().float().square().sum()/len(weight)
 
 @torch.no_grad()
 def _in_place_of(old, conv):
-    "`conv` of the shape, the device and the mode of `old`"
+    "A new `conv` with the shape, scale, device and mode of `old`"
     ni,nf,bias = old.in_channels,old.out_channels,old.bias is not None
     new = init_he(conv(ni, nf, old.kernel_size[0], old.stride[0], bias=bias))
     named = {n.rpartition('.')[2]=='bias': p for n,p in new.named_parameters()}  # the last bias and weights: every kind is linear in them
@@ -78,11 +78,11 @@ def _tried(old, name, conv):
 
 # %% ../../nbs/models/swap.ipynb #62da9b76
 def swap_convs(
-    model:nn.Module, # Left as it is; a convolution itself is no network
+    model:nn.Module, # Not changed; must not be a convolution itself
     conv, # Called as `conv(ni, nf, ks, stride, bias=bias)`, such as `Separable` or `partial(Grouped, groups=4)`
-    keep=() # Names of layers that stay besides those that `why_kept` names, `*` standing for anything; or a function in place of `why_kept`
-) -> tuple: # A copy of `model` with new convolutions, random and trainable; and a report, one row a convolution
-    "Replace the spatial convolutions of a network by cheaper ones; raises `ValueError`, naming the layer, where that cannot be done"
+    keep=() # Names of layers to keep in addition to those of `why_kept`, with `*` as a wildcard; or a function that replaces `why_kept`
+) -> tuple: # A copy of `model` with new convolutions, randomly initialized and trainable; and a report, one row per convolution
+    "Replace the spatial convolutions of a network with cheaper ones; raises `ValueError`, naming the layer, if that is impossible"
     convs = layers_by_name(model, nn.modules.conv._ConvNd)
     named = [] if callable(keep) else patterns_of(keep, convs)
     kept_as = lambda n: next((f'kept as {k}' for k in named if fnmatch(n, k)), None)

@@ -1,4 +1,4 @@
-"The teacher, as it is asked"
+"Teachers: sources, inference copies, the shared forward pass, the cache"
 from .source import *
 from .inference import *
 from .callback import *

@@ -55,7 +55,7 @@ def _plain(v):
     return v if isinstance(v, (int,float,str,bool,type(None))) else type(v).__qualname__
 
 def _said(t):
-    "A transform, and what it was made with"
+    "A transform and its arguments"
     args = getattr(t, '__stored_args__', {}) if isinstance(t, RandTransform) else getattr(t, '__dict__', {})
     return [getattr(t, '__qualname__', type(t).__qualname__), {k:_plain(v) for k,v in sorted(args.items()) if not k.startswith('_')}]
 
@@ -67,14 +67,14 @@ def _transforms(dl):
 
 # %% ../../nbs/teacher/cache.ipynb #210cac68
 def _these(dl, idxs, **kwargs):
-    "A loader like `dl` of the samples `idxs`, in their order"
+    "A loader like `dl` for the samples `idxs`, in that order"
     return dl.new(shuffle=False, drop_last=False, get_idxs=partial(noop, idxs), **kwargs)
 
 def _drawn(dl, idxs, seed=0):
-    "A batch of the samples `idxs`, as training would see it after `seed`"
+    "A batch of the samples `idxs`, as training would see it under `seed`"
     with keep_rng(dl):
         these = _these(dl, idxs, bs=len(idxs), num_workers=0)
-        for f in (random.seed,np.random.seed,torch.manual_seed): f(seed)  # when it is made, it may look at a sample first
+        for f in (random.seed,np.random.seed,torch.manual_seed): f(seed)  # after its creation, which may read a sample
         return tuplify(first(these))
 
 # %% ../../nbs/teacher/cache.ipynb #025c93dc
@@ -83,8 +83,8 @@ def _numbers(o): return [round(float(x), 4) for t in o for x in (t.float().mean(
 def _data_print(
     dl, # A fastai `DataLoader` of training data
     n_inp:int=1 # Inputs in a batch; the rest are targets
-) -> dict: # To be compared by `_same_data`
-    "What tells a set of samples and its pipeline from another"
+) -> dict: # For `_same_data`
+    "Fingerprint of a set of samples and its pipeline"
     n = len(dl.dataset)
     b = _drawn(dl, [*range(0, n, max(1, n//32))][:32])
     said = json.dumps([[_said(t) for t in _transforms(dl)], _plain(getattr(dl.dataset, 'items', ()))])
@@ -92,13 +92,13 @@ def _data_print(
     return dict(n=n, pipeline=pipeline, seen=seen.flatten().tolist(), targets=_numbers(b[n_inp:]))
 
 def _same_data(a:dict, b:dict) -> bool:
-    "Do both come from the same samples and pipeline?"
+    "Whether both come from the same samples and pipeline"
     sums = [tensor(o['seen']).view(-1, 2) for o in (a,b)]
     return all(a[k]==b[k] for k in ('n','pipeline','targets')) and len(sums[0])==len(sums[1]) and bool(_same_sums(*sums).all())
 
 # %% ../../nbs/teacher/cache.ipynb #fa62c9dc
 def _claim(path, shape, dtype):
-    "An array on disk whose space is taken"
+    "Create an array on disk and reserve its space"
     np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=shape).flush()
     with path.open('rb+') as f:
         if hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
@@ -109,18 +109,18 @@ def _size(arrays): return sum(math.prod(shape)*np.dtype(dtype).itemsize for shap
 def _check_space(path, size):
     free = shutil.disk_usage(path).free
     if size>free: raise OSError(f"A cache of {size/1e9:.2f} GB does not fit on the disk of {path}, with {free/1e9:.2f} GB left: "
-        "choose another folder, fewer views, or terms that keep less, such as KD and AT")
+        "choose another folder, fewer views, or terms that store less, such as KD and AT")
 
 # %% ../../nbs/teacher/cache.ipynb #20bc39e9
 class TeacherCache(Callback):
-    "Runs the teacher once on every image, and keeps on disk what the terms need, with `views` the images and targets as well"
+    "Runs the teacher once on every image and stores on disk what the terms need; with `views`, the images and targets as well"
     order,run_valid = TeacherCallback.order+1,False
     _stateattrs = ('files','sums','same','replay','kinds','bases')
     files,sums,same,replay,kinds,bases,passed = (None,)*6+(0,)
     def __init__(self,
-        path, # A folder for this teacher, these data and these terms, made in the first fit; the same for all processes
-        views:int=0, # Augmented views kept of every image; 0 where the pipeline shows each image the same way every time
-        components:int=None # Principal components kept of feature maps with more channels; by default the maps themselves
+        path, # A folder for this teacher, data set and set of terms, created in the first fit; the same for all processes
+        views:int=0, # Augmented views stored of every image; 0 if the pipeline has no random augmentation
+        components:int=None # Principal components stored of feature maps with more channels; by default the full feature maps
     ):
         self.path,self.views,self.components = Path(path),views,components
         if not isinstance(views, int) or views<0: raise ValueError(
@@ -153,19 +153,19 @@ class TeacherCache(Callback):
 
     def _check_same(self):
         if self.same is not None and not self.same: raise ValueError(
-            "The student sees other images than the teacher was asked about, which are mixed, resized or augmented later: "
-            "leave that callback out, or keep augmented views with TeacherCache(views=4)")
+            "The student's images differ from those in the cache, since a callback mixes, resizes or augments them: "
+            "remove that callback, or store augmented views with TeacherCache(views=4)")
 
 # %% ../../nbs/teacher/cache.ipynb #f7458818
 def _basis(
     x, # The teacher's feature maps, `(bs,c,h,w)`
-    n, # Components
-    name # What to call them
-): # Their mean, and the components that vary most, `(1+n,c)`
+    n, # Number of components
+    name # Name for the warning
+): # Their mean and the components of largest variance, `(1+n,c)`
     rows = x.double().movedim(1, -1).flatten(0, -2)
     values,directions = torch.linalg.eigh(torch.cov(rows.T))
     kept = (values[-n:].sum()/values.sum()).item()
-    if kept<.9: warnings.warn(f"{n} components keep {kept:.0%} of the variance of {name}: take more of them")
+    if kept<.9: warnings.warn(f"{n} components keep {kept:.0%} of the variance of {name}: use more")
     return torch.cat([rows.mean(0)[None], directions.T[-n:]]).float()
 
 def _reduced(x, basis): return ((x.movedim(1, -1)-basis[0])@basis[1:].T).movedim(-1, 1)
@@ -173,18 +173,18 @@ def _restored(x, basis): return (x.movedim(1, -1)@basis[1:]+basis[0]).movedim(-1
 
 # %% ../../nbs/teacher/cache.ipynb #4ec63f26
 def _bases_in(files):
-    "The bases among a cache's arrays, by the names of what they restore"
+    "The bases among a cache's arrays, by the name of what they restore"
     return {k.removeprefix('basis '):torch.from_numpy(np.array(o)) for k,o in files.items() if k.startswith('basis ')}
 
 # %% ../../nbs/teacher/cache.ipynb #53066c5a
 @patch
 def _wanted(self:TeacherCache):
-    "Name to `(term, layer)` of what the terms need of layers"
+    "Name to `(term, layer)` of each feature that terms need"
     return {t.part(o):(t,o) for t in self.source.watched for o in t.asked}
 
 @patch
 def _answers(self:TeacherCache, xb):
-    "What is to be kept of a batch"
+    "What to store of a batch"
     source = self.source
     xb = to_device(xb, next(bare_model(self.learn.model).parameters()).device)
     out,maps = source.read(*xb)
@@ -205,21 +205,21 @@ def _meta(self:TeacherCache):
 
 # %% ../../nbs/teacher/cache.ipynb #0d36af25
 def _agreed(flag):
-    "What the first process thinks"
+    "The first process's `flag`"
     flags = [flag]
     if num_distrib()>1: distributed.broadcast_object_list(flags, src=0)
     return flags[0]
 
 @contextmanager
 def _together():
-    "A block that all processes leave at the same time, with an error if any of them has one"
+    "A block that all processes leave at the same time, with an error if any of them fails"
     error,told = None,[None]*max(1, num_distrib())
     try: yield
     except Exception as e: error = e
     if num_distrib()>1: distributed.all_gather_object(told, error and f'{type(error).__name__}: {error}')
     if error: raise error
     for rank,e in enumerate(told):
-        if e: raise RuntimeError(f"Process {rank} could not make or read the cache ({e}): fix that, and restart all processes")
+        if e: raise RuntimeError(f"Process {rank} could not make or read the cache ({e}): fix this, and restart all processes")
 
 # %% ../../nbs/teacher/cache.ipynb #8d709bc2
 @patch
@@ -230,7 +230,7 @@ def _check(self:TeacherCache, kept, now):
         precision="a teacher in precision {}, not {}", picks="the teacher's outputs {}, not {}")
     differs = [words[k].format(kept.get(k), now[k]) for k in words if kept.get(k)!=now[k]]
     if not _same_data(kept['data'], now['data']): differs.append("another data set or another pipeline")
-    if not _same_sums(*seen).all(): differs.append("a teacher whose tfm makes it see images differently")
+    if not _same_sums(*seen).all(): differs.append("a teacher whose tfm transforms images differently")
     if differs: raise ValueError(f"The cache in {self.path} was made with {differs[0]}: delete it, or choose another folder")
 
 @patch
@@ -245,7 +245,7 @@ def _check_lacking(self:TeacherCache, files):
 def _open(self:TeacherCache):
     self.source.check_numbered()
     if self.source.precision is None: raise ValueError(
-        "precision=None is for a teacher that changes while it teaches, which cannot be cached: use precision='auto', or no cache")
+        "precision=None is for a teacher that changes during training, which cannot be cached: use precision='auto', or no cache")
     now = self._meta()
     self.path.parent.mkdir(parents=True, exist_ok=True)
     if _agreed(not self.path.exists()):
@@ -255,11 +255,11 @@ def _open(self:TeacherCache):
 
 @patch
 def _read(self:TeacherCache):
-    "What the folder tells of itself, and its arrays"
+    "The folder's metadata, and its arrays"
     try:
         kept = json.loads((self.path/'meta.json').read_text())
-        return kept,{k:np.load(self.path/Path(o).name, mmap_mode='r') for k,o in kept['files'].items()}  # of this folder alone
-    except unreadable as e: raise ValueError(f"{self.path} is no cache, or a damaged one ({e}): choose a new folder, or delete it") from e
+        return kept,{k:np.load(self.path/Path(o).name, mmap_mode='r') for k,o in kept['files'].items()}  # from this folder alone
+    except unreadable as e: raise ValueError(f"{self.path} is not a cache, or is damaged ({e}): choose a new folder, or delete it") from e
 
 @patch
 def _kept(self:TeacherCache, now):
@@ -271,13 +271,13 @@ def _kept(self:TeacherCache, now):
 # %% ../../nbs/teacher/cache.ipynb #01ec2009
 @patch
 def _share(self:TeacherCache):
-    "The samples that fall to this process"
+    "This process's share of the samples"
     n,world,rank = len(self.source.loader.dataset),max(1, num_distrib()),rank_distrib()
     return range(n*rank//world, n*(rank+1)//world)
 
 @patch
 def _arrays(self:TeacherCache):
-    "Name to shape and type of what is to be kept"
+    "Name to shape and dtype of each array to store"
     dl,n_inp = self.source.loader,self._n_inp
     if not self.views: self._check_repeats(dl)
     self.source.refreeze()
@@ -296,7 +296,7 @@ def _check_repeats(self:TeacherCache, dl):
     a,b = (self.sums(*_drawn(dl, [*range(min(8, len(dl.dataset)))], seed)[:self._n_inp]) for seed in (0,1))
     names = ', '.join(dict.fromkeys(type(t).__name__ for t in _transforms(dl)))
     if not _same_sums(a, b).all(): raise ValueError(f"This pipeline augments at random ({names}): "
-        "keep augmented views with TeacherCache(views=4), or use DataLoaders without augmentation")
+        "store augmented views with TeacherCache(views=4), or use DataLoaders without augmentation")
 
 # %% ../../nbs/teacher/cache.ipynb #c2eb93c7
 @patch
@@ -311,22 +311,22 @@ def _small(self:TeacherCache, name, x): return _reduced(x, self.bases[name].to(x
 # %% ../../nbs/teacher/cache.ipynb #5fd993da
 @patch
 def _make(self:TeacherCache, meta):
-    "Ask the teacher about everything, and write the folder"
-    if isinstance(self.source.network, Recorded): raise ValueError(f"{self.path} is gone, and the teacher is not here to be asked: bring it back")
+    "Run the teacher on all samples and write the folder"
+    if isinstance(self.source.network, Recorded): raise ValueError(f"{self.path} is gone, and there is no teacher to recreate it: restore it")
     self.bases = {}
     with keep_rng(self.source.loader), ExitStack() as stack:
         with _together():
             arrays = self._arrays()
             files = {k:f'{i}.npy' for i,k in enumerate(arrays)}
             if not rank_distrib(): self._reserve(stack.enter_context(whole_folder(self.path)), arrays, {**meta, 'files':files})
-        told = lambda: f"{self.path} was not made: the next fit asks the teacher from the beginning."
+        told = lambda: f"{self.path} was not created: the next fit runs the teacher from the beginning."
         with _together(), on_interrupt(told): self._write(files)
         with _together(): stack.close()
     self.source.frozen = self.source.frozen_key = None
 
 @patch
 def _reserve(self:TeacherCache, folder, arrays, meta):
-    "Files of the size that they will have"
+    "Create the files at their final size"
     _check_space(folder, _size(arrays))
     for k,o in arrays.items(): _claim(folder/meta['files'][k], *o)
     for k,o in self.bases.items(): np.save(folder/meta['files'][f'basis {k}'], o.numpy())
@@ -344,15 +344,15 @@ def _rounded(b, n_inp): return tuple(o.half().to(o.dtype) if i<n_inp and o.is_fl
 
 @patch
 def _ask(self:TeacherCache, maps, v):
-    "Write what the teacher says to view `v`, which it sees as it is kept, in half precision"
+    "Write the teacher's outputs for view `v`, which it sees as stored, in half precision"
     share = self._share()
     at = share.start
     for b in map(tuplify, _these(self.source.loader, [*share])):
         b = _rounded(b, self._n_inp) if self.views else b
         n,kept = find_bs(b),self._answers(b[:self._n_inp])
         values = [*b[:self._n_inp], *(o for k,o in kept.items() if k!='sums')]
-        if not all(o.abs().max()<65504 for o in values): raise ValueError("The teacher puts out NaN, or more than half precision holds: "
-            "check its weights, and that it is given inputs as in its training")
+        if not all(o.abs().max()<65504 for o in values): raise ValueError("The teacher's inputs or outputs are NaN or exceed half precision: "
+            "check its weights and how its inputs are normalized")
         if self.views: kept.update({f'batch {i}':o for i,o in enumerate(b)})
         small = {k:self._small(k, o.detach()) for k,o in kept.items()}
         for k,o in small.items(): maps[k][v,at:at+n] = (o.float() if o.dtype==torch.bfloat16 else o).cpu().numpy()
@@ -361,7 +361,7 @@ def _ask(self:TeacherCache, maps, v):
 
 # %% ../../nbs/teacher/cache.ipynb #751d7d12
 class _Replay(GetAttr):
-    "What a loader gives, from a cache"
+    "A loader's batches, from a cache"
     _default = 'dl'
     def __init__(self, dl, cache): self.dl,self.cache,self.ids,self.view = dl,cache,None,(cache.passed+cache.epoch)%cache.views
     def __len__(self): return len(self.dl)
@@ -378,31 +378,31 @@ class _Replay(GetAttr):
 # %% ../../nbs/teacher/cache.ipynb #e870cf7a
 @patch
 def recall(self:TeacherCache,
-    *xb:Tensor # What the student sees
-) -> tuple: # Logits, None if they are not kept, and the parts of features by name
-    "What the teacher says to the batch; raises `ValueError` where it has been asked about other images"
+    *xb:Tensor # The student's inputs
+) -> tuple: # Logits, None if they are not stored, and the parts of features by name
+    "The teacher's outputs for the batch; raises `ValueError` if they are for different images"
     view,ids = self.replay.view if self.views else 0,self.source.ids
     load = lambda o: torch.from_numpy(o[view,ids]).float().to(xb[0].device, non_blocking=True)
     kept = {k:load(o) for k,o in self.files.items() if not k.startswith('batch ')}
     kept.update({k:_restored(kept[k], o.to(kept[k])) for k,o in self.bases.items()})
     sums = kept.pop('sums')
     self.same &= len(sums)==len(xb[0]) and _same_sums(self.sums(*xb), sums).all()
-    if xb[0].device.type=='cpu' or not self.iter: self._check_same()  # a GPU is asked once an epoch
+    if xb[0].device.type=='cpu' or not self.iter: self._check_same()  # once per epoch on a GPU, to avoid synchronizing
     return kept.pop('logits', None),kept
 
 # %% ../../nbs/teacher/cache.ipynb #105ec3ee
 class _Layer(nn.Identity):
-    "What a recorded layer puts out; its parameters make it one that may end a stage"
+    "A recorded layer; with parameters, so that it may end a stage"
     def __init__(self):
         super().__init__()
         self.weights = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
 
 class Recorded(nn.Module):
-    "In place of a teacher whose answers are in a cache: zeros of the sizes that its layers and its output had"
+    "Placeholder for a teacher whose outputs are in a cache: zeros in the sizes of its layers and output"
     def __init__(self,
-        sizes:dict, # Name to the size of a layer, in the order of the forward, without the batch; `output` is what the network puts out
+        sizes:dict, # Layer name to output size without the batch axis, in the order of the forward pass; `output` is the network's
         named:str, # The teacher's class
-        tokens:bool=False # Whether its feature maps were made of tokens
+        tokens:bool=False # Whether its feature maps were made from tokens
     ):
         super().__init__()
         self.sizes,self.named,self.tokens = {k:tuple(v) for k,v in sizes.items()},named,tokens
@@ -415,7 +415,7 @@ class Recorded(nn.Module):
             at.add_module(last, _Layer())
 
     def forward(self, *xb):
-        if any(o.any() for o in xb): raise ValueError(f"Of this {self.named} only a record is left: keep its TeacherCache among the callbacks")
+        if any(o.any() for o in xb): raise ValueError(f"This {self.named} exists only in a cache: keep its TeacherCache among the callbacks")
         said = {k:torch.zeros(len(xb[0]), *v, device=xb[0].device) for k,v in self.sizes.items()}
         for k,o in said.items():
             if k!='output': self.get_submodule(k.removesuffix(given_mark))(o)
@@ -423,9 +423,9 @@ class Recorded(nn.Module):
 
 # %% ../../nbs/teacher/cache.ipynb #a652563d
 @patch
-def recorded(self:TeacherCache) -> nn.Module: # Raises `ValueError` where there is no cache
-    "What stands in the teacher's place"
+def recorded(self:TeacherCache) -> nn.Module: # Raises `ValueError` if there is no cache
+    "The teacher's placeholder"
     kept,_ = self._read()
     self.views,self.components = kept['views'],kept.get('components')
-    if 'sizes' not in kept: raise ValueError(f"The cache in {self.path} was made by an earlier kdfast, which did not note sizes: make it again")
+    if 'sizes' not in kept: raise ValueError(f"The cache in {self.path} was made by an earlier kdfast, which did not store sizes: recreate it")
     with keep_rng(): return Recorded(**{k:kept[k] for k in ('sizes','named','tokens')})

@@ -23,7 +23,7 @@ from .source import check_lacking
 
 # %% ../../nbs/teacher/callback.ipynb #0d3433f9
 class NoTeacher(nn.Module):
-    "In place of a teacher, for terms that ask none"
+    "Placeholder for terms that need no teacher"
 
 def check_source(cb, teacher='teacher'):
     if not cb.source: raise ValueError(
@@ -38,15 +38,15 @@ class TeacherCallback(Callback):
     _stateattrs = ('network','tfm','match','plan','stack','frozen','frozen_key','taps','student_taps','out','finite','finite_key','about')
     network,tfm,match,plan,stack,frozen,frozen_key,taps,student_taps,out,finite,finite_key,about = (None,)*12+('',)
     def __init__(self,
-        teacher:nn.Module, # A trained network, left as it is: a copy of what wrappers hold runs, made anew in an epoch if its weights have changed
-        tfm=None, # Applied to the student's inputs before the teacher sees them, for instance to normalize them otherwise
+        teacher:nn.Module, # A trained network, left unchanged: a copy without wrappers runs, renewed before an epoch if the weights have changed
+        tfm=None, # Applied to the student's inputs before the teacher sees them, for instance to normalize them differently
         precision='auto', # 'auto', 'float32', 'bf16', 'fp16' or a function such as `int8_teacher`; None runs the teacher itself
         compile:bool=False, # Compile the copy with `torch.compile`
-        picks:list=None, # Numbers of the teacher's outputs that are the student's classes, in their order; by default all
-        n_out:int=None, # How many outputs it must have for `picks` to be right, where that is known
-        about:str='', # What is known of the teacher, for `show_distill`
-        outputs:str=None, # What the outputs mean, 'classes', 'labels' or 'numbers'; by default what loss function and targets tell
-        axis:int=None # That of the classes; by default what loss function and targets tell
+        picks:list=None, # Indices of the teacher's outputs for the student's classes, in their order; by default all
+        n_out:int=None, # Number of outputs that `picks` assumes, if known
+        about:str='', # Description of the teacher, for `show_distill`
+        outputs:str=None, # What the outputs mean, 'classes', 'labels' or 'numbers'; by default inferred from loss function and targets
+        axis:int=None # Class axis; by default inferred from loss function and targets
     ):
         if not isinstance(teacher, nn.Module): raise TypeError(
             f"The teacher must be a module, got a {type(teacher).__name__}: pass learn.model, or use distill_learner")
@@ -81,21 +81,21 @@ class TeacherCallback(Callback):
 def _check_finite(ok, wrong):
     if not ok: raise ValueError(wrong)
 
-def _check_teacher(ok, when): _check_finite(ok, f"The teacher put out NaN or infinity {when}: "
+def _check_teacher(ok, when): _check_finite(ok, f"The teacher returned NaN or infinity {when}: "
     "check its weights and how its inputs are normalized, or try precision='float32'")
 
 # %% ../../nbs/teacher/callback.ipynb #25851458
 @patch
 def _epoch(self:TeacherCallback):
-    # no event survives Ctrl-C, only a `finally`; one around the student's forward ends before terms have read its taps,
-    # and hooks that are set inside it break the graph of `torch.compile`
+    # no event runs after Ctrl-C, only a `finally`; one around the student's forward pass would end before terms read its taps,
+    # and hooks registered inside it break the graph of `torch.compile`
     del self.learn._do_epoch_train
     self.finite,loss_func = None,self.learn.loss_func
     try:
         with ExitStack() as self.stack: self.learn._do_epoch_train()
     except BaseException:
-        self.learn.loss_func = loss_func  # MixUp would leave its own behind and call it forever
-        if self.opt is not None: self.opt.zero_grad()  # the next fit would add what this step had
+        self.learn.loss_func = loss_func  # or MixUp would leave its own behind and call it forever
+        if self.opt is not None: self.opt.zero_grad()  # or the next fit would add the gradients of this step
         raise
     finally:
         if self.learn.loss_func is no_loss: self.learn.loss_func = loss_func
@@ -107,29 +107,29 @@ def no_loss(pred, *yb): return 0*at_least_float(pred).sum()
 def see(self:TeacherCallback,
     *xb:Tensor # The student's inputs
 ): # The teacher's output
-    "The forward of the teacher itself"
+    "Forward pass of the teacher itself"
     return self.network(*seen_by(self.tfm, xb))
 
 @patch
 def picked(self:TeacherCallback,
     out # The teacher's output, `(bs,c,...)`, or None
-): # Its logits of the student's classes
+): # Logits of the student's classes
     "The part of the teacher's output that terms read"
     out = logits_of(out)
     if self.picks is None or out is None: return out
     n,least,most = out.shape[1],min(self.picks),max(self.picks)
-    told = f"{self.n_out} names" if self.n_out else f"numbers from {least} to {most}"
+    told = f"{self.n_out} names" if self.n_out else f"indices from {least} to {most}"
     if self.n_out not in (None,n) or not 0<=least<=most<n: raise ValueError(
-        f"The teacher has {n} outputs, but {told} were passed for them: pass the names of all its classes, or numbers from 0 to {n-1}")
+        f"The teacher has {n} outputs, but {told} were passed: pass the names of all its classes, or indices from 0 to {n-1}")
     return out[:,self.picks]
 
 @patch
 def freeze(self:TeacherCallback,
     layers, # Names of the teacher's layers to read
     outputs:bool=True, # Read its outputs as well
-    device=None # Where it runs; by default where the student is
-) -> Frozen: # To be called with what `tfm` makes of a batch
-    "A copy of the teacher to ask"
+    device=None # Device to run on; by default the student's
+) -> Frozen: # To be called with inputs transformed by `tfm`
+    "An inference copy of the teacher"
     xb = self.plan.xb if self.plan else probe_batch(self.dls)[0]
     xb = seen_by(self.tfm, to_device(xb, device or next(bare_model(self.learn.model).parameters()).device))
     if callable(self.precision): return self.precision(self, layers, outputs, xb)
@@ -140,7 +140,7 @@ def freeze(self:TeacherCallback,
 def answer(self:TeacherCallback,
     *xb:Tensor # The student's inputs
 ) -> tuple: # Logits, None if no term reads them, and features by layer
-    "What the teacher says to a batch"
+    "The teacher's outputs for a batch, from its copy or a cache"
     if self.cache: return self.cache.recall(*xb)
     with torch.no_grad(): out,maps = self.read(*xb)
     said = [*maps.values()] if out is None else [out]
@@ -152,14 +152,14 @@ def answer(self:TeacherCallback,
 def read(self:TeacherCallback,
     *xb:Tensor # The student's inputs
 ) -> tuple: # Logits of the student's classes, None if no term reads them, and features by layer
-    "The forward of the teacher's copy"
+    "Forward pass of the teacher's copy"
     out,maps = self.frozen(*seen_by(self.tfm, xb))
     return self.picked(out),{n:self.plan.layouts.get(n, noop)(o) for n,o in maps.items()}
 
 # %% ../../nbs/teacher/callback.ipynb #0ab9f106
 @patch
 def _check_varies(self:TeacherCallback, said, xb):
-    "Raises `ValueError` where different images have the same features, as in a network whose weights are zeros"
+    "Raise `ValueError` if different images have the same features, as in a network whose weights are zero"
     self.finite_key = self.frozen_key
     same = lambda os: all(torch.equal(o[:1].expand_as(o), o) for o in os)
     if same(said) and not same(xb): raise ValueError("The teacher's outputs are the same for all images of a batch: "
@@ -173,7 +173,7 @@ def cache(self:TeacherCallback):
 
 @patch
 def refreeze(self:TeacherCallback):
-    "Make the copy anew if the teacher, or what is read of it, has changed"
+    "Renew the copy if the teacher, or what is read from it, has changed"
     watched = self.watched
     layers,outputs = sorted({n for t in watched for n in t.asked}),any(t.reads_logits for t in watched)
     device = next(bare_model(self.learn.model).parameters()).device
@@ -182,38 +182,38 @@ def refreeze(self:TeacherCallback):
     if key!=self.frozen_key: self.frozen,self.frozen_key = self.freeze(layers, outputs),key
 
 # %% ../../nbs/teacher/callback.ipynb #590444db
-def not_numbered(what, remedy): raise ValueError(f"{what} does not tell which samples are in a batch: {remedy}")
+def not_numbered(what, remedy): raise ValueError(f"{what} does not show which samples are in a batch: {remedy}")
 
 def none_skipped(do_item, i):
-    "What `do_item` makes of sample `i`; raises `ValueError` where it skips that"
+    "Result of `do_item` for sample `i`; raises `ValueError` if it skips the sample"
     item = do_item(i)
-    if item is None: not_numbered(f"A loader that skips sample {i}", "leave that out of the training set")
+    if item is None: not_numbered(f"A loader that skips sample {i}", "leave it out of the training set")
     return item
 
 # %% ../../nbs/teacher/callback.ipynb #72793022
 @patch(as_prop=True)
 def loader(self:TeacherCallback):
-    "The user's training loader, not the part of it that falls to a process"
+    "The user's training loader, not one process's share of it"
     return vars(self.dls.train).get('dl', self.dls.train)
 
 @patch
 def check_numbered(self:TeacherCallback):
-    "Raises `ValueError` where the training loader does not tell which samples are in a batch"
+    "Raise `ValueError` if the training loader does not show which samples are in a batch"
     dl = self.loader
     numbered = all(hasattr(dl, o) for o in ('new','create_batches')) and dl.bs and hasattr(dl.dataset, '__len__')
-    if not numbered: not_numbered(f"A {type(dl).__name__} like this", "use fastai's DataLoaders over a dataset with a length, and a batch size")
+    if not numbered: not_numbered(f"A {type(dl).__name__} like this", "use fastai's DataLoaders with a batch size, over a dataset with a length")
 
 # %% ../../nbs/teacher/callback.ipynb #b93c536f
 @patch
 def skip_nothing(self:TeacherCallback):
-    "Let the loader skip nothing in this epoch, since each sample after that would have the number of the one before"
+    "Raise an error if the loader skips a sample in this epoch, since the indices of all later ones would be wrong"
     if 'do_item' in vars(self.loader): return
     self.loader.do_item = partial(none_skipped, self.loader.do_item)
     self.stack.callback(vars(self.loader).pop, 'do_item')
 
 @patch(as_prop=True)
 def ids(self:TeacherCallback) -> list:
-    "Numbers, in the training set, of the samples in this batch"
+    "Indices, in the training set, of the samples in this batch"
     dl = self.dl
     ids = [*(vars(dl)['ids'] if 'ids' in vars(dl) else dl._DataLoader__idxs[self.iter*dl.bs:(self.iter+1)*dl.bs])]
     if len(ids)!=find_bs(self.xb): not_numbered("A before_batch that leaves samples out", "leave them out of the training set")
@@ -222,13 +222,13 @@ def ids(self:TeacherCallback) -> list:
 # %% ../../nbs/teacher/callback.ipynb #ede7e23a
 @patch(as_prop=True)
 def watched(self:TeacherCallback):
-    "The terms that read the teacher and weigh something, or may in the course of the fit"
+    "Terms that read the teacher and have a nonzero weight, or may have one during the fit"
     return [t for t in self.terms if t.taught and (callable(t.weight) or t.acts(t.weight))]
 
 # %% ../../nbs/teacher/callback.ipynb #c30bd0f5
 @patch(as_prop=True)
 def train_mode(self:TeacherCallback) -> bool:
-    "Whether a term wants the teacher in training mode; raises `ValueError` where its outputs may not depend on the batch"
+    "Whether a term needs the teacher in training mode; raises `ValueError` if its outputs must not depend on the batch"
     wanted = [t.label for t in self.watched if t.train_mode]
     fixed = 'a TeacherCache' if self.cache else f'precision={self.precision.__name__}' if callable(self.precision) else ''
     if wanted and fixed: raise ValueError(f"{wanted[0]} runs the teacher in training mode, which {fixed} cannot: leave out one of the two")
@@ -243,29 +243,29 @@ def _forget(self:TeacherCallback):
 
 @patch
 def _watch(self:TeacherCallback):
-    if self.network is None: raise ValueError("No teacher is exported with its learner, so attach a teacher before training on: "
+    if self.network is None: raise ValueError("An exported learner has no teacher, so attach a teacher before training it further: "
         "learn.remove_cb(TeacherCallback); learn.add_cb(TeacherCallback(teacher))")
     if not self.terms: raise ValueError("A TeacherCallback alone teaches nothing: add a term, such as KD(), to the learner's callbacks")
     shared = any(t.learn is not self.learn for t in self.terms)
-    if shared: raise ValueError("A term belongs to one learner: make new ones, such as KD(), for each")
+    if shared: raise ValueError("A term belongs to one learner: create a new one, such as KD(), for each")
     plan,student = self.setup(),bare_model(self.learn.model)
     if (self.train_mode or not self.cache) and self.watched: self.refreeze()
     if self.frozen and any(isinstance(cb, ModelResetter) for cb in self.learn.cbs): getattr(self.frozen.net, 'reset', noop)()
     self.finite = torch.ones((), dtype=torch.bool, device=next(student.parameters()).device)
     layers = {n for t in self.watched for n in t.layers}
     if layers and len(getattr(self.learn.model, 'device_ids', None) or ())>1: raise ValueError(
-        "nn.DataParallel trains copies, of whose layers only the last one's would be read: use DistributedDataParallel, as learn.distrib_ctx()")
+        "nn.DataParallel trains replicas, and only the last one's layers would be read: use DistributedDataParallel, as in learn.distrib_ctx()")
     self.student_taps = self.stack.enter_context(Taps(student, layers, plan.clones, plan.student_layouts))
     self.stack.callback(self._forget)
 
 # %% ../../nbs/teacher/callback.ipynb #513ee1f6
 def along(weight):
-    "A weight at 21 moments of a fit"
+    "A weight at 21 points of a fit"
     return [float(weight(i/20)) if callable(weight) else weight for i in range(21)]
 
 # %% ../../nbs/teacher/callback.ipynb #3a1fcc5d
 class DistillCallback(Callback, metaclass=TakesShare):
-    "Adds `weight` times what `term` computes to the loss of every training batch, or what takes `share` of the gradient"
+    "Adds `weight` times `term` to the loss of every training batch, or as much of it as takes `share` of the gradient"
     order,run_valid,layers,reads_logits,label,now,value,total,count = 1,False,{},True,None,None,None,0.,0
     taught,train_mode,stage,stages,reuses,last_calls,share,raw,measured,dominates,warned = True,False,None,(None,2),True,(),None,None,None,False,False
     def __init__(self,
@@ -288,14 +288,14 @@ class DistillCallback(Callback, metaclass=TakesShare):
     @property
     def adapters(self): return {k:adapters_of(self.learn.model)[n] for k,n in self.source.plan.names[self.label].items() if k!=balanced}
 
-    def choose(self, student, network, tfm, xb): "Set `layers`, student's to teacher's or to None, to those that the term reads"
+    def choose(self, student, network, tfm, xb): "Set `layers`, student layer to teacher layer or None, to those that the term reads"
     def prepare(self, probe): return {}
     def compact(self, features): return at_least_float(features)
     def extras(self): return []
-    def term(self): raise NotImplementedError(f"{type(self).__name__} adds nothing to the loss: define term(), which returns a scalar")
+    def term(self): raise NotImplementedError(f"{type(self).__name__} adds nothing to the loss: define a term() that returns a scalar")
 
     def _check_scalar(self, x):
-        if x.numel()!=1: raise ValueError(f"{self.column} returned shape {tuple(x.shape)}, not a scalar: let its function end with .mean()")
+        if x.numel()!=1: raise ValueError(f"{self.column} returned shape {tuple(x.shape)}, not a scalar: end its function with .mean()")
 
     def before_fit(self):
         self.total,self.count,self.shares = 0.,0,[]
@@ -320,9 +320,9 @@ class DistillCallback(Callback, metaclass=TakesShare):
             mean = maybe_gather(self.total/self.count).item()
             if not math.isfinite(mean):
                 bad = [t.label for t in self.source.terms if t.count and not (t.total/t.count).isfinite()]
-                _check_finite(hasattr(self.learn, 'lr_finder'), f"{' and '.join(bad)} put out NaN or infinity in epoch {self.epoch}: "
+                _check_finite(hasattr(self.learn, 'lr_finder'), f"{' and '.join(bad)} returned NaN or infinity in epoch {self.epoch}: "
                     "lower the weight or the learning rate")
-            missing = self.recorder.metric_names.index(self.label)-len(log)  # columns of a validation that was skipped
+            missing = self.recorder.metric_names.index(self.label)-len(log)  # columns of a skipped validation
             self.recorder.log = log + [None]*missing + [mean] + self.share_columns()
         self.total,self.count,self.shares = 0.,0,[]
 
@@ -340,7 +340,7 @@ def add(self:DistillCallback, value, extras=()):
 
 @patch(as_prop=True)
 def asked(self:DistillCallback):
-    "The teacher's layers that the term reads"
+    "Teacher layers that the term reads"
     return [o for o in self.layers.values() if o is not None]
 
 # %% ../../nbs/teacher/callback.ipynb #445340d1
@@ -358,16 +358,16 @@ def _no_share(term, why): raise ValueError(f"{term.label} has no share, since {w
 
 @patch
 def _measure(self:TeacherCallback, acting, left):
-    "Follow how large the gradients of terms with shares are beside that of the loss without them, and note what each term takes"
+    "Update the gradient ratios of terms with shares to the loss without them, and note the share of each term"
     params = [p for p in bare_model(self.learn.model).parameters() if p.requires_grad]
     labels,shared,scales = self.learn.loss_func is not no_loss,[t for t in acting if t.share],[]
     try: rest,*own = [gradients(o, params) for o in (self.learn.loss_grad if labels else params[0].new_zeros(()), *(t.raw for t in acting))]
-    except RuntimeError as e:  # of networks whose forward can be gone back through once only
+    except RuntimeError as e:  # from networks that allow only one backward pass
         if shared: _no_share(shared[0], f"this network's gradients cannot be measured ({str(e)[:80]})")
         self.unmeasured = str(e)
         return
     for t,g in zip(shared, own):
-        norms = norms_of_both(rest, g) or _no_share(t, "it and the labels have a gradient on no parameter together")
+        norms = norms_of_both(rest, g) or _no_share(t, "it and the labels reach no common parameter")
         t.balance.follow(norms[0]/norms[1])
         scales.append(t.share/left*t.balance.ratio)
     n = len(shared)
@@ -381,11 +381,11 @@ def note_share(self:DistillCallback, part):
 
 @patch
 def share_columns(self:DistillCallback):
-    "Share and norm for the progress table, if requested; warns if little is left to the labels"
+    "Share and norm for the progress table, if requested; warns if little is left for the labels"
     if not self.shares: return [None]*2*self.source.columns
     share,norm,labels = maybe_gather(torch.stack(self.shares).mean(0)[None]).mean(0).tolist()
     loud = labels>0 and share>.9 and not (self.share or self.dominates or self.warned)
-    if loud: warnings.warn(f"{self.label} has {100*share:.0f} % of the gradient in epoch {self.epoch}, which leaves little to the labels: "
+    if loud: warnings.warn(f"{self.label} has {100*share:.0f}% of the gradient in epoch {self.epoch}, which leaves little for the labels: "
         f"pass {type(self).__name__}(share=.5), or a smaller weight")
     self.warned = self.warned or loud
     return [share,norm]*self.source.columns
@@ -393,16 +393,16 @@ def share_columns(self:DistillCallback):
 # %% ../../nbs/teacher/callback.ipynb #33307e49
 @patch
 def acts(self:DistillCallback,
-    weight:float # What it would weigh
+    weight:float # Its weight in the step
 ) -> bool: # Whether it has to be computed
-    "Does the term change a step?"
+    "Whether the term affects a step"
     return weight!=0 or num_distrib()>1 and len(self.adapters)>0
 
 @patch
 def target(self:DistillCallback,
     layer:str # One of the teacher's that the term reads
-) -> Tensor: # What `compact` makes of its features
-    "What the teacher shows at `layer`, just now or from a cache"
+) -> Tensor: # Its features, reduced by `compact`
+    "The teacher's features at `layer`, computed or from a cache"
     taps,part = self.source.taps,self.part(layer)
     return taps[part] if part in taps else self.compact(taps[layer])
 
@@ -410,7 +410,7 @@ def target(self:DistillCallback,
 def part(self:DistillCallback,
     layer:str # One of the teacher's that the term reads
 ) -> str:
-    "Under which name a cache keeps what the term needs of `layer`: that of `compact`, which therefore depends on nothing but the features"
+    "Name under which a cache stores what the term needs of `layer`: that of `compact`, which must depend only on the features"
     return f'{type(self).compact.__qualname__} {layer}'
 
 # %% ../../nbs/teacher/callback.ipynb #5d7eb38f
@@ -436,24 +436,24 @@ def _name_columns(self:TeacherCallback):
 
 # %% ../../nbs/teacher/callback.ipynb #fecbee87
 class Trial:
-    "What both networks put out for a batch of zeros"
+    "Outputs of both networks for a batch of zeros"
     def __init__(self,
         pred:Tensor, # The student's logits, `(2,...)`
-        target:Tensor, # The teacher's, None without one
-        student:dict, # Layer to the student's features, as its hooks gave them
-        teacher:dict, # Layer to the teacher's
-        xb:tuple, # The zeros, where the loader puts them
+        target:Tensor, # The teacher's, None if no term reads them
+        student:dict, # Student layer to its features, as feature maps where `layouts` has it
+        teacher:dict, # The same for the teacher
+        xb:tuple, # The zeros, on the loader's device
         yb:tuple, # Labels of a batch
-        clones:set, # The student's layers whose outputs it overwrites
-        layouts:list # For both networks, what makes feature maps of the features of layers, by name
+        clones:set, # Student layers whose outputs the network overwrites
+        layouts:list # For student and teacher, layer name to a function from features to feature maps
     ): store_attr()
 
 def check_outputs(pred, other=None, name='teacher'):
     for k,o in (('student',pred), *([] if other is None else [(name,other)])):
-        if not isinstance(o, Tensor): raise ValueError(f"The {k} must put out a tensor, got a {type(o).__name__}: "
-            "wrap it in a module that returns its logits, alone or before other things")
+        if not isinstance(o, Tensor): raise ValueError(f"The {k} must return a tensor, got a {type(o).__name__}: "
+            "wrap it in a module that returns its logits, alone or first")
     if other is not None and pred.shape!=other.shape: raise ValueError(f"Student and {name} must have the same outputs, "
-        f"got {tuple(pred.shape[1:])} and {tuple(other.shape[1:])}: give both the same n_out, pass teacher_vocab, or let features teach, as with FitNet()")
+        f"got {tuple(pred.shape[1:])} and {tuple(other.shape[1:])}: give both the same n_out, pass teacher_vocab, or use features alone, as with FitNet()")
 
 # %% ../../nbs/teacher/callback.ipynb #setplan1
 def _sizes(features, out): return {n:tuple(o.shape[1:]) for n,o in [*features.items(), ('output',out)] if o is not None}
@@ -472,16 +472,16 @@ class Plan:
 # %% ../../nbs/teacher/callback.ipynb #6625024d
 @patch
 def setup(self:TeacherCallback):
-    "Check the learner and bind its terms to student and teacher; the plan of that holds until one of these, or the data, is another"
+    "Check the learner and bind its terms to student and teacher; the plan holds until one of these, or the data, is replaced"
     if any(isinstance(cb, TeacherCallback) and cb is not self for cb in self.learn.cbs): raise ValueError(
-        "A learner has one TeacherCallback: remove the other with learn.remove_cb(TeacherCallback) first")
+        "A learner can have only one TeacherCallback: remove the other with learn.remove_cb(TeacherCallback) first")
     terms = self.terms
-    if self.network is None and terms and not any(t.taught for t in terms): self.network = NoTeacher()  # which no export keeps
+    if self.network is None and terms and not any(t.taught for t in terms): self.network = NoTeacher()  # which is not exported
     if self.network is None: return
     parts = bare_model(self.learn.model),self.network,self.dls,*terms
     if not (self.plan and self.plan.holds(parts, adapters_of(self.learn.model))):
         others = self.match and self.plan and self.plan.parts[2] is not self.dls
-        if others: check_lacking(self.match(self, self.dls), terms)  # they may have other classes, or be normalized otherwise
+        if others: check_lacking(self.match(self, self.dls), terms)  # their classes or normalization may differ
         self.plan = self._bind(*parts)
     if self.opt is not None: self._own_adapters()
     return self.plan
@@ -489,11 +489,11 @@ def setup(self:TeacherCallback):
 # %% ../../nbs/teacher/callback.ipynb #setbind1
 @patch
 def _bind(self:TeacherCallback, student, network, dls, *terms):
-    "Let each term choose its layers, and put its adapters into the model"
+    "Have each term choose its layers, and add its adapters to the model"
     total = sum(t.share or 0 for t in terms)
-    if total>=1: raise ValueError(f"The shares of the terms sum to {total:g}, which leaves nothing to the labels: choose shares that add up to less than 1")
+    if total>=1: raise ValueError(f"The shares of the terms sum to {total:g}, which leaves nothing for the labels: choose shares that sum to less than 1")
     asking = [type(t).__name__ for t in terms if t.taught]
-    if asking and isinstance(network, NoTeacher): raise ValueError(f"{' and '.join(asking)} need a teacher: "
+    if asking and isinstance(network, NoTeacher): raise ValueError(f"A teacher is needed by {' and '.join(asking)}: "
         "learn.remove_cb(TeacherCallback), then learn.add_cb(TeacherCallback(teacher))")
     if {*map(id, student.parameters())} & {*map(id, network.parameters())}: raise ValueError(
         "Teacher and student share parameters, so the student would change its own teacher: pass deepcopy(student) as teacher")
@@ -507,7 +507,7 @@ def _bind(self:TeacherCallback, student, network, dls, *terms):
 # %% ../../nbs/teacher/callback.ipynb #setprob2
 @patch
 def _built(self:TeacherCallback, student, terms):
-    "The student, with what terms put around it"
+    "The student, with what terms wrap around it"
     if not any(hasattr(t, 'build') for t in terms): return student
     net,xb,device = student,probe_batch(self.dls)[0],next(student.parameters()).device
     with keep_rng():
@@ -516,7 +516,7 @@ def _built(self:TeacherCallback, student, terms):
     if net is not student:
         self.learn.model,self.learn.splitter = net,trainable_params
         if self.learn.opt is not None:
-            hypers = self.learn.opt.hypers[-1]  # those that fit has set
+            hypers = self.learn.opt.hypers[-1]  # as set by fit
             self.learn.create_opt()
             self.learn.opt.set_hypers(**hypers)
     return net
@@ -532,10 +532,10 @@ def _probe(self:TeacherCallback, student, terms):
         last = {n for t in terms for n in t.last_calls}
         with Once(student, layers[0], last) as s, Once(self.network, layers[1], last) as t:
             with run_as('student', student, xs): pred = student(*xs)
-            if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): pred = logits_of(pred)  # which does so in training
+            if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): pred = logits_of(pred)  # as the callback does in training
             with run_as('teacher', self.network, xt): out = None if isinstance(self.network, NoTeacher) else self.see(*xt)
             target = self._compared(pred, out, terms)
-            clones,outs = s.overwritten(),[{n:o[n] for n in [*o.outs, *o.layers]} for o in (s,t)]  # in the order of the forward
+            clones,outs = s.overwritten(),[{n:o[n] for n in [*o.outs, *o.layers]} for o in (s,t)]  # in the order of the forward pass
         said = [o for o in (target,*outs[1].values()) if o is not None]
         _check_teacher(all(torch.isfinite(o).all() for o in said), "for a batch of zeros")
         seen = xs,seen_by(self.tfm, xt)
@@ -545,7 +545,7 @@ def _probe(self:TeacherCallback, student, terms):
 
 @patch
 def _compared(self:TeacherCallback, pred, out, terms):
-    "The teacher's logits, None unless a term reads them; raises `ValueError` where they do not fit the student's"
+    "The teacher's logits, None unless a term reads them; raises `ValueError` if they do not match the student's"
     reads = out is not None and any(t.taught and t.reads_logits for t in terms)
     target = self.picked(out) if reads else None
     check_outputs(pred, target)
@@ -553,9 +553,9 @@ def _compared(self:TeacherCallback, pred, out, terms):
 
 # %% ../../nbs/teacher/callback.ipynb #d11216eb
 class AdaptedSplitter:
-    "`splitter` of the bare student, the adapters added to its last group"
+    "Apply `splitter` to the bare student, and add the adapters to the last group"
     def __init__(self,
-        splitter # From a model to groups of parameters, as `Learner` takes it
+        splitter # Function from a model to parameter groups, as for `Learner`
     ): self.splitter = splitter
 
     def __call__(self, model):
@@ -565,7 +565,7 @@ class AdaptedSplitter:
 
 @patch
 def _adapt(self:TeacherCallback, student, made):
-    "Put what terms train into the model, under names that begin with their labels; one that stands there and fits is kept"
+    "Add what terms train to the model, under names that start with their labels; existing modules that fit are kept"
     learn,old,device = self.learn,adapters_of(self.learn.model),next(student.parameters()).device
     shapes = lambda m: {k:v.shape for k,v in m.state_dict().items()}
     keeps = lambda t,n,m: t.reuses and getattr(m, 'reuses', True) and n in old and shapes(old[n])==shapes(m)
@@ -580,7 +580,7 @@ def _adapt(self:TeacherCallback, student, made):
 
 @patch
 def _own_adapters(self:TeacherCallback):
-    "Give the optimizer the adapters' parameters that it does not have"
+    "Add the adapters' parameters to the optimizer if they are missing"
     opt,groups = self.opt,self.opt.param_lists
     has = {id(p) for g in groups for p in g}
     new = [p for a in adapters_of(self.learn.model).values() for p in a.parameters() if id(p) not in has]

@@ -27,14 +27,14 @@ class _Uses(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         read = [o for o in tree_leaves((args,kwargs)) if isinstance(o, Tensor)]
-        self.kept.extend(read)  # so that no other tensor gets the id
+        self.kept.extend(read)  # so that no id is reused
         self.count.update(map(id, read))
         return func(*args, **(kwargs or {}))
 
 _norms,_convs = (nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d,nn.SyncBatchNorm),(nn.Conv1d,nn.Conv2d,nn.Conv3d)
 
 def _own_forward(m, kinds):
-    "`m` computes what one of `kinds` does, with weights of its own"
+    "Whether `m` computes what one of `kinds` does, with its own weights"
     conv = lambda k: getattr(k, '_conv_forward', None)
     same = any(isinstance(m, k) and type(m).forward is k.forward and conv(type(m)) is conv(k) for k in kinds)
     return same and isinstance(m._parameters.get('weight'), nn.Parameter) and not (m._forward_hooks or m._forward_pre_hooks)
@@ -43,7 +43,7 @@ def _is_norm(m): return type(m) in _norms and m.affine and m.running_var is not 
 
 # %% ../../nbs/teacher/inference.ipynb #7e7cf648
 def _followers(model, xb, taps):
-    "Names of convolutions to the names of the batch norms that alone read what they put out"
+    "Map names of convolutions to names of the batch norms that alone read their outputs"
     convs,norms = ({n:m for n,m in model.named_modules() if ok(m)} for ok in (lambda m: _own_forward(m, _convs), _is_norm))
     calls,handles,noted = [],[],{**convs, **norms, **{n:get_layer(model, n) for n in taps}}
     def note(n, m, args, out): calls.append((n, args[0], out))
@@ -65,11 +65,11 @@ def _close(a, b): return all((x-y).norm()<=(5e-3 if y.is_cuda else 1e-4)*(y.norm
 
 # %% ../../nbs/teacher/inference.ipynb #266ba64e
 def fold_norms(
-    model:nn.Module, # Left as it is
-    xb:tuple, # A batch that it takes, on its device
-    taps=() # Names of layers that are to put out the same as before
-) -> nn.Module: # A copy in eval mode, in which an `nn.Identity` stands for each norm that was folded
-    "Batch norms, folded into the convolutions before them wherever that changes nothing"
+    model:nn.Module, # Left unchanged
+    xb:tuple, # A batch that it accepts, on its device
+    taps=() # Names of layers whose outputs must not change
+) -> nn.Module: # A copy in eval mode, with an `nn.Identity` in place of each folded norm
+    "Fold batch norms into the preceding convolutions wherever that changes nothing"
     xb,net = random_like(xb),deepcopy(model).eval()
     try:
         for c,n in _followers(net, xb, taps).items():
@@ -83,26 +83,26 @@ def fold_norms(
 
 # %% ../../nbs/teacher/inference.ipynb #c6ce3a9e
 def _cast(net, dtype):
-    "Weights of layers that compute in `dtype` anyway, stored in it"
+    "Store the weights of layers that compute in `dtype` anyway in that precision"
     for m in net.modules():
         if _own_forward(m, (*_convs,nn.Linear)): m.to(dtype)
     return net
 
 # %% ../../nbs/teacher/inference.ipynb #24cda634
 def _way(dtype, own, last):
-    precision = 'the precision around it' if dtype is None else str(dtype).removeprefix('torch.')
+    precision = 'the surrounding precision' if dtype is None else str(dtype).removeprefix('torch.')
     return f"{'a copy' if own else 'it is'} in {precision}{', channels last' if last else ''}"
 
 class Frozen:
-    "A copy of a trained network that can only be asked: called with a batch, gives its outputs and what `layers` put out"
+    "An inference-only copy of a trained network: called with a batch, returns its outputs and those of `layers`"
     def __init__(self,
-        model:nn.Module, # Left as it is: weights, mode and `requires_grad`; one that is asked itself is moved to the device
-        xb:tuple, # A batch to try it on, on the device where it is to run
-        layers=(), # Names of the layers to read; a wrong one raises `ValueError`
-        outputs:bool=True, # Without them it stops at the last of `layers`
-        precision:str='auto', # As for `autocast_dtype`, for a `model` in float32; None runs `model` itself, in the precision around it
-        compile:bool=False, # Compile the copy, if there is one, with `torch.compile`, which takes its time at the first batch
-        train_mode:bool=False # A copy in training mode, whose norms use the statistics of the batch and are not folded
+        model:nn.Module, # Left unchanged: weights, mode and `requires_grad`; if it runs without a copy, it is moved to the device
+        xb:tuple, # A batch for a trial run, on the device where it will run
+        layers=(), # Names of the layers to read; an invalid one raises `ValueError`
+        outputs:bool=True, # Return its outputs; if False, it stops at the last of `layers`
+        precision:str='auto', # As for `autocast_dtype`, for a `model` in float32; None runs `model` itself, in the surrounding precision
+        compile:bool=False, # Compile the copy, if there is one, with `torch.compile`, which slows down the first batch
+        train_mode:bool=False # Copy in training mode, so that norms use batch statistics and are not folded
     ):
         store_attr('layers,outputs,compile,train_mode')
         self.device,floats = xb[0].device,{p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -127,8 +127,8 @@ class Frozen:
 @patch
 def laid(self:Frozen,
     xb:tuple # A batch
-) -> tuple: # Plain tensors of the same values
-    "Images in the order in memory that the copy's weights are in"
+) -> tuple: # Plain tensors with the same values
+    "Images in the memory format of the copy's weights"
     plain = (o.as_subclass(Tensor) for o in xb)
     return tuple(o.contiguous(memory_format=torch.channels_last) if self.last and o.ndim==4 else o for o in plain)
 
@@ -145,7 +145,7 @@ def _borrow(self:Frozen, *xb):
 
 # %% ../../nbs/teacher/inference.ipynb #9acdb4b6
 class _Calls(Once):
-    "Taps that know in which order they were met"
+    "Taps that record the order of their calls"
     def __enter__(self):
         self.calls = []
         return super().__enter__()
@@ -168,7 +168,7 @@ def _make(self:Frozen, model, xb):
     self.net = self._copy(model, xb, half) if self.own else model.to(self.device)
     calls,clone = self._trial(xb)
     self.taps = Taps(self.net, self.layers, clone)
-    whole = self.outputs or self.compile or not calls or len(calls)>len({*calls})  # what nobody reads is not compiled
+    whole = self.outputs or self.compile or not calls or len(calls)>len({*calls})  # the compiler drops what nobody reads
     self.run = self.net if whole else Truncated(self.net, calls[-1])
     if self.own: self.taps.__enter__()
     self.ask = self._borrow if not self.own else torch.compile(self._read) if self.compile else self._read

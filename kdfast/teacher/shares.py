@@ -14,7 +14,7 @@ from ..models.convs import check_one
 
 # %% ../../nbs/teacher/shares.ipynb #4e85113d
 def gradients(loss, params):
-    "Gradients of a scalar that is used again; None for parameters that it does not reach"
+    "Gradients of a scalar, whose graph is kept; None for parameters that it does not reach"
     if not loss.requires_grad: return (None,)*len(params)
     return torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
 
@@ -23,13 +23,13 @@ def norm_of(grads):
     return torch.stack(torch._foreach_norm(found)).float().norm() if found else 0.
 
 def norms_of_both(a, b):
-    "Norms of two gradients over the parameters for which neither is None; None where there are none"
+    "Norms of two gradients over the parameters that both reach; None if there are none"
     both = [(x,y) for x,y in zip(a, b) if x is not None and y is not None]
     return tuple(map(norm_of, zip(*both))) if both else None
 
 # %% ../../nbs/teacher/shares.ipynb #a4a38e2c
 def _ratio(a, b):
-    "How large gradient `b` is beside `a`"
+    "Norm of gradient `b` relative to that of `a`"
     x,y = norms_of_both(a, b) or (norm_of(a),norm_of(b))
     return y/x.clamp(min=1e-20)
 
@@ -38,7 +38,7 @@ def _without(a, others):
     return a
 
 def parts_of(rest, shared, scales, given):
-    "Share, norm, and the labels' norm, `(3,)`, of terms: those with shares, to be scaled, are added to `rest`, `given` are parts of it"
+    "Share, norm and the labels' norm, `(3,)`, of each term: `shared` ones are scaled and added to `rest`, which includes the `given` ones"
     labels,at = _without(rest, given),first(o for g in (*shared,*given) for o in g if o is not None)
     if at is None: return []
     named = any(o is not None for o in labels)
@@ -50,7 +50,7 @@ def parts_of(rest, shared, scales, given):
 
 # %% ../../nbs/teacher/shares.ipynb #7b2424d6
 class Balance(nn.Module):
-    "How many times as large as a term's own the gradient is that it is compared with: a moving mean over batches, of logarithms"
+    "Ratio of the gradient that a term is compared with to its own: a moving mean of logarithms over batches"
     def __init__(self):
         super().__init__()
         self.register_buffer('log', torch.zeros(()))
@@ -58,7 +58,7 @@ class Balance(nn.Module):
 
     def follow(self, ratio):
         new = maybe_gather(ratio.as_subclass(Tensor).log()[None]).mean()
-        rate = new.isfinite()/(self.seen+1).clamp(max=2)  # a gradient of zero tells nothing
+        rate = new.isfinite()/(self.seen+1).clamp(max=2)  # a zero gradient is skipped
         self.log += rate*(new.nan_to_num()-self.log)
         self.seen += new.isfinite()
 
@@ -69,10 +69,10 @@ def beside_balances(adapters): return [m for m in adapters.values() if not isins
 
 # %% ../../nbs/teacher/shares.ipynb #1acd5d00
 class TakesShare(type):
-    "Classes whose objects are made with one more argument, `share`, a fraction between 0 and 1"
+    "Metaclass that adds an argument `share`, a fraction between 0 and 1"
     def __call__(cls, *args, share=None, **kwargs):
         if share is not None and not 0<share<1: raise ValueError(
-            f"share is a fraction of the gradient between 0 and 1, got {share}: pass for instance share=.3")
+            f"share must be a fraction of the gradient between 0 and 1, got {share}: pass for example share=.3")
         if share is not None: check_one(share=share, weight=kwargs.get('weight'))
         self = super().__call__(*args, **kwargs)
         if share is not None: self.share = share

@@ -17,7 +17,7 @@ from ..layers.adapters import bare_model
 
 # %% ../../nbs/teacher/source.ipynb #5dbf40c8
 class Renormalize:
-    "From inputs normalized by `src` to inputs normalized by `dst`, both `Normalize` or None"
+    "Convert inputs normalized by `src` to inputs normalized by `dst`, each a `Normalize` or None"
     def __init__(self,
         src, # `Normalize` of the inputs, None if they are not normalized
         dst # `Normalize` of the outputs, or None
@@ -34,7 +34,7 @@ class Renormalize:
 
 # %% ../../nbs/teacher/source.ipynb #24d65c75
 class ResizedTo:
-    "Images interpolated to `size`"
+    "Interpolate images to `size`"
     def __init__(self,
         size, # `(h,w)`
         mode:str='bilinear' # Or 'bicubic'
@@ -50,7 +50,7 @@ def one_after_another(*tfms): return reduce(lambda a,b: partial(_then, a, b) if 
 
 # %% ../../nbs/teacher/source.ipynb #ed28707d
 def lacks(classes): return (f"The teacher lacks the classes {', '.join(map(str, classes))} of the student: "
-    "train it on them, or let it teach through features alone, as with FitNet()")
+    "train it on them, or use its features alone, as with FitNet()")
 
 def check_lacking(classes, terms):
     if classes and any(o.taught and o.reads_logits for o in terms): raise ValueError(lacks(classes))
@@ -60,19 +60,19 @@ def _numbers(o): return all(isinstance(k, int) for k in o)
 
 def _check_numbers(picks, c):
     if len(picks)!=c: raise ValueError(
-        f"teacher_vocab has {len(picks)} numbers of outputs for {c} classes: pass one a class, in the order of the student's, or the names of all of the teacher's")
+        f"teacher_vocab has {len(picks)} output indices for {c} classes: pass one per class, in the student's order, or the names of all its classes")
 
 # %% ../../nbs/teacher/source.ipynb #0d9ac196
 def match_classes(
     theirs, # Names of the teacher's classes, in the order of its outputs
-    ours # Names of the student's
-) -> tuple: # `(picks, lacking)`: for each of `ours` the number of the teacher's output, None where all are the same; those that the teacher lacks
-    "Where the student's classes are among the teacher's; raises `ValueError` where a name stands for two of them"
+    ours # Names of the student's classes
+) -> tuple: # `(picks, lacking)`: the index of the teacher's output for each of `ours`, None if the lists are equal or any is missing; the missing
+    "Find the student's classes among the teacher's; raises `ValueError` if the teacher has two of the same name"
     if [*theirs]==[*ours]: return None,[]
     names = [*map(str, theirs)]
     lacking = [o for o in ours if str(o) not in names]
     twice = [o for o in ours if names.count(str(o))>1]
-    if twice: raise ValueError(f"The teacher has two classes {str(twice[0])!r}: pass the numbers of its outputs as teacher_vocab")
+    if twice: raise ValueError(f"The teacher has two classes {str(twice[0])!r}: pass the indices of its outputs as teacher_vocab")
     return ([names.index(str(o)) for o in ours],[]) if not lacking else (None,lacking)
 
 # %% ../../nbs/teacher/source.ipynb #0c27bd69
@@ -80,12 +80,12 @@ def normalizer(dls): return first(o for o in getattr(getattr(dls[0], 'after_batc
 
 def _load_teacher(path):
     with open(path, 'rb') as f, warnings.catch_warnings(), keep_rng():
-        warnings.filterwarnings('ignore', message='(?!load_learner)')  # which says that the file runs code
+        warnings.filterwarnings('ignore', message='(?!load_learner)')  # keep its warning that the file may run code
         try:
-            if Path(path).suffix!='.pkl': raise ValueError("its name does not end in .pkl, and a learner runs what its file holds")
+            if Path(path).suffix!='.pkl': raise ValueError("its name does not end in .pkl, and loading a learner runs its file's code")
             return load_learner(f)
         except Exception as e: raise ValueError(f"{path} cannot be loaded as a learner ({type(e).__name__}: {e}): "
-            "write it with learn.export(), or load its weights into a module and pass that") from e
+            "create it with learn.export(), or load its weights into a module and pass that") from e
 
 def _of_learner(learn):
     vocab = [*(getattr(learn.dls, 'vocab', None) or ())]
@@ -97,10 +97,10 @@ def timm_name(name):
     timm = import_extra('timm', 'timm')
     if timm.is_model(name): return name
     near = get_close_matches(str(name).split('.')[0], timm.list_models(), n=3, cutoff=.5)
-    raise ValueError(f"timm has no network {name!r}: {'did you mean ' + ' or '.join(map(repr, near)) if near else 'look through timm.list_models()'}?")
+    raise ValueError(f"timm has no network {name!r}: {'did you mean ' + ' or '.join(map(repr, near)) if near else 'have you looked in timm.list_models()'}?")
 
 def _wordnet(net):
-    "WordNet ids of the classes of ImageNet, None for other outputs"
+    "WordNet IDs of the ImageNet classes, None for other outputs"
     from timm.data import ImageNetInfo, infer_imagenet_subset
     subset = infer_imagenet_subset(net)
     return ImageNetInfo(subset).label_names() if subset else None
@@ -113,12 +113,12 @@ def _is_timm(net):
 def _of_timm(net):
     cfg = import_extra('timm', 'timm.data').resolve_model_data_config(net)
     vocab = _wordnet(net) if net.num_classes else None
-    made = getattr(getattr(net, 'patch_embed', None), 'img_size', None)  # a transformer takes no other
+    made = getattr(getattr(net, 'patch_embed', None), 'img_size', None)  # a transformer accepts no other
     return dict(network=net, vocab=vocab, stats=(cfg['mean'],cfg['std']), known=True, size=made or cfg['input_size'][1:], mode=cfg['interpolation'])
 
 # %% ../../nbs/teacher/source.ipynb #47432099
 def _made(name, weights, size):
-    "The pretrained network `name` of timm"
+    "The pretrained timm network `name`"
     timm = import_extra('timm', 'timm')
     fixed = size and timm.get_pretrained_cfg(name).fixed_input_size
     how = {**(dict(img_size=size) if fixed else {}), **(dict(pretrained_cfg_overlay=dict(file=str(weights))) if weights else {})}
@@ -127,7 +127,7 @@ def _made(name, weights, size):
     except Exception as e:
         what = "downloaded" if weights is None else f"read from {weights}"
         raise ValueError(f"The weights of {name} cannot be {what} ({type(e).__name__}: {str(e)[:300]}): "
-            "pass a file of this architecture's weights as `weights`, or --teacher-weights") from e
+            "pass a file with weights of this architecture as `weights`, or --teacher-weights") from e
 
 # %% ../../nbs/teacher/source.ipynb #5677b2f3
 def _of_torchvision(weights):
@@ -137,14 +137,14 @@ def _of_torchvision(weights):
     return dict(network=net, vocab=weights.meta.get('categories'), stats=(tfm.mean,tfm.std), known=True, size=size, mode=tfm.interpolation.value)
 
 def _of_processor(o):
-    "Statistics and size that an image processor has"
+    "Statistics and size of an image processor"
     size = {k:v for k,v in dict(getattr(o, 'size', None) or {}).items() if v}
     side = size.get('shortest_edge')
     return dict(stats=(o.image_mean,o.image_std), known=True, size=(size.get('height', side),size.get('width', side)) if size else None,
         mode={2:'bilinear', 3:'bicubic'}.get(getattr(o, 'resample', None)))
 
 def _processor_of(net):
-    "The image processor that lies beside a Hugging Face model, None if there is none"
+    "The image processor saved with a Hugging Face model, None if there is none"
     if not getattr(net, 'name_or_path', ''): return
     try: return import_module('transformers').AutoImageProcessor.from_pretrained(net.name_or_path)
     except unreadable as e: warnings.warn(f"{net.name_or_path} has no image processor ({e})")
@@ -153,26 +153,26 @@ def _processor_of(net):
 def _is_file(o): return isinstance(o, Path) or Path(o).exists() or os.sep in o or Path(o).suffix in ('.pkl','.pth','.pt')
 
 def _found(network, weights, size):
-    "What is known of a teacher, whatever it is"
+    "What is known about a teacher of any kind"
     if isinstance(network, (str,Path)): network = _load_teacher(network) if _is_file(network) else _made(timm_name(network), weights, size)
     if isinstance(network, Learner): return _of_learner(network)
     if isinstance(network, tvm.WeightsEnum): return _of_torchvision(network)
-    if not isinstance(network, nn.Module): raise TypeError("The teacher is a module, a Learner, the path of an exported learner, the name of a "
-        f"network of timm or a member of a weights enum of torchvision, got a {type(network).__name__}: pass the trained network")
+    if not isinstance(network, nn.Module): raise TypeError("The teacher must be a module, Learner, path of an exported learner, "
+        f"timm name or torchvision weights, got a {type(network).__name__}: pass the trained network")
     if _is_timm(network): return _of_timm(network)
     processor = _processor_of(network)
     return dict(network=network, **(_of_processor(processor) if processor else {}))
 
 # %% ../../nbs/teacher/source.ipynb #1897af30
 class Teacher:
-    "A trained network of any origin, with the normalization and size of its images and the names of its classes"
+    "A trained network from any source, with the normalization and size of its images and the names of its classes"
     vocab,stats,known,size,mode = None,None,False,None,'bilinear'
     def __init__(self,
-        network, # A module, a `Learner`, the path of an exported learner, which runs code, the name of a network of timm, or a member of a weights enum of torchvision
-        vocab=None, # Names of all its classes, in the order of its outputs, or the numbers of the outputs that are the student's classes
-        weights=None, # A file with the weights of a network of timm, which are otherwise downloaded
-        size=None, # Side or `(h,w)` of its images; by default what is recorded, None for the student's
-        stats=None # `(mean,std)` of its normalization, or an image processor that has them; by default what is recorded
+        network, # A module, a `Learner`, the path of an exported learner (which runs code), the name of a timm network, or torchvision weights
+        vocab=None, # Names of all its classes, in the order of its outputs, or the indices of its outputs for the student's classes
+        weights=None, # A file with the weights of a timm network; by default they are downloaded
+        size=None, # Side or `(h,w)` of its images; by default as recorded, or the student's if nothing is
+        stats=None # `(mean,std)` of its normalization, or an image processor that has them; by default as recorded
     ):
         size = (size,size) if isinstance(size, int) else size
         vars(self).update({k:v for k,v in _found(network, weights, size).items() if v is not None})
@@ -180,13 +180,13 @@ class Teacher:
         elif stats is not None: self.stats,self.known = stats,True
         self.size,self.given = size or self.size,vocab is not None
         if self.given: self.vocab = [*vocab]
-        if self.mode not in ('bilinear','bicubic'): self.mode = 'bilinear'  # others do not smooth
+        if self.mode not in ('bilinear','bicubic'): self.mode = 'bilinear'  # others have no antialiasing
         if not isinstance(self.stats, (Normalize,NoneType)): self.stats = Normalize.from_stats(*self.stats, cuda=False)
 
     def tfm(self,
         dls # The student's `DataLoaders`
-    ): # A callable, None where nothing is to be done
-        "What makes the teacher's images of the student's"
+    ): # A callable, None if nothing has to be done
+        "The transform from the student's images to the teacher's"
         renormalize = Renormalize(normalizer(dls), self.stats) if self.known else None
         return one_after_another(self.size and ResizedTo(self.size, self.mode), renormalize if renormalize and renormalize.needed else None)
 
@@ -194,13 +194,13 @@ class Teacher:
 @patch
 def picks(self:Teacher,
     dls # The student's `DataLoaders`
-) -> tuple: # `(picks, lacking)`, as `match_classes` gives them
-    "Which outputs are the student's classes; raises `ValueError` where `vocab` was passed and lacks one"
+) -> tuple: # `(picks, lacking)`, as returned by `match_classes`
+    "Find the outputs for the student's classes; raises `ValueError` if `vocab` was passed and lacks one"
     ours = [*(getattr(dls, 'vocab', None) or ())]
     if self.given and _numbers(self.vocab) and not (ours and _numbers(ours)):
         _check_numbers(self.vocab, get_c(dls))
         return self.vocab,[]
-    if self.given and not ours: raise ValueError("These DataLoaders have no vocab to look for: pass the numbers of the teacher's outputs as teacher_vocab")
+    if self.given and not ours: raise ValueError("These DataLoaders have no vocab to match: pass indices of the teacher's outputs as teacher_vocab")
     found = match_classes(self.vocab, ours) if self.vocab and ours else (None,[])
     if self.given and found[1]: raise ValueError(lacks(found[1]))
     return found
@@ -210,22 +210,22 @@ def picks(self:Teacher,
 def about(self:Teacher,
     picks=None # As for `TeacherCallback`
 ) -> str:
-    "What is known of its images and classes, for `show_distill`"
+    "Describe its images and classes, for `show_distill`"
     size = 'of ' + '×'.join(map(str, self.size)) if self.size else "of the student's size"
     numbers = lambda o: '(' + ', '.join(f'{v:.3g}' for v in o.flatten().tolist()) + ')'
-    norm = "normalized as the student's, since its own normalization is not known" if not self.known else 'not normalized' if self.stats is None else \
-        f"normalized by mean {numbers(self.stats.mean)} and std {numbers(self.stats.std)}"
-    return f"It receives images {size}, {norm}" + (f"\n{len(picks)} of its outputs are picked, one for each class" if picks else '')
+    norm = "normalized like the student's, since its own normalization is unknown" if not self.known else 'not normalized' if self.stats is None else \
+        f"normalized with mean {numbers(self.stats.mean)} and std {numbers(self.stats.std)}"
+    return f"It receives images {size}, {norm}" + (f"\n{len(picks)} of its outputs are picked, one per class" if picks else '')
 
 # %% ../../nbs/teacher/source.ipynb #91193341
 def teacher_of(
-    teacher, # As `Teacher` takes a network
+    teacher, # A `Teacher`, or any `network` that it accepts
     dls # The student's `DataLoaders`
-) -> tuple: # The teacher's network, and what to do to the student's inputs or None
-    "A teacher that has the student's classes; raises `ValueError` where it has others or another order of them"
+) -> tuple: # The teacher's network, and its transform of the student's inputs or None
+    "A teacher with the student's classes; raises `ValueError` if it has others, or another order"
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     picks,lacking = teacher.picks(dls)
     if picks or lacking: raise ValueError(
-        f"The teacher's classes {teacher.vocab} are not the student's {[*dls.vocab]}, order included: "
-        "train it on the same classes, or make the DataLoaders with its vocab")
+        f"The teacher's classes {teacher.vocab} must be the student's {[*dls.vocab]}, order included: "
+        "train it on the same classes, or create the DataLoaders with its vocab")
     return teacher.network,teacher.tfm(dls)

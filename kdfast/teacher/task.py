@@ -15,7 +15,7 @@ from fastai.vision.all import *
 
 # %% ../../nbs/teacher/task.ipynb #ecebb24c
 def told_by(loss, name):
-    "What a loss function, or the one inside it, has as `name` or takes by default; None where it does not tell"
+    "Attribute or default argument `name` of a loss function, or of the one that it wraps; None if there is neither"
     if hasattr(loss, name): return getattr(loss, name)
     if isinstance(loss, nn.Module): return
     inner = getattr(loss, 'func', None)
@@ -48,7 +48,7 @@ def _guess(loss, y):
 
 # %% ../../nbs/teacher/task.ipynb #0070078a
 def _fitting(shape, y):
-    "Axes without which outputs of `shape` have the shape of the labels"
+    "Axes whose removal gives outputs of `shape` the shape of the labels"
     labels = isinstance(y, Tensor) and not y.is_floating_point()
     return [i for i in range(1, len(shape)) if labels and tuple(y.shape)==(*shape[:i], *shape[i+1:])]
 
@@ -57,7 +57,7 @@ def _axis_of(loss, kind, shape, y, axis):
     if told is None and (len(shape)<3 or _kind_of_loss(loss)=='classes'): told = 1
     fits = _fitting(shape, y) if kind=='classes' else []
     if told is None: told = 1 if not fits else fits[0] if len(fits)==1 else None
-    if told is None: raise ValueError(f"The classes of outputs {shape} may be along axis {' or '.join(map(str, fits))}: pass axis=")
+    if told is None: raise ValueError(f"Outputs of shape {shape} may have classes along axis {' or '.join(map(str, fits))}: pass axis=")
     if fits and told%len(shape) not in fits: raise ValueError(
         f"Classes along axis {told} of outputs {shape} do not fit labels {tuple(y.shape)}: pass axis={fits[0]}")
     return told
@@ -67,9 +67,9 @@ def _axis_of(loss, kind, shape, y, axis):
 class Task:
     "What a network's outputs mean"
     kind:str # 'classes', 'labels' or 'numbers'
-    axis:int # That of the classes
-    ignored:int # The label that the loss ignores, None if there is none
-    why:str # Where that is known from
+    axis:int # Class axis
+    ignored:int # Label that the loss ignores, None if there is none
+    why:str # How this was inferred
 
     def __str__(self): return f"{self.kind}{f' along axis {self.axis}' if self.kind=='classes' else ''}, {self.why}"
 
@@ -77,10 +77,10 @@ def task_of(
     loss, # The loss function
     y, # Targets of the batch, or None
     pred:Tensor, # Outputs, `(bs,...)`
-    outputs:str=None, # 'classes', 'labels' or 'numbers'; by default what loss and targets tell
-    axis:int=None # Of the classes; by default what loss and targets tell
-) -> Task: # Raises `ValueError` for a contradiction, and where two axes are possible
-    "The meaning of outputs"
+    outputs:str=None, # 'classes', 'labels' or 'numbers'; by default inferred from loss and targets
+    axis:int=None # Class axis; by default inferred from loss and targets
+) -> Task: # Raises `ValueError` for a contradiction, or if two axes are possible
+    "Infer the meaning of outputs"
     if outputs not in (None,*_sure): raise ValueError(f"outputs must be classes, labels or numbers, got {outputs!r}")
     of_loss,of_targets = _kind_of_loss(loss),_kind_of_targets(y)
     sure = 'labels' if of_targets=='labels' else of_loss or of_targets

@@ -1,4 +1,4 @@
-"Ways to train beside the usual one"
+"Other ways to train"
 from .decay import *
 from .blocks import *
 from .assist import *

@@ -17,16 +17,16 @@ from ..models.measure import count_params
 
 # %% ../../nbs/train/assist.ipynb #66ac5533
 class Ensemble(nn.Module):
-    "Several teachers as one: the logarithm of the mean of their probabilities"
+    "Several teachers as one, which outputs the logarithm of their mean probabilities"
     def __init__(self,
-        dls:DataLoaders, # The student's; raises `ValueError` where a teacher has other classes
-        *teachers, # Modules, `Learner`s, or paths of exported learners, each of which gets inputs normalized as in its training
-        T:float=1., # Temperature at which probabilities are averaged: with that of `KD` the mean is of softened ones
-        weights:tuple=None # How much each teacher counts, positive numbers; raises `ValueError` unless one a teacher. Equal by default
+        dls:DataLoaders, # The student's; raises `ValueError` if a teacher has other classes
+        *teachers, # Modules, `Learner`s, or paths of exported learners; each receives inputs normalized as in its training
+        T:float=1., # Temperature at which probabilities are averaged; with the `T` of `KD`, softened probabilities are averaged
+        weights:tuple=None # Positive weights, one per teacher, else raises `ValueError`; equal by default
     ):
         weights = tuple(weights or (1.,)*len(teachers))
         if len(teachers)<2 or len(weights)!=len(teachers) or not all(0<w<math.inf for w in weights): raise ValueError(
-            f"An ensemble has at least two teachers and one positive weight for each, got {len(teachers)} and {weights}: pass as many")
+            f"An ensemble needs at least two teachers and one positive weight for each, got {len(teachers)} and {weights}: pass as many weights as teachers")
         super().__init__()
         nets,self.tfms = zip(*(teacher_of(o, dls) for o in teachers))
         self.networks,self.T,self.shares = nn.ModuleList(nets),T,[w/sum(weights) for w in weights]
@@ -44,28 +44,28 @@ def _outputs(model, dls):
 def _check_chain(teacher, networks, dls):
     own = [*([teacher_of(teacher, dls)[0]] if teacher is not None else []), *(o for o in networks if isinstance(o, nn.Module))]
     if len({*map(id, own)})<len(own): raise ValueError(
-        "One module stands in the chain twice, so it would be its own teacher: pass a function that makes a new one each time")
+        "A module is in the chain twice, so it would be its own teacher: pass a function that creates a new one on each call")
     with keep_rng(): made = [student_of(o, dls) for o in networks]
     if teacher is not None: made = [teacher_of(teacher, dls)[0],*made]
     sizes,shapes = zip(*((count_params(o), _outputs(o, dls)) for o in made))
     if len({*shapes})>1: raise ValueError(
-        f"All links of a chain need the same outputs, got {', '.join(map(str, shapes))}: set `n_out` of each to the number of classes")
+        f"All links of a chain must have the same outputs, got {', '.join(map(str, shapes))}: set `n_out` of each to the number of classes")
     for i,(above,below) in enumerate(zip(sizes, sizes[1:])):
         if below>above: warnings.warn(f"Link {i+1} of the chain has {below:,} parameters, more than its teacher's {above:,}: "
             "order assistants from large to small")
 
 def assist(
     dls:DataLoaders, # Any fastai `DataLoaders`
-    teacher, # As for `distill_learner`; None if the first of the assistants is to learn from labels alone
-    assistants:list, # As `distill_learner` takes a student, from large to small; may be empty
-    student, # The same: the end of the chain
+    teacher, # As for `distill_learner`; None trains the first assistant on labels alone
+    assistants:list, # Students as for `distill_learner`, from large to small; may be empty
+    student, # As for `distill_learner`; the end of the chain
     fit=None, # Called with the learner of each link to train it; `fit_one_cycle(5)` if None
-    cbs=None, # Called without arguments for each link that has a teacher, gives its callbacks; `KD()` if None
-    **kwargs # More of `distill_learner`, such as `metrics=accuracy`
+    cbs=None, # Called without arguments for each link that has a teacher, returns its callbacks; `KD()` if None
+    **kwargs # Further arguments of `distill_learner`, such as `metrics=accuracy`
 ) -> L: # The fitted learner of each link, the student's last
-    "Distil along a chain: teacher, assistants, student (arXiv:1902.03393); raises `ValueError` at once where two links do not fit"
+    "Distil along a chain: teacher, assistants, student (arXiv:1902.03393); raises `ValueError` before training if links do not fit"
     if not isinstance(assistants, (list,tuple,L)): raise TypeError(
-        f"The assistants are a list, got a {type(assistants).__name__}: pass [assistant], or [] for none")
+        f"assistants must be a list, got a {type(assistants).__name__}: pass [assistant], or [] for none")
     networks,links = [*assistants,student],L()
     _check_chain(teacher, networks, dls)
     for network in networks:

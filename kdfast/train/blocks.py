@@ -16,7 +16,7 @@ from ..layers.adapters import adapters_of, bare_model, hint_adapter
 from ..layers.cut import cut_blocks, laid_out, Maps, only_learns, PartOf, Projection
 from ..layers.pairs import pair_layers
 from ..layers.taps import Once, Truncated
-from ..learner import Learner  # its recorder with `history`
+from ..learner import Learner  # adds `Recorder.history`
 from ..losses.core import at_least_float, hint_loss
 from ..teacher.callback import DistillCallback, NoTeacher, TeacherCallback
 from .decay import CompressedDecay, CompressionSplitter
@@ -26,40 +26,40 @@ from operator import itemgetter
 def _teacher_cb(learn):
     cb = first(o for o in learn.cbs if isinstance(o, TeacherCallback))
     if cb and cb.network is not None and not isinstance(cb.network, NoTeacher): return cb
-    raise ValueError("Training in stages needs a teacher: make the learner with distill_learner(dls, teacher, student)")
+    raise ValueError("Training in stages needs a teacher: create the learner with distill_learner(dls, teacher, student)")
 
 def _check_order(blocks, order):
     at = [order.index(b.hint) for b in blocks]
     runs = ', '.join(sorted({b.hint for b in blocks}, key=order.index))
     if at!=sorted(at): raise ValueError(
-        f"The teacher runs {runs}, but the pairs name them in another order: list pairs so that both networks run them in order")
+        f"The teacher runs {runs}, but the pairs list them in a different order: list pairs in the order in which both networks run them")
 
 # %% ../../nbs/train/blocks.ipynb #0063a823
 def _check_fit(b, mode):
-    "The student's map can be compared with the teacher's, or fed with it"
+    "Check that the student's feature map can be compared with the teacher's, or replaced by it"
     if mode!='parallel':
         with torch.random.fork_rng(): return hint_adapter(b.shape, b.hint_shape)
     fits = len(b.shape)==4 and b.shape[2:]==b.hint_shape[2:] and b.shape[1]<=b.hint_shape[1]
     if not fits and b.shape!=b.hint_shape: raise ValueError(
-        f"{b.tap!r}, {b.shape[1:]}, cannot be fed with {b.hint!r}, {b.hint_shape[1:]}: mode='parallel' takes maps of one size "
-        "and a teacher that is at least as wide, so choose other pairs, or mode='stagewise'")
+        f"{b.tap!r}, {b.shape[1:]}, cannot be fed with {b.hint!r}, {b.hint_shape[1:]}: mode='parallel' needs feature maps of one size "
+        "and a teacher at least as wide, so choose other pairs, or mode='stagewise'")
 
 # %% ../../nbs/train/blocks.ipynb #49db6333
 def find_blocks(
     learn:Learner, # From `distill_learner`, with a teacher
-    pairs:dict=None, # Student's layer to teacher's layer, two or more, in the order in which they run; by default the ends of the stages
-    per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-    stem:bool=True, # Pair the stems as well, where `pairs` is None: 5 maps of a ResNet, not 4
+    pairs:dict=None, # Student's layer to teacher's layer, at least two pairs in forward order; by default the ends of the stages
+    per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+    stem:bool=True, # Pair the stems as well, if `pairs` is None: 5 feature maps of a ResNet instead of 4
     mode:str='stagewise' # As for `fit_blocks`
-) -> list: # One `Block` a pair, and the classifier; raises `ValueError` where the student cannot be trained so
-    "The blocks of a learner's student, and the layers of its teacher that they learn from"
+) -> list: # One `Block` per pair, and the classifier; raises `ValueError` if the student cannot be trained this way
+    "The blocks of a learner's student, with the teacher layers that they learn from"
     cb,student = _teacher_cb(learn),bare_model(learn.model)
     xb = probe_batch(learn.dls)[0]
     xs,xt = (to_device(xb, next(m.parameters(), xb[0]).device) for m in (student,cb.network))
     with keep_rng():
         pairs = pair_layers(student, cb.network, xs, per_stage, stem, cb.tfm) if pairs is None else pairs
         if not isinstance(pairs, dict) or len(pairs)<2: raise ValueError(
-            f"fit_blocks takes at least two pairs, {{'student.layer': 'teacher.layer', ...}}, got {pairs}: "
+            f"fit_blocks needs at least two pairs, {{'student.layer': 'teacher.layer', ...}}, got {pairs}: "
             "add one, or use FitNet() with fit_one_cycle")
         *blocks,last = cut_blocks(student, pairs, *xs)
         with probing(cb.network), Once(cb.network, pairs.values()) as t:
@@ -71,14 +71,14 @@ def find_blocks(
 
 # %% ../../nbs/train/blocks.ipynb #db06e899
 class Staged(PartOf):
-    "A student up to the last of `blocks`, which alone learn; puts out `[student's map, teacher's map]` for each, one after the other"
+    "A student up to the last of `blocks`, which alone train; outputs `[student's map, teacher's map]` of all blocks in one list"
     def __init__(self,
         model:nn.Module, # The student
-        adapters:dict, # Tap to module; not part of the state dict, since they end with the stage
+        adapters:dict, # Tap to module; not in the state dict, since they are discarded after the stage
         blocks:list, # `Block`s, in order
-        maps:Maps, # The student's
-        hints, # The teacher's, called with a batch
-        feed:bool=False # Feed every block with the teacher's map, through its adapter, in place of what the block before puts out
+        maps:Maps, # Feature maps of the student
+        hints, # Returns the teacher's feature maps by layer when called with a batch
+        feed:bool=False # Feed each block the teacher's feature map, through its adapter, instead of the previous block's output
     ):
         names = {n:f"of_{n.replace('_', '__').replace('.', '_')}" for n in adapters}
         super().__init__(model, {names[n]:m for n,m in adapters.items()}, [n for b in blocks for n in b.layers])
@@ -91,12 +91,12 @@ class Staged(PartOf):
     def _adapt(self, tap, x, here): return self.by_tap.get(tap, noop)(x) if here else x
 
     def taught(self, *xb):
-        "The teacher's maps, by tap"
+        "The teacher's feature maps by tap"
         with torch.no_grad(): seen = self.hints(*xb)
         return {b.tap: self._adapt(b.tap, seen[b.hint], self.fixed) for b in self.blocks}
 
     def beside(self, hints, *xb, feed=False):
-        "The student's maps, and `hints` beside them"
+        "The student's feature maps, each followed by its hint"
         maps = self.maps(*xb, feed=dict(zip(hints, laid_out(tuple(hints.values()), self.model))) if feed else None)
         return [o for b in self.blocks for o in (self._adapt(b.tap, maps[b.tap], not self.fixed), hints[b.tap])]
 
@@ -106,14 +106,14 @@ class Staged(PartOf):
 
 # %% ../../nbs/train/blocks.ipynb #70d8896b
 class _HintsLoss:
-    "The mean of the `hint_loss`es of what a `blocks.Staged` puts out"
+    "The mean `hint_loss` over the blocks of a `blocks.Staged`, from its outputs"
     reduction,y_int = 'mean',True
     def __call__(self, maps, *yb, **kwargs): return sum(_hint_losses(maps))/(len(maps)//2)
 
 def _hint_losses(maps): return [hint_loss(s, t) for s,t in zip(maps[::2], maps[1::2])]
 
 def _hint_of(i, tap):
-    "A metric, the hint loss of one block"
+    "A metric: the hint loss of one block"
     def one(maps, *yb): return hint_loss(*maps[2*i:2*i+2])
     one.__name__ = tap
     return one
@@ -127,7 +127,7 @@ def _inputs(dls, b): return to_device(split_batch(dls, tuplify(b))[0], device_of
 
 # %% ../../nbs/train/blocks.ipynb #263dd356
 def _projections(dls, blocks, maps, hints, n=4):
-    "A `Projection` of the teacher's map for every block of another width, from `n` batches"
+    "A `Projection` of the teacher's feature map for each block of different width, fitted on `n` batches"
     odd,seen = [b for b in blocks if b.shape[1]!=b.hint_shape[1]],{b.tap:[] for b in blocks}
     if not odd: return {}
     with keep_rng(dls.train), probing(*maps.model):
@@ -138,7 +138,7 @@ def _projections(dls, blocks, maps, hints, n=4):
         for b in odd}
 
 class _Hints:
-    "The teacher's maps, by name, in float32, from a copy that stops at the last of them"
+    "The teacher's feature maps by name, in float32, from a frozen copy that stops at the last of them"
     def __init__(self, cb, layers, device): self.frozen,self.tfm = cb.freeze(layers, outputs=False, device=device),cb.tfm
     def __deepcopy__(self, memo): return self
 
@@ -147,43 +147,43 @@ class _Hints:
         return {n:at_least_float(o) for n,o in maps.items()}
 
 def _staged(learn, hints, blocks, feed):
-    "The model that a stage of `blocks` trains"
+    "The model to train in a stage of `blocks`"
     student,xb = bare_model(learn.model),to_device(probe_batch(learn.dls)[0], device_of(learn.dls))
     with keep_rng(): maps = Maps(student, [b.tap for b in blocks], xb)
     return Staged(student, _projections(learn.dls, blocks, maps, hints) if feed else _adapters(blocks), blocks, maps, hints, feed)
 
 # %% ../../nbs/train/blocks.ipynb #22304ffb
 class BlockFit:
-    "The stages of a `fit_blocks`"
+    "Records of the stages of `fit_blocks` or `fit_two_stages`"
     def __init__(self): self.stages,self.fed = [],None
     def __repr__(self): return f"BlockFit of {', '.join(o['name'] for o in self.stages)}"
 
     def add(self,
-        name:str, # Of the stage
-        recorder:Recorder, # After its fit
-        hints:bool=False # It was trained on hints, so that its losses are called 'hint' and 'valid_hint'
+        name:str, # Name of the stage
+        recorder:Recorder, # The learner's, after the fit of the stage
+        hints:bool=False # Whether it was trained on hints; its losses are then called 'hint' and 'valid_hint'
     ):
-        "Keep what was recorded in a stage"
+        "Add the records of a stage"
         frame = recorder.history.rename(columns=dict(train_loss='hint', valid_loss='valid_hint')) if hints else recorder.history
         losses,lrs,iters = [float(o) for o in recorder.losses],[*recorder.lrs],[*recorder.iters]
         self.stages.append(dict(name=name, frame=frame, losses=losses, lrs=lrs, iters=iters, hints=hints))
 
     @property
     def history(self):
-        "All epochs, one row each, losses on hints in columns of their own"
+        "All epochs, one row each, with hint losses in separate columns"
         columns = dict.fromkeys(c for o in sorted(_recorded(self), key=itemgetter('hints')) for c in o['frame'])
         return pd.concat([o['frame'].assign(stage=o['name']) for o in self.stages], ignore_index=True)[['stage',*columns]]
 
 def _recorded(run):
     if run.stages: return run.stages
-    raise ValueError("No stage was recorded: leave the Recorder in, and fit again until a stage ends")
+    raise ValueError("No stage was recorded: keep the Recorder, and fit again until a stage ends")
 
 # %% ../../nbs/train/blocks.ipynb #3875749e
 @patch
 def tell(self:BlockFit,
-    recorder:Recorder # Whose values, losses and learning rates are replaced
+    recorder:Recorder # Its values, losses and learning rates are replaced
 ):
-    "Put all stages into `recorder`, as if they had been one fit"
+    "Write all stages to `recorder`, as if they had been one fit"
     frame,join = self.history,lambda k: [x for o in self.stages for x in o[k]]
     recorder.metric_names,recorder.values = L('epoch',*frame),[L(row) for row in frame.itertuples(index=False)]
     recorder.losses,recorder.lrs = [tensor(o) for o in join('losses')],join('lrs')
@@ -200,7 +200,7 @@ def _draw(ax, start, stage):
 
 @patch
 def plot(self:BlockFit):
-    "The loss of every stage over the batches, hints and labels side by side; dots are on validation data"
+    "Plot the loss of each stage over the batches, hints and labels side by side; dots are on validation data"
     sides = [o for o in ([s for s in _recorded(self) if s['hints']], [s for s in self.stages if not s['hints']]) if o]
     fig,axs = plt.subplots(1, len(sides), figsize=(4.5*len(sides),3.2), layout='constrained', squeeze=False)
     starts = dict(zip((o['name'] for o in self.stages), np.cumsum([0, *(len(o['losses']) for o in self.stages)])))
@@ -215,7 +215,7 @@ _borrows = 'model','loss_func','metrics','splitter','opt','logger'
 
 @contextmanager
 def _borrowed(learn, names, off):
-    "A block in which a stage may change a learner's parts, only the student's parameters `names` learn, and the callbacks `off` do not act"
+    "Let a stage change parts of a learner and restore them; only the student's parameters `names` train, without the callbacks `off`"
     kept,cbs,student = {n:getattr(learn, n) for n in _borrows},[*learn.cbs],bare_model(learn.model)
     learn.opt = None
     try:
@@ -228,7 +228,7 @@ def _borrowed(learn, names, off):
 # %% ../../nbs/train/blocks.ipynb #1d5a4d70
 @contextmanager
 def _one_file(cbs):
-    "A block in which `CSVLogger`s append"
+    "Let `CSVLogger`s append after the first stage, and restore them"
     loggers = [(o, o.append) for o in cbs if isinstance(o, CSVLogger)]
     try: yield
     finally:
@@ -243,20 +243,20 @@ def _check_watched(learn, cb, cbs, taps):
     if not hasattr(learn, 'recorder') or learn.recorder.train_metrics: return
     known = [*_label_columns(learn, cb), *taps]
     for o in _unwatched([*learn.cbs,*cbs], known): raise ValueError(
-        f"No stage has the column {o.monitor!r} that a {type(o).__name__} monitors: choose from {', '.join(known)}")
+        f"No stage has the column {o.monitor!r} that {type(o).__name__} monitors: choose from {', '.join(known)}")
 
 # %% ../../nbs/train/blocks.ipynb #6f5bcf68
 class _NoValidation(Callback):
-    "Leaves the validation data alone"
+    "Skips validation"
     order = 100
-    def before_validate(self): raise CancelValidException("Hints are not to be validated")
+    def before_validate(self): raise CancelValidException("No validation on hints")
 
 def _columns(learn, validate):
     if not hasattr(learn, 'recorder'): return nullcontext()
     return contextmanager(replacing_yield)(learn.recorder, 'valid_metrics', validate)
 
 def _fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=False, on=None, **kwargs):
-    "One cycle in which `columns` are recorded"
+    "Fit one cycle in which `columns` are recorded"
     off = [_unwatched(o, columns) for o in (learn.cbs,cbs)]
     if not rank_distrib(): learn.logger(f"{name}: {epochs} epoch{'s'*(epochs>1)} on {on or ('hints' if hints else 'labels')}")
     with learn.removed_cbs(off[0]): learn.fit_one_cycle(epochs, lr, cbs=[o for o in cbs if o not in off[1]], **kwargs)
@@ -266,11 +266,11 @@ def _fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=False, on=None,
 
 # %% ../../nbs/train/blocks.ipynb #3a4c86a5
 def _one_group(learn):
-    "A splitter that makes no difference but that of `wd_groups`"
+    "A splitter without groups other than those of `wd_groups`"
     return CompressionSplitter() if any(isinstance(o, CompressedDecay) for o in learn.cbs) else trainable_params
 
 def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwargs):
-    "Train `blocks` on the teacher's maps"
+    "Train `blocks` on the teacher's feature maps"
     with keep_rng(): hints = _Hints(cb, [b.hint for b in blocks], device_of(learn.dls))
     off = [cb, *cb.terms, *([cb.cache] if cb.cache else [])]
     with _borrowed(learn, {n for b in blocks for n in b.params}, off):
@@ -295,7 +295,7 @@ def _label_stage(learn, cb, run, head, unfreeze, epochs, lr, cbs, **kwargs):
 def _precision(learn): return torch.autocast(device_of(learn.dls).type, torch.bfloat16, enabled=hasattr(learn, 'mixed_precision'))
 
 def _feed_itself(learn, stage):
-    "Give the blocks' batch norms the statistics of what the student feeds itself"
+    "Recompute the batch norm statistics of the blocks on the student's own feature maps"
     own = {'', *(f'model.{n}'.rstrip('.') for n in stage.layers)}
     alone = PartOf(Truncated(*stage.maps.model, stage.blocks[-1].tap), {}, own).train()
     before = {k:v.clone() for k,v in alone.state_dict().items()}
@@ -314,7 +314,7 @@ def _feed_itself(learn, stage):
 
 # %% ../../nbs/train/blocks.ipynb #51c6b27c
 def _valid_hints(learn, stage, feed):
-    "Every block's hint loss on the validation data"
+    "The hint loss of each block on the validation data"
     totals,n = 0,0
     with probing(stage), _precision(learn):
         for b in learn.dls.valid:
@@ -324,7 +324,7 @@ def _valid_hints(learn, stage, feed):
     return totals/n
 
 def _fed(learn, stage, validate):
-    "Let the student feed itself, and tell what each block's hint loss is then"
+    "Run the blocks on the student's own feature maps; returns the hint loss of each before and after, if there is validation data"
     known = len(learn.dls.loaders)>1 and len(learn.dls.valid)>0
     losses = {'fed by the teacher': _valid_hints(learn, stage, True)} if known and validate else {}
     _feed_itself(learn, stage)
@@ -334,17 +334,17 @@ def _fed(learn, stage, validate):
 _modes = 'stagewise','simultaneous','parallel'
 
 def _each(values, n, what):
-    "`values`, one for each of `n` stages"
+    "`values` as a list, one for each of `n` stages"
     if not isinstance(values, (list,tuple,L)): return [values]*n
-    if len(values)!=n: raise ValueError(f"{what} is one value or one for each of {n} stages, got {len(values)}: {list(values)}")
+    if len(values)!=n: raise ValueError(f"{what} must be one value or one for each of {n} stages, got {len(values)}: {list(values)}")
     return [*values]
 
 def _check_epochs(epochs):
     if not all(isinstance(o, numbers.Integral) and o>=0 for o in epochs) or not any(epochs): raise ValueError(
-        f"Epochs are whole numbers, at least one of them above 0, got {epochs} for the stages")
+        f"Epochs must be whole numbers, at least one of them above 0, got {epochs} for the stages")
 
 def _schedule(n_epoch, head, lr_max, n):
-    "Epochs and learning rates of `n` stages on hints and of the classifier"
+    "Epochs and learning rates of `n` hint stages and the classifier"
     epochs = _each(n_epoch, n, 'n_epoch')
     epochs.append(epochs[-1] if head is None else head)
     _check_epochs(epochs)
@@ -356,37 +356,37 @@ def _check_trainable(learn, blocks):
     for b in blocks:
         name = f'The block that ends at {b.tap!r}' if b.tap else 'The classifier'
         remedy = 'call learn.unfreeze() first' if b.params else 'leave that pair out' if b.tap else 'pass head=0'
-        if not b.params & trainable: raise ValueError(f"{name} has nothing to train: {remedy}")
+        if not b.params & trainable: raise ValueError(f"{name} has no trainable parameters: {remedy}")
 
 def _check_learner(learn, cbs):
     if getattr(learn.opt, 'frozen_idx', 0): raise ValueError("The learner is frozen: call learn.unfreeze() first")
     if isinstance(learn.opt_func, OptimWrapper): raise ValueError(
-        "A stage needs an optimizer of its own parameters: pass opt_func=partial(OptimWrapper, opt=...)")
+        "Each stage needs an optimizer for its own parameters: pass opt_func=partial(OptimWrapper, opt=...)")
     if any(isinstance(o, (DistillCallback,TeacherCallback)) for o in cbs): raise ValueError(
-        "Terms belong to the learner: pass them to distill_learner, or learn.add_cb first")
+        "Terms belong to the learner: pass them to distill_learner, or call learn.add_cb first")
 
 def _stages_done(run):
     return (f"Stages done: {', '.join(o['name'] for o in run.stages) or 'none'}. "
-        "The student keeps what they have learned; to go on, call fit_blocks with a list of epochs, 0 for those.")
+        "The student keeps their weights; to resume, call fit_blocks with a list of epochs, 0 for the stages done.")
 
 # %% ../../nbs/train/blocks.ipynb #e7dd01c2
 @patch
 @delegates(Learner.fit_one_cycle, but=['n_epoch','lr_max','cbs','reset_opt','start_epoch'])
 def fit_blocks(self:Learner,
-    n_epoch, # Epochs of every stage, or a list, one a stage; 0 leaves the blocks as they are
-    pairs:dict=None, # Student's layer to teacher's layer, two or more, in the order in which they run; by default the ends of the stages
-    lr_max=None, # Highest learning rate, or a list, one a stage and one for the classifier; the learner's if None
-    head:int=None, # Epochs of the classifier on the labels, with the learner's terms; as many as the last stage if None
-    mode:str='stagewise', # 'stagewise': block after block; 'simultaneous': all hints at once; 'parallel': each fed with the teacher's map
-    per_stage:int=1, # Pairs in each stage, evenly spaced, where `pairs` is None
-    stem:bool=True, # Pair the stems as well, where `pairs` is None
-    unfreeze:bool=False, # Train the blocks with the classifier on the labels
-    validate:bool=True, # Validate after every epoch on hints, which takes a forward of both networks
+    n_epoch, # Epochs of each stage, or a list with one per stage; 0 skips a stage
+    pairs:dict=None, # Student's layer to teacher's layer, at least two pairs in forward order; by default the ends of the stages
+    lr_max=None, # Maximum learning rate, or a list with one per stage and one for the classifier; the learner's if None
+    head:int=None, # Epochs of the classifier on labels, with the learner's terms; as many as the last stage if None
+    mode:str='stagewise', # 'stagewise': block after block; 'simultaneous': all hints at once; 'parallel': each block fed the teacher's feature map
+    per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
+    stem:bool=True, # Pair the stems as well, if `pairs` is None
+    unfreeze:bool=False, # Train the blocks along with the classifier on labels
+    validate:bool=True, # Validate after each epoch on hints, at the cost of a forward pass of both networks
     cbs=None, # `Callback`s for all stages
     **kwargs
-) -> BlockFit: # The curves of every stage
+) -> BlockFit: # The curves of all stages
     "Train the student block by block on the teacher's feature maps, then its classifier (arXiv:1412.6550, arXiv:1911.06786)"
-    if mode not in _modes: raise ValueError(f"mode is one of {', '.join(_modes)}, got {mode!r}")
+    if mode not in _modes: raise ValueError(f"mode must be one of {', '.join(_modes)}, got {mode!r}")
     cb,cbs,run = _teacher_cb(self),L(cbs).map(instantiate),BlockFit()
     _check_learner(self, cbs)
     *blocks,last = find_blocks(self, pairs, per_stage, stem, mode)
@@ -407,24 +407,24 @@ def fit_blocks(self:Learner,
 def first_terms(
     learn:Learner # From `distill_learner`, with a teacher
 ) -> list: # Raises `ValueError` if there is none
-    "The terms of a learner that are meant for a first stage"
+    "The terms of a learner meant for a first stage"
     found = [t for t in _teacher_cb(learn).terms if 1 in t.stages]
     if not found: raise ValueError("No term is meant for a first stage: add AB(), FSP(), FitNet() or FactorTransfer() to the learner")
     return found
 
 # %% ../../nbs/train/blocks.ipynb #c5004bd9
 class _NoLabels(Callback):
-    "Leaves the loss on the labels out, and what no term teaches as it is"
+    "Drops the label loss, and leaves parameters that no term trains unchanged"
     order,run_valid = 0,False
-    def after_loss(self):  # several processes wait for every gradient
+    def after_loss(self):  # with several processes, each waits for all gradients
         self.learn.loss_grad = 0*self.learn.loss if num_distrib()>1 else self.learn.loss.new_zeros(())
     def before_backward(self):
-        if not self.learn.loss_grad.requires_grad: raise CancelBackwardException("No term weighs anything now")
+        if not self.learn.loss_grad.requires_grad: raise CancelBackwardException("All terms have zero weight now")
     def before_step(self):
         if num_distrib()>1: _forget_gradients(p for p in self.learn.model.parameters() if p.grad is not None and not p.grad.any())
 
 def _forget_gradients(params):
-    for p in params: p.grad = None  # gradients of zeros would let weight decay act
+    for p in params: p.grad = None  # with zero gradients, weight decay would still act
 
 @contextmanager
 def _in_stage(terms, stage):
@@ -438,12 +438,12 @@ def _in_stage(terms, stage):
 @delegates(Learner.fit_one_cycle, but=['n_epoch','lr_max','cbs','reset_opt','start_epoch'])
 def fit_two_stages(self:Learner,
     first:int, # Epochs of the first stage
-    n_epoch:int, # Epochs of the second
-    lr_max=None, # Highest learning rate, or a list of two; the learner's if None
+    n_epoch:int, # Epochs of the second stage
+    lr_max=None, # Maximum learning rate, or a list of two; the learner's if None
     cbs=None, # `Callback`s for both stages
     **kwargs
-) -> BlockFit: # The curves of both
-    "First the terms that are meant for it, without labels; then labels and the other terms; raises `ValueError` without the former"
+) -> BlockFit: # The curves of both stages
+    "Train on first-stage terms alone, then on labels and the other terms; raises `ValueError` without a first-stage term"
     cb,cbs,run = _teacher_cb(self),L(cbs).map(instantiate),BlockFit()
     _check_epochs([first,n_epoch])
     _check_learner(self, cbs)

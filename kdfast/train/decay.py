@@ -19,14 +19,14 @@ def _cheap(m): return [m] if isinstance(m, Cheap) else [o for c in m.children() 
 
 def shares(
     model:nn.Module # Any network
-) -> dict: # The identity of a parameter to its share, below 1; those of all others are 1
-    "The part of the weight decay that is due to the parameters of compressed layers"
+) -> dict: # `id` of a parameter to its share, below 1; the share of all others is 1
+    "Fractions of the weight decay that apply to the parameters of compressed layers"
     return {id(p): round(c, 6) for m in _cheap(model) if (c := m.compression)<1 for p in m.compressed()}
 
 class CompressionSplitter:
-    "Parameters in groups by compression, those of full layers last"
+    "Group parameters by compression, with those of uncompressed layers last"
     def __init__(self,
-        splitter=trainable_params # From a model to its parameters, as `Learner` takes it
+        splitter=trainable_params # Function from a model to its parameters, as for `Learner`
     ): self.splitter = splitter
 
     def __call__(self, model):
@@ -36,19 +36,19 @@ class CompressionSplitter:
 
 # %% ../../nbs/train/decay.ipynb #c23074c0
 class CompressedDecay(Callback):
-    "Scales every group's weight decay by the compression of its layers"
+    "Scales the weight decay of each group by the compression of its layers"
     def before_fit(self):
         share = shares(self.model)
         found = [{share.get(id(p), 1.) for p in g} or {1.} for g in self.opt.param_lists]
-        if any(len(o)>1 for o in found): raise ValueError("The optimizer's groups mix compressions: keep the splitter of wd_groups")
+        if any(len(o)>1 for o in found): raise ValueError("The optimizer's groups mix different compressions: keep the splitter of wd_groups")
         self.wds = [h['wd']*o for h,(o,) in zip(self.opt.hypers, found)]
         self.opt.set_hypers(wd=self.wds)
         if self.opt.frozen_idx: raise ValueError(
-            "The groups of wd_groups are no stages of the network: call learn.unfreeze(), and freeze layers by requires_grad_(False)")
+            "The groups of wd_groups are not stages of the network: call learn.unfreeze(), and freeze layers with requires_grad_(False)")
 
     def before_step(self):
         if len(lrs := {h['lr'] for h in self.opt.hypers})>1: raise ValueError(
-            f"The groups of wd_groups share one learning rate, got {sorted(lrs)}: pass a number, no slice or list")
+            f"The groups of wd_groups share one learning rate, got {sorted(lrs)}: pass a number, not a slice or list")
         if [h['wd'] for h in self.opt.hypers]!=self.wds: raise ValueError("A schedule of wd overrides wd_groups: leave one of them out")
 
 # %% ../../nbs/train/decay.ipynb #d022b4c5
@@ -59,17 +59,17 @@ def _default_wd(learn):
 
 def wd_groups(
     learn:Learner, # Any learner whose network has compressed layers
-    wd:float=None # Weight decay of what is not compressed; the learner's, or else its optimizer's default, if None
-) -> Learner: # The same
-    "Scale the weight decay of compressed layers by their compression from now on; raises `ValueError` where there is nothing to scale"
+    wd:float=None # Weight decay of uncompressed layers; if None, the learner's, or else its optimizer's default
+) -> Learner: # The same learner
+    "Scale the weight decay of compressed layers by their compression from now on; raises `ValueError` if there is nothing to scale"
     wd = _default_wd(learn) if wd is None else wd
     adapted = isinstance(learn.splitter, AdaptedSplitter)
     splitter,student = learn.splitter.splitter if adapted else learn.splitter,bare_model(learn.model)
     grouped = any(isinstance(o, CompressedDecay) for o in learn.cbs) or isinstance(splitter(student)[0], (list,L))
     if not shares(student): raise ValueError("No layer of this network is compressed: build it with compressed layers, or use swap_convs")
-    if not wd: raise ValueError("The weight decay is 0, and so would be every share of it: pass `wd=`")
+    if not wd: raise ValueError("The weight decay is 0, so there is nothing to scale: pass `wd=`")
     if grouped: raise ValueError(
-        "This learner's parameters are in groups already: make it with splitter=trainable_params, or after wd_groups set learn.wd")
+        "This learner's parameters are in groups already: create it with splitter=trainable_params, or set learn.wd after wd_groups")
     learn.splitter = AdaptedSplitter(CompressionSplitter(splitter)) if adapted else CompressionSplitter(splitter)
     learn.wd,learn.opt = wd,None
     return learn.add_cb(CompressedDecay())
