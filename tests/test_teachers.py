@@ -186,7 +186,7 @@ def test_the_default_says_what_it_took_and_why():
     assert 'It teaches' not in str(distill_learner(dls, resnet(10, width=.5), resnet(10, width=.25)).show_distill())
     learn = distill_learner(dls, timm.create_model('resnet18', num_classes=0), resnet(10, width=.25))
     said = str(learn.show_distill())
-    assert not hasattr(learn, 'kd') and learn.fitnet.standardize and 'fitnet' in said and 'its outputs are (512,), the student\'s (10,)' in said
+    assert not hasattr(learn, 'kd') and learn.fitnet.standardize and 'fitnet' in said and 'its outputs are (512,) and the student\'s (10,)' in said
 
 def test_outputs_that_differ_where_nothing_else_can_teach():
     mlp = lambda c: nn.Sequential(nn.Flatten(), nn.Linear(3*64*64, c))
