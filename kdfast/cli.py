@@ -152,7 +152,7 @@ def _verdicts(results):
         if names: say(f"{word}: {', '.join(names)}")
         if names and 'worse' in verdicts: say("What to check: https://kdfast.github.io/kdfast/howto/debug.html")
 
-_legend = "Accuracy ± standard deviation over the seeds, differences ± standard error."
+_legend = "Accuracy on held-out images ± standard deviation over the seeds, differences ± standard error; MACs are multiply-adds per image."
 _unlabelled = """Without labels the accuracy is not known: the table shows the last value of each term. --probe FOLDER adds the
 nearest-neighbour accuracy on labelled images. Next, train a head on such images: classifier_learner(dls, load_learner(file))"""
 
@@ -164,6 +164,23 @@ def _columns(curves):
     if 'accuracy' in shared: return [k for k in shared if k in ('valid_loss','accuracy','knn')]
     return [k for k in shared if k not in ('train_loss','valid_loss','stage','epoch')]
 
+def _compared(arms):
+    "What the arms of a table are, a line each"
+    known = method_table().compares
+    def told(arm):
+        parts = [o.partition(':')[0] for o in arm.split('+')]
+        return 'The student without a teacher' if arm=='control' else known.get(arm.partition(':')[0], '') if len(parts)==1 else f"{' and '.join(parts)} together"
+    lines = {o:told(o) for o in arms}
+    return '\n'.join(f'{k:{max(map(len, lines))}}  {v}' for k,v in lines.items() if v)
+
+_abouts = {'records.jsonl':'all runs, with their commands', 'curves.png':'learning curves', 'attention.png':'where teacher, student and control look',
+    'report.csv':'each step of each chain', '.pkl':'student: load_learner(file)', '.onnx':'student for onnxruntime: OnnxModel(file)', '.pt2':'student for torch.export: ProgramModel(file)'}
+
+def _listed(files):
+    "Files with what they are"
+    width = max(len(str(o)) for o in files)
+    return '\n'.join(f"{str(o):{width}}  {_abouts.get(Path(o).name, _abouts.get(Path(o).suffix, ''))}".rstrip() for o in files)
+
 def _report(sweep, *files):
     "Print the recorded results, write curves and export students"
     if rank_distrib(): return
@@ -172,10 +189,11 @@ def _report(sweep, *files):
     table,labelled = result_table(results),bool(vocab_of(dls_of(sweep.runs[-1], sweep.path)))
     say(f"\n{described(results)}\n\n{table.to_string()}\n\n{_legend if labelled else _unlabelled}")
     _verdicts(results)
+    if told := _compared(dict.fromkeys(map(label_of, arms_of(results)))): say(f'\n{told}')
     curves = {arm:drawn for arm,runs in by_arm(results, 'history').items() if (drawn := [o for o in runs if o])}
     drawn = [_save(plot_history(curves, columns), sweep.folder/'curves.png')] if (columns := _columns(curves)) else []
     ours = [r for r in arms_of(sweep.results()) if not r.seed]
-    say('\n'.join(map(str, ['', sweep.records.exported, *drawn, *files, *(o for r in ours for o in _exported(sweep, r))])))
+    say('\n' + _listed([sweep.records.exported, *drawn, *files, *(o for r in ours for o in _exported(sweep, r))]))
 
 # %% ../nbs/cli.ipynb #547f26ed
 demo_arms = 'control','kd','at','kd+at','fitnet'
@@ -199,9 +217,10 @@ def demo(
         sweep = _carry_out(demo, given, [replace(o, seed=seed) for seed in range(seeds) for o in (control,*taught)])
     if rank_distrib(): return
     at = first(o for o in taught if o.method=='at')
-    if not all(sweep.file_of(o).exists() for o in (teacher,at,control)): return _report(sweep)  # only their records exist
-    figure = show_attention(sweep.learner(at), control=sweep.learner(control), stage=1)
-    _report(sweep, _save(figure, sweep.folder/'attention.png'))
+    kept = all(sweep.file_of(o).exists() for o in (teacher,at,control))  # or only their records are
+    figures = [show_attention(sweep.learner(at), control=sweep.learner(control), stage=1)] if kept else []
+    _report(sweep, *(_save(o, sweep.folder/'attention.png') for o in figures))
+    say("\nNext, the same with your own images, labelled or not: kdfast distill --data FOLDER --epochs 20")
 
 # %% ../nbs/cli.ipynb #8d5db81d
 def _from_file(file, run, path):

@@ -23,6 +23,8 @@ def test_the_demo_writes_what_it_says(tmp_path):
     assert res.returncode==0, res.stderr
     shown = {'records.jsonl','curves.png','attention.png',*(f'student-{o}.pkl' for o in arms)}
     assert all((tmp_path/'out'/o).exists() and str(tmp_path/'out'/o) in res.stdout for o in shown)
+    assert all(o in res.stdout for o in ('attention.png   ', 'where teacher, student and control look', '\nat       Attention transfer', '\nkd+at    kd and at together\n'))
+    assert res.stdout.rstrip().splitlines()[-1].startswith('Next, ')
     results = read_results(tmp_path/'out/records.jsonl')
     assert len(arms_of(results))==2*5 and all('--seeds 2' in o['command'] for o in results.values())
     assert all(len(o['history']['accuracy'])==1 for o in results.values())
