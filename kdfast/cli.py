@@ -142,6 +142,24 @@ def _save(figure, file):
     with whole_file(file) as f: figure.savefig(f, dpi=120, format='png')
     return file
 
+# %% ../nbs/cli.ipynb #3fc64fb4
+def _compared(arms):
+    "What the arms of a table are, a line each"
+    known = method_table().compares
+    def told(arm):
+        parts = [o.partition(':')[0] for o in arm.split('+')]
+        return 'The student without a teacher' if arm=='control' else known.get(arm.partition(':')[0], '') if len(parts)==1 else f"{' and '.join(parts)} together"
+    lines = {o:told(o) for o in arms}
+    return '\n'.join(f'{k:{max(map(len, lines))}}  {v}' for k,v in lines.items() if v)
+
+_abouts = {'records.jsonl':'all runs, with their commands', 'curves.png':'learning curves', 'attention.png':'where teacher, student and control look',
+    'report.csv':'each step of each chain', '.pkl':'student: load_learner(file)', '.onnx':'student for onnxruntime: OnnxModel(file)', '.pt2':'student for torch.export: ProgramModel(file)'}
+
+def _listed(files):
+    "Files with what they are"
+    width = max(len(str(o)) for o in files)
+    return '\n'.join(f"{str(o):{width}}  {_abouts.get(Path(o).name, _abouts.get(Path(o).suffix, ''))}".rstrip() for o in files)
+
 # %% ../nbs/cli.ipynb #000ea907
 def _verdicts(results):
     "Print which arms are no better than the control"
@@ -163,23 +181,6 @@ def _columns(curves):
     shared = [k for k in first(histories) or () if all(k in o for o in histories)]
     if 'accuracy' in shared: return [k for k in shared if k in ('valid_loss','accuracy','knn')]
     return [k for k in shared if k not in ('train_loss','valid_loss','stage','epoch')]
-
-def _compared(arms):
-    "What the arms of a table are, a line each"
-    known = method_table().compares
-    def told(arm):
-        parts = [o.partition(':')[0] for o in arm.split('+')]
-        return 'The student without a teacher' if arm=='control' else known.get(arm.partition(':')[0], '') if len(parts)==1 else f"{' and '.join(parts)} together"
-    lines = {o:told(o) for o in arms}
-    return '\n'.join(f'{k:{max(map(len, lines))}}  {v}' for k,v in lines.items() if v)
-
-_abouts = {'records.jsonl':'all runs, with their commands', 'curves.png':'learning curves', 'attention.png':'where teacher, student and control look',
-    'report.csv':'each step of each chain', '.pkl':'student: load_learner(file)', '.onnx':'student for onnxruntime: OnnxModel(file)', '.pt2':'student for torch.export: ProgramModel(file)'}
-
-def _listed(files):
-    "Files with what they are"
-    width = max(len(str(o)) for o in files)
-    return '\n'.join(f"{str(o):{width}}  {_abouts.get(Path(o).name, _abouts.get(Path(o).suffix, ''))}".rstrip() for o in files)
 
 def _report(sweep, *files):
     "Print the recorded results, write curves and export students"
