@@ -64,12 +64,13 @@ rerun: .venv/developing
 bench-gpu:
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py --out $(or $(OUT),gpu)
 
-# In .wheels, for Python 3.12: what bench-gpu needs beside torch, torchvision, timm, scikit-learn, pandas, matplotlib and pytest, in the versions of .venv
+# In .wheels, for Python 3.12, with CIFAR=path the images to train on: what bench-gpu needs beside torch, torchvision, timm, scikit-learn, pandas, matplotlib and pytest, in the versions of .venv
 WHEELS = fastai fastcore fastdownload fastprogress fasttransform plum-dispatch beartype python-fasthtml starlette itsdangerous python-multipart httpx2 httpcore2 truststore torchdistill fasterai torch-pruning
 wheels: .venv/developing
 	rm -rf .wheels
 	$(BIN)/pip freeze | grep -iE "^($$(echo $(WHEELS) | tr ' ' '|' | sed 's/-/[-_]/g'))==" | xargs $(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 -d .wheels
+	$(if $(CIFAR),cp $(CIFAR) .wheels/)
 
 # CIFAR=path IMAGENETTE=path make bench
 bench: .venv/developing

@@ -3,11 +3,11 @@
     python benchmarks/gpu.py --out OUT
 
 Each part runs in a process of its own, so that a fault in one does not end the others: the machine, the tests marked cuda, what a step costs beside a loop by
-hand, what each method costs and how often it makes the GPU wait, how fast images in memory are augmented, a compiled teacher. Seconds a step are the difference
+hand, what each method costs and how often it makes the GPU wait, how fast images in memory are augmented, a compiled teacher, and in the time that is left CIFAR-10. Seconds a step are the difference
 of a long and a short fit, so what a fit costs once does not count. One table is printed; OUT/gpu.json and OUT/gpu.md are written anew after every row, so they
 are there, and name what is missing, when a part fails, hangs or has no time left. Wheels in .wheels (`make wheels`), for a machine without a package index, are
 used if they are there. `--device cpu --tiny` tries the script itself."""
-import json, os, signal, subprocess, sys, tempfile
+import json, os, shutil, signal, subprocess, sys, tempfile
 from argparse import ArgumentParser
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -143,7 +143,29 @@ def loader(args):
     epochs(1)
     yield dict(what=f'images a second, {n:,} of 32 px in memory', value=f'{n/seconds(epochs, 2, torch.device(args.device)):,.0f}')
 
-parts = {f.__name__:(f,seconds) for f,seconds in ((machine,90), (tests,150), (step,120), (methods,120), (loader,30), (compiled,120))}  # at most so many seconds
+def sanity(args):
+    """Rows of `kdfast table sanity` on CIFAR-10, teachers first, for as long as a run is likely to end in time
+
+    OUT/sanity.jsonl has every finished run, and the teachers' weights lie next to it: `Records('results/records.db').take(file)` adds them to the records."""
+    from kdfast.experiments.research import table_of
+    from kdfast.experiments.sweep import Sweep
+    if not args.tiny and not (args.cifar and args.cifar.is_file()): raise FileNotFoundError('no archive of CIFAR-10: make wheels CIFAR=path, or --cifar path')
+    table,schedule = table_of('sanity'),'smoke' if args.tiny else 'short'
+    chosen = dict(rows=['16-1 from 16-2'], arms=['KD']) if args.tiny else dict(seeds=3)
+    folder,path,took = Path(tempfile.mkdtemp()),None if args.tiny else args.cifar,0.
+    whole = Sweep('sanity', table.runs(schedule, **chosen), folder, path)
+    for run in whole.runs:
+        if perf_counter()+1.2*took>args.end: return
+        start = perf_counter()
+        Sweep('sanity', [run], folder, path, command=f'kdfast table sanity --schedule {schedule} --seeds 3').run()
+        took = perf_counter()-start
+        shutil.copy(whole.records.exported, args.out/'.sanity')
+        (args.out/'.sanity').replace(args.out/'sanity.jsonl')
+        if any(run in o.needs for o in whole.runs): shutil.copy(whole.file_of(run), args.out)
+        result = whole.records.get(run)
+        yield dict(what=str(run), value=f"{result['accuracy']:.2%} in {result['seconds']:.0f} s")
+
+parts = {f.__name__:(f,seconds) for f,seconds in ((machine,90), (tests,150), (step,120), (methods,120), (loader,30), (compiled,120), (sanity,480))}  # at most so many seconds
 
 # The record
 
@@ -177,7 +199,7 @@ def kill(p):
 def run(name, args, seconds, env, on_row):
     "State of a part that has `seconds`, and the end of what it printed where it failed"
     read,written = os.pipe()
-    command = [sys.executable, '-W', 'ignore', __file__, '--part', name, '--device', args.device, '--seconds', str(seconds), '--rows', str(written), *['--tiny']*args.tiny]
+    command = [sys.executable, '-W', 'ignore', __file__, '--part', name, '--device', args.device, '--seconds', str(seconds), '--rows', str(written), '--out', str(args.out), *['--tiny']*args.tiny, *(['--cifar', str(args.cifar)] if args.cifar else [])]
     with tempfile.TemporaryFile('w+') as printed:
         p = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, env=env, cwd=root, start_new_session=True, pass_fds=[written])
         os.close(written)
@@ -222,6 +244,7 @@ def main(argv=None):
     parser.add_argument('--tiny', action='store_true', help="Small networks and few steps, to try the script")
     parser.add_argument('--minutes', type=float, default=8., help="After which nothing further is run")
     parser.add_argument('--parts', default=','.join(parts))
+    parser.add_argument('--cifar', type=Path, default=next((root/'.wheels').glob('cifar10.*'), None), help="Archive of CIFAR-10, by default that in .wheels")
     for o,kind in dict(part=str, seconds=float, rows=int).items(): parser.add_argument(f'--{o}', type=kind, help="For the processes of the parts")
     args = parser.parse_args(argv)
     if args.part: return part(args)

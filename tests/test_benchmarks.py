@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.experiments.records import read_results
 from kdfast.experiments.research import research
 from kdfast.layers.cut import PartOf
 
@@ -159,11 +160,12 @@ def test_the_gpu_script_leaves_one_record(tmp_path):
     code,record,printed = gpu_script(tmp_path)
     assert code==0, printed
     rows = {o['name']:{' '.join(str(r[k]) for k in ('who','what') if k in r):r for r in o['rows']} for o in record['parts']}
-    assert {o['state'] for o in record['parts']}=={'done'} and [*rows]==['environment','machine','tests','step','methods','loader','compiled']
+    assert {o['state'] for o in record['parts']}=={'done'} and [*rows]==['environment','machine','tests','step','methods','loader','compiled','sanity']
     assert len(rows['tests'])>3 and {o['value'] for o in rows['tests'].values()}=={'passed'}
     assert {'kdfast','loop by hand','torchdistill','fasterai'} <= {*rows['step']} and 'kdfast, compiled' in rows['compiled'] and all(math.isfinite(o['ms']) for o in rows['step'].values() if 'ms' in o)  # between one step and three, less than nothing beside other work
     assert all(r['waits']==rows['methods']['plain learner']['waits'] for r in rows['methods'].values()) and rows['methods']['crd']['mb']>0
     assert printed.strip() in (tmp_path/'gpu.md').read_text() and '| tests | passed | ' in printed
+    assert [*rows['sanity']]==[*map(str, read_results(tmp_path/'sanity.jsonl'))] and len(rows['sanity'])==3 and len([*tmp_path.glob('*.pth')])==1
 
 @pytest.mark.slow
 def test_the_gpu_script_tells_what_it_has_not_done(tmp_path, monkeypatch):
