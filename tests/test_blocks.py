@@ -348,7 +348,7 @@ def test_trackers_wait_for_their_column(learn, fit):
     stop = EarlyStoppingCallback('group3', patience=0, min_delta=1e9)
     run = fit(learn, 3, head=2, mode='simultaneous', cbs=stop)
     assert [len(o['frame']) for o in run.stages]==[2,2]
-    with pytest.raises(ValueError, match="No stage has the column 'acuracy' that a SaveModelCallback monitors"): fit(learn, 1, cbs=SaveModelCallback('acuracy'))
+    with pytest.raises(ValueError, match="No stage has the column 'acuracy' that SaveModelCallback monitors"): fit(learn, 1, cbs=SaveModelCallback('acuracy'))
 
 def test_files_of_a_stage_load_into_the_student(learn, fit, tmp_path):
     learn.path = tmp_path

@@ -189,7 +189,7 @@ def test_what_training_does_otherwise(dls, teacher, quiet):
 def test_what_is_kept_in_training_is_told(dls, teacher):
     learn = distill_learner(dls, teacher, wrn(10, 1))
     learn.quantize_aware(keep='fc')
-    with pytest.raises(ValueError, match='settled by quantize_aware'): learn.quantize(keep='stem')
+    with pytest.raises(ValueError, match='quantize_aware has fixed'): learn.quantize(keep='stem')
     assert learn.quantize().set_index('layer').kept['fc']=='kept as fc'
 
 def test_groups_of_parameters(dls, teacher, quiet):
