@@ -29,6 +29,24 @@ def words(file):
 @pytest.mark.parametrize('page', pages, ids=lambda o: o.relative_to(root).as_posix())
 def test_no_habits(page): assert found(prose(page))==[]
 
+def text(node):
+    "The text of an expression, with … for what is filled in"
+    if isinstance(node, ast.Constant) and isinstance(node.value, str): return node.value
+    if isinstance(node, ast.JoinedStr): return ''.join(map(text, node.values))
+    return text(node.left)+text(node.right) if isinstance(node, ast.BinOp) else '…'
+
+def messages(file):
+    "Messages of the exceptions and warnings in a module"
+    calls = [o.exc if isinstance(o, ast.Raise) else o for o in ast.walk(ast.parse(file.read_text())) if isinstance(o, (ast.Raise,ast.Call))]
+    called = lambda c: getattr(c.func, 'attr', getattr(c.func, 'id', ''))
+    return [text(c.args[0]) for c in calls if isinstance(c, ast.Call) and c.args and (called(c)=='warn' or called(c).endswith('Error'))]
+
+@pytest.mark.parametrize('module', modules, ids=lambda o: o.relative_to(root).as_posix())
+def test_messages_are_one_short_sentence_and_a_remedy(module):
+    assert [o for o in messages(module) if len(o.rpartition(': ')[0] or o)>120]==[]
+
+def test_messages_are_found(): assert sum(len(messages(o)) for o in modules)>250
+
 @pytest.mark.parametrize('module', modules, ids=lambda o: o.relative_to(root).as_posix())
 def test_no_habits_in_code(module): assert found(words(module))==[]
 

@@ -173,7 +173,7 @@ def pair_layers(
     by_depth = not same or not ends or len(s)!=len(t) and any(o.tokens and len(o)==1 for o in (s,t))
     if not by_depth: return {a:b for i,j in same.items() for a,b in zip(s.taps(i, per_stage), t.taps(j, per_stage))}
     if pairs := _by_depth(s, t, per_stage): return pairs
-    raise ValueError(f"Too few blocks to pair in the student's stages of {[*s.units]} or the teacher's of {[*t.units]}: "
+    raise ValueError(f"Too few blocks in the stages of the student, {[*s.units]}, or of the teacher, {[*t.units]}: "
         f"lower per_stage, or pass pairs={{'student.layer': 'teacher.layer'}}{layers}")
 
 # %% ../../nbs/layers/pairs.ipynb #ce7793ea
