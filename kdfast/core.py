@@ -230,6 +230,16 @@ def import_extra(
     try: return [import_module(o) for o in modules][-1]
     except ImportError as e: raise ImportError(f"{' and '.join(modules)} cannot be imported ({e}): pip install kdfast[{extra}]") from e
 
+# %% ../nbs/core.ipynb #9ce1bb38
+class PlainErrors(Callback):
+    "A callback whose errors keep their message as it is"
+    def __call__(self, event_name):
+        try: return super().__call__(event_name)
+        except Exception as e:
+            added = f'Exception occured in `{type(self).__name__}` when calling event `{event_name}`:\n\t'
+            if e.args and isinstance(e.args[0], str): e.args = (e.args[0].removeprefix(added),*e.args[1:])
+            raise
+
 # %% ../nbs/core.ipynb #f7346ee2
 @contextmanager
 def on_interrupt(

@@ -13,7 +13,7 @@ from contextlib import ExitStack, nullcontext
 from filelock import FileLock
 from fastai.vision.all import *
 from torch import distributed
-from ..core import fingerprint, keep_rng, on_interrupt, part_of, seen_by, unreadable, whole_folder
+from ..core import fingerprint, keep_rng, on_interrupt, part_of, PlainErrors, seen_by, unreadable, whole_folder
 from ..devices import autocast_dtype
 from ..layers.adapters import bare_model
 from ..layers.taps import given_mark
@@ -112,7 +112,7 @@ def _check_space(path, size):
         "choose another folder, fewer views, or terms that store less, such as KD and AT")
 
 # %% ../../nbs/teacher/cache.ipynb #20bc39e9
-class TeacherCache(Callback):
+class TeacherCache(PlainErrors):
     "Runs the teacher once on every image and stores on disk what the terms need; with `views`, the images and targets as well"
     order,run_valid = TeacherCallback.order+1,False
     _stateattrs = ('files','sums','same','replay','kinds','bases')

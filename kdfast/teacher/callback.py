@@ -11,7 +11,7 @@ __all__ = ['TeacherCallback', 'DistillCallback']
 from contextlib import ExitStack
 from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.vision.all import *
-from ..core import device_of, fingerprint, keep_rng, logits_of, probe_batch, probing, run_as, seen_by
+from ..core import device_of, fingerprint, keep_rng, logits_of, PlainErrors, probe_batch, probing, run_as, seen_by
 from ..devices import autocast_dtype
 from ..layers.adapters import Adapted, adapters_of, bare_model
 from ..layers.maps import layouts_read
@@ -32,7 +32,7 @@ def check_source(cb, teacher='teacher'):
 # %% ../../nbs/teacher/callback.ipynb #8a57957d
 _settings = 'network','tfm','precision','compile','picks','n_out','about','outputs','axis','run','match'
 
-class TeacherCallback(Callback):
+class TeacherCallback(PlainErrors):
     "Runs a teacher once on every training batch, for all the `DistillCallback`s of a learner"
     order,run_valid,every,columns,unmeasured = Recorder.order+1,False,100,False,''
     _stateattrs = ('network','tfm','match','plan','stack','frozen','frozen_key','taps','student_taps','out','finite','finite_key','about')
@@ -264,7 +264,7 @@ def along(weight):
     return [float(weight(i/20)) if callable(weight) else weight for i in range(21)]
 
 # %% ../../nbs/teacher/callback.ipynb #3a1fcc5d
-class DistillCallback(Callback, metaclass=TakesShare):
+class DistillCallback(PlainErrors, metaclass=TakesShare):
     "Adds `weight` times `term` to the loss of every training batch, or as much of it as takes `share` of the gradient"
     order,run_valid,layers,reads_logits,label,now,value,total,count = 1,False,{},True,None,None,None,0.,0
     taught,train_mode,stage,stages,reuses,last_calls,share,raw,measured,dominates,warned = True,False,None,(None,2),True,(),None,None,None,False,False
