@@ -170,7 +170,8 @@ def _verdicts(results):
         if names: say(f"{word}: {', '.join(names)}")
         if names and 'worse' in verdicts: say("What to check: https://kdfast.github.io/kdfast/howto/debug.html")
 
-_legend = "Accuracy on held-out images ± standard deviation over the seeds, differences ± standard error; MACs are multiply-adds per image."
+_legend = """Accuracy on held-out images ± standard deviation over the seeds, differences ± standard error; better and worse mean more than
+one standard error, which is little evidence with two or three seeds. MACs are multiply-adds per image."""
 _unlabelled = """Without labels the accuracy is not known: the table shows the last value of each term. --probe FOLDER adds the
 nearest-neighbour accuracy on labelled images. Next, train a head on such images: classifier_learner(dls, load_learner(file))"""
 
@@ -277,7 +278,7 @@ def _check(data, from_files, **numbers):
 
 # %% ../nbs/cli.ipynb #fe468519
 def distill(
-    data:str='digits', # A data set that `kdfast doctor` lists, or images: a folder, an archive, or a CSV with columns file and label
+    data:str='digits', # digits, cifar10, cifar100, imagenette or imagenet; or images: a folder, an archive, or a CSV with columns file and label
     path:Path=None, # Folder or archive of a named data set; downloaded if left out
     size:int=None, # Image size in pixels; by default 128, or 32 for digits; cifar10 is always 32
     pct:float=1., # Fraction of the training images for the students, the same for each class
@@ -285,8 +286,8 @@ def distill(
     student:str='wrn-10-1', # Same names, with random weights
     pretrained_student:bool=False, # Start the student from its pretrained weights and fine-tune it
     conv:str=None, # Kind of the student's convolutions, by default ordinary: separable, grouped:groups=4, ...
-    params:int=None, # Parameter budget of the student, met by the ratio of a convolution that has one, else by the width
-    method:str=None, # From `kdfast methods`, or blocks, blocks-parallel, simultaneous; + joins, commas separate arms; by default kd+at or what fits
+    params:int=None, # Parameter budget of the student, met by adjusting the ratio of its convolution if that has one, otherwise its width
+    method:str=None, # From `kdfast methods`, or blocks, blocks-parallel, simultaneous; + joins, commas separate arms; default kd+at, or fitnet:standardize for other classes or none
     epochs:int=10, # Epochs of each student
     teacher_epochs:int=None, # Epochs of the teacher; by default the same
     seeds:int=1, # Runs per arm
@@ -339,12 +340,12 @@ def _tell_chains(sweep):
 
 # %% ../nbs/cli.ipynb #9f311c7c
 def compress(
-    data:str='digits', # A data set that `kdfast doctor` lists
+    data:str='digits', # digits, cifar10, cifar100, imagenette or imagenet
     path:Path=None, # Folder or archive of the data; downloaded if left out
     size:int=None, # Image size in pixels; by default 128, or 32 for digits
     pct:float=1., # Fraction of the training images for the epochs after each step, the same for each class
     teacher:str='wrn-16-2', # The network, such as resnet34, wrn-40-2, or a torchvision classifier
-    steps:str='prune:.5,factorize:.7,int8', # Also swap:separable, distill, int8:aware, onnx, program; a semicolon separates chains
+    steps:str='prune:.5,factorize:.7,int8', # prune:RATIO, factorize:RATIO, swap:CONV, distill, int8, int8:aware, onnx, program; commas join a chain, semicolons separate chains
     method:str='kd', # How to distil from the original network: kd, at, joined by +; control for labels alone
     epochs:int=3, # Epochs after each step
     teacher_epochs:int=10, # Epochs of the network before compression
@@ -354,7 +355,7 @@ def compress(
     lr:float=3e-3, # Maximum learning rate of the one-cycle schedule
     bf16:bool=False, # Train in bfloat16, or in float32 on a device that only emulates it
     from_files:bool=False, # Read images when needed instead of keeping them in memory
-    out:Path=Path('compress') # Folder for the results; existing runs are resumed, and its .pkl files run code
+    out:Path=Path('compress') # Folder for the results; existing runs are resumed; its .pkl files can run code when loaded, so use a folder that you trust
 ):
     "Train or load a network, then compress it step by step, distilled from the original; write a report and each network, also as ONNX"
     given,chains = dict(locals()),[*dict.fromkeys(steps.split(';'))]
@@ -435,8 +436,8 @@ def tell_methods():
     "List the methods: what each compares, its arguments, its paper"
     for o in method_table().itertuples(): say(f'{o.Index:14} {o.compares}\n{"":14} {o.arguments}\n{"":14} {o.paper}')
     say("Join several with +, pass arguments after colons: --method kd+at:weight=500:until=.8. "
-        "All accept since, until, ramp: fractions of the fit between 0 and 1. "
-        "per_stage, stem: which layers. For schedules, see kdfast distill --help.")
+        "All accept share, a fraction of the gradient in place of the weight, and since, until, ramp, fractions of the fit: fitnet:share=.5:until=.8. "
+        "per_stage, stem: which layers.")
 
 # %% ../nbs/cli.ipynb #bf4f4179
 _commands = dict(demo=demo, distill=distill, compress=compress, table=table, methods=tell_methods, doctor=tell_doctor)

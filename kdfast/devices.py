@@ -112,7 +112,7 @@ class LoaderHint(Callback):
         loader = self.n/(self.waited + self.stepped*bool(dl.fake_l.num_workers))  # workers load while the step runs
         step = self.n/self.stepped
         if loader<.9*step: warnings.warn(f"Training waits for its images: the loader yields {loader:,.0f} per second, the step processes {step:,.0f}. "
-            "Pass in_memory=True, use tensor_dls, or increase num_workers")
+            "Use folder_dls(in_memory=True) or tensor_dls, or increase num_workers")
 
 # %% ../nbs/devices.ipynb #35116ca1
 def _closing(learn, cb, *batch):

@@ -33,6 +33,10 @@ def _unwrapped(student):
     net._compiled_call_impl = student.dynamo_ctx(net._call_impl)
     return net
 
+def _timm_name(name):
+    try: return timm_name(name)
+    except ValueError as e: raise ValueError(f"{str(e).rstrip('?')}, or pass a function of n_out such as partial(resnet, 10)?") from None
+
 def student_of(
     student, # A module; a callable that takes `n_out`, such as `partial(wrn, 16, 1)`; or an architecture as for `vision_learner`
     dls # Defines the number of classes
@@ -45,7 +49,7 @@ def student_of(
         f"got a {type(student).__name__}" + f" with arguments {', '.join(takes)}"*bool(takes))
     n_out = get_c(dls)
     if not n_out: raise ValueError("These DataLoaders do not define a number of classes: set dls.c, or pass a module as student")
-    if isinstance(student, str): return create_timm_model(timm_name(student), n_out, pretrained=False)[0]
+    if isinstance(student, str): return create_timm_model(_timm_name(student), n_out, pretrained=False)[0]
     return student(n_out=n_out) if 'n_out' in takes else create_vision_model(student, n_out, pretrained=False)
 
 # %% ../nbs/learner.ipynb #cc2940c2
@@ -106,6 +110,14 @@ def _listener(teacher, dls, tfm, vocab, precision, compile, **task):
     cb.about = teacher.about(cb.picks)
     return cb,lacking
 
+# %% ../nbs/learner.ipynb #d96c5cce
+def _check_classes(student, dls, loss):
+    "Raise `ValueError` if the student has fewer outputs than there are classes"
+    (xb,yb),c = probe_batch(dls),get_c(dls)
+    out = _outputs(xb, student, student) if yb and isinstance(c, int) else None
+    if isinstance(out, Tensor) and out.ndim==2 and 1<out.shape[1]<c and task_of(loss, first(yb), out).kind=='classes': raise ValueError(
+        f"The student has {out.shape[1]} outputs for {c} classes: create it with n_out={c}")
+
 # %% ../nbs/learner.ipynb #37fd7862
 def _is_term(cb): return issubclass(cb, DistillCallback) if isinstance(cb, type) else isinstance(cb, DistillCallback)
 
@@ -136,6 +148,7 @@ def distill_learner(
     if pretrained: student = vision_learner(dls, student)
     if isinstance(student, Learner): student = _thawed(student, kwargs)
     student,cbs = student_of(student, dls),L(cbs)
+    if odd := [o for o in cbs if isinstance(o, str)]: raise TypeError(f"cbs must be callbacks such as KD(), got {odd[0]!r}: names are for the command line")
     if isinstance(teacher, TeacherCache) and teacher not in cbs: cbs = cbs+teacher
     _tell_frozen(student)
     terms = [o for o in cbs if _is_term(o)]
@@ -144,6 +157,7 @@ def distill_learner(
     if teacher is not None or terms:
         listener,lacking = _listener(teacher, dls, tfm, teacher_vocab, precision, compile, outputs=outputs, axis=axis)
         check_lacking(lacking, terms)
+        _check_classes(student, dls, known)
         cbs = listener + cbs + ([] if terms else [default_term(listener, student, dls, known, lacking)])
     if not known and not probe_batch(dls)[1]: kwargs['loss_func'] = no_loss
     return Learner(dls, student, cbs=LoaderHint() + cbs, **kwargs)

@@ -66,7 +66,7 @@ def _spread(calls, units, n):
     "`n` evenly spaced blocks of the stage of `units`, always including its end"
     end,blocks = units[-1],_blocks(calls, units)
     if not 1<=n<=len(blocks): raise ValueError(
-        f"per_stage={n}, but the stage that ends at {end!r} has only {len(blocks)} blocks: use 1 to {len(blocks)}, or pass `pairs=`")
+        f"per_stage={n} is out of range for the stage that ends at {end!r}, with {len(blocks)} block{'s'*(len(blocks)>1)}: lower it, or pass `pairs=`")
     return [blocks[ceil(len(blocks)*i/n)-1] for i in range(1, n+1)]
 
 # %% ../../nbs/layers/pairs.ipynb #c9532bef

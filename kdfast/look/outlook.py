@@ -136,9 +136,10 @@ class Outlook:
         return told + [longer]*(self.steps is not None)
 
     def __repr__(self):
-        rows = [('teacher', k, v) for k,v in self.found.items() if k not in ('reordered','renormalized')] + [('student alone','accuracy',self.alone)]
+        named = dict(calibration='calibration error', augmented='accuracy on augmented images', linear='linear classifier on its features', neighbours='nearest neighbours on its features')
+        rows = [('teacher', named.get(k, k), v) for k,v in self.found.items() if k not in ('reordered','renormalized')] + [('student alone','accuracy',self.alone)]
         table = pd.DataFrame([(a, b, f'{v:.1%}') for a,b,v in rows]).to_string(index=False, header=False)
-        took = [f'after {self.steps} steps of {self.seconds:.2g} s'] if self.steps else []
+        took = [f'The student alone was trained for {self.steps} steps of {self.seconds:.2g} s.'] if self.steps else []
         return '\n'.join([*self._verdict(), '', table, *took])
 
 # %% ../../nbs/look/outlook.ipynb #b2f4ad07
@@ -154,6 +155,7 @@ def will_it_help(
     "Predict what `student` can gain from `teacher`, before training; raises `ValueError` for targets other than one label per sample"
     if not minutes>0 or alone is not None and not 0<=alone<=1: raise ValueError(
         f"minutes must be positive and alone an accuracy in [0,1], got minutes={minutes}, alone={alone}: omit them for the defaults")
+    if teacher is None: raise ValueError("will_it_help needs a teacher, got None: pass the one that is to be distilled")
     y = first(probe_batch(dls)[1])
     if not isinstance(y, Tensor) or y.ndim!=1 or y.is_floating_point(): raise ValueError(
         "will_it_help compares accuracies, so it needs one label per sample: train a control and the student for a few epochs instead")
