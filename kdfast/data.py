@@ -254,7 +254,7 @@ def _content(file):
 def _to_the_end(tar):
     "Read past the last file: checksums are verified at the end, which a truncated archive lacks"
     tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(512)!=bytes(512): raise EOFError("it is truncated")
+    if tar.fileobj.read(512)!=bytes(512): raise EOFError("the file is truncated")
     while tar.fileobj.read(1<<20): pass
 
 def _unpack(archive):
