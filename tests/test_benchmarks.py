@@ -170,7 +170,7 @@ def test_the_gpu_script_leaves_one_record(tmp_path):
 @pytest.mark.slow
 def test_the_gpu_script_tells_what_it_has_not_done(tmp_path, monkeypatch):
     "A part that fails, one that hangs, one for which no time is left, a test that is red"
-    gpu,rows,args = script('gpu'),[],Namespace(device='cpu', tiny=True)
+    gpu,rows,args = script('gpu'),[],Namespace(device='cpu', tiny=True, out=tmp_path, cifar=None)
     state,error = gpu.run('no such part', args, 60, gpu.environment(args), rows.append)
     assert state.startswith('failed') and 'no such part' in error and not rows
     assert gpu.run('step', args, .5, gpu.environment(args), rows.append)==('out of time',None)
