@@ -330,7 +330,7 @@ def test_results_of_other_settings_stay(done, tmp_path, capsys):
     others = {('--epochs','1','--teacher-epochs','1'):['1','1'], ('--teacher-file',str(tmp_path/'new.pth')):['2','1']}  # the control has no teacher
     for args,seeds in others.items():
         main(['distill', *small[:-4], *args, '--seeds', '1', '--out', str(out)])
-        told = capsys.readouterr().out.split('seconds a run')[1]
+        told = capsys.readouterr().out.split('seconds a run')[1].split('\n\n')[0]
         assert [line.split()[1] for line in told.splitlines() if line.startswith(('control ','kd '))]==seeds
     after = results_of(out)
     assert {r:o['history'] for r,o in after.items() if r in before}=={r:o['history'] for r,o in before.items()}
