@@ -152,18 +152,18 @@ def sanity(args):
     if not args.tiny and not (args.cifar and args.cifar.is_file()): raise FileNotFoundError('no archive of CIFAR-10: make wheels CIFAR=path, or --cifar path')
     table,schedule = table_of('sanity'),'smoke' if args.tiny else 'short'
     chosen = dict(rows=['16-1 from 16-2'], arms=['KD']) if args.tiny else dict(seeds=3)
-    folder,path,took = Path(tempfile.mkdtemp()),None if args.tiny else args.cifar,0.
-    whole = Sweep('sanity', table.runs(schedule, **chosen), folder, path)
-    for run in whole.runs:
-        if perf_counter()+1.2*took>args.end: return
-        start = perf_counter()
-        Sweep('sanity', [run], folder, path, command=f'kdfast table sanity --schedule {schedule} --seeds 3').run()
-        took = perf_counter()-start
-        shutil.copy(whole.records.exported, args.out/'.sanity')
-        (args.out/'.sanity').replace(args.out/'sanity.jsonl')
-        if any(run in o.needs for o in whole.runs): shutil.copy(whole.file_of(run), args.out)
-        result = whole.records.get(run)
-        yield dict(what=str(run), value=f"{result['accuracy']:.2%} in {result['seconds']:.0f} s")
+    path,took = None if args.tiny else args.cifar,0.
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Sweep('sanity', table.runs(schedule, **chosen), folder, path)
+        for run in whole.runs:
+            if perf_counter()+1.2*took>args.end: return
+            start = perf_counter()
+            Sweep('sanity', [run], folder, path, command=f'kdfast table sanity --schedule {schedule} --seeds 3').run()
+            took,result = perf_counter()-start,whole.records.get(run)
+            shutil.copy(whole.records.exported, args.out/'.sanity')
+            (args.out/'.sanity').replace(args.out/'sanity.jsonl')
+            if any(run in o.needs for o in whole.runs): shutil.copy(whole.file_of(run), args.out)
+            yield dict(what=str(run), value=f"{result['accuracy']:.2%} in {result['seconds']:.0f} s")
 
 parts = {f.__name__:(f,seconds) for f,seconds in ((machine,90), (tests,150), (step,120), (methods,120), (loader,30), (compiled,120), (sanity,480))}  # at most so many seconds
 
