@@ -123,10 +123,14 @@ _shares = _table('shares', "Every method with half of the gradient, on six sciki
     {'10-1 from 16-2':_few}, _half, tall=True)
 _shares_cifar = _table('shares-cifar10', "Every method with half of the gradient", 'cifar10', {'16-1 from 16-2':_tenth}, _half,
     small='A tenth of the images, four epochs in float32', tall=True)
+_nine = 'kd','at','fitnet','dist','sp','rkd','crd','vid','reviewkd'
+_shares_nette = _table('shares-imagenette', "Nine methods with their published weights, and with half of the gradient", 'imagenette',
+    {'ResNet-10 from ResNet-18':dict(student='resnet10', teacher=dict(student='resnet18', epochs=15))},
+    {f'{k}{label}':k+share for k in _nine for label,share in (('',''),(', half',':share=.5'))}, tall=True)
 
 # %% ../../nbs/experiments/research.ipynb #a0f5d1b5
 _tables = (_methods,_methods_cifar,_moonshine,_best_teacher,_sanity,_taps,_cifar100,_imagenet,_substitutions,
-    _stagewise,_compression,_teachers,_megabyte,_pruning,_shares,_shares_cifar)
+    _stagewise,_compression,_teachers,_megabyte,_pruning,_shares,_shares_cifar,_shares_nette)
 research = {o.name:o for o in _tables}
 
 def table_of(
