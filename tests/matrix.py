@@ -159,9 +159,9 @@ class EMA(Callback):
 def power(s, t): return (s.float().square().mean() - t.float().square().mean())**2
 
 here = {'deep':'deep'}
-terms = dict(default=lambda: [], feature=lambda: [FeatureKD(power, here)], at=lambda: [AT(here)], fitnet=lambda: [FitNet(here)], kd_and_feature=lambda: [KD(),FeatureKD(power, here)],
-    rkd=lambda: [RKD()], crd=lambda: [CRD()], dkd=lambda: [DKD()], similarity=lambda: [Similarity()], share=lambda: [FeatureKD(power, here, share=.3)])
-unchecked = 'rkd','crd','dkd','similarity','share'  # by this test; tests of methods check their numbers
+terms = dict(default=lambda: [], feature=lambda: [FeatureKD(power, here, weight=1.)], at=lambda: [AT(here, weight=1e3)], fitnet=lambda: [FitNet(here, weight=100.)], kd_and_feature=lambda: [KD(),FeatureKD(power, here, weight=1.)],
+    rkd=lambda: [RKD()], crd=lambda: [CRD()], dkd=lambda: [DKD()], similarity=lambda: [Similarity()], share=lambda: [FeatureKD(power, here, share=.3)], equal=lambda: [AT(here),FitNet(here)])
+unchecked = 'rkd','crd','dkd','similarity','share','equal'  # by this test; tests of methods check their numbers
 
 def positions(task, y, shape): return None if task.ignored is None else (y!=task.ignored).float()
 

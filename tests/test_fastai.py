@@ -239,7 +239,7 @@ def test_a_plan_is_made_once(dls, teacher, quiet):
     learn.model = learn.student
     quiet(learn, 1, 1e-3)
     assert learn.teacher.plan is not plan and len(learn.fitnet.adapters)==len(adapters)==3
-    assert {id(m) for m in learn.fitnet.adapters.values()}=={id(m) for m in learn.model.adapters.values()}
+    assert {id(m) for m in (*learn.fitnet.adapters.values(), learn.fitnet.balance)}=={id(m) for m in learn.model.adapters.values()}
 
 @pytest.mark.slow
 def test_a_compiled_student_is_tapped(dls, teacher, quiet):

@@ -580,7 +580,7 @@ def test_images_without_labels(trained, quiet):
         set_seed(0)
         dls = few_digits(pad=0)
         dls.train.rng.seed(0)
-        learn = distill_learner(dls, trained, wrn(10, 1), cbs=[KD(alpha=alpha), AT(), *cbs], opt_func=SGD, metrics=accuracy)
+        learn = distill_learner(dls, trained, wrn(10, 1), cbs=[KD(alpha=alpha), AT(**AT_CIFAR), *cbs], opt_func=SGD, metrics=accuracy)
         learn.start = [p.detach().clone() for p in learn.student.parameters()]
         return quiet(learn, 2, 1e-3)
     loss_func = (one := fit(OnlyImages(), alpha=1.)).loss_func
@@ -832,7 +832,7 @@ def test_two_stages_by_hand(trained, quiet):
     class Alone(Callback):
         order = 10
         def after_loss(self): self.learn.loss_grad = self.learn.loss_grad - self.learn.loss
-    a,b = make(FitNet(), KD()),make(FitNet())
+    a,b = make(FitNet(), KD()),make(FitNet(weight=100.))
     said = []
     with a.no_bar(), contextmanager(replacing_yield)(a, 'logger', said.append): a.fit_two_stages(2, 3, 1e-4, wd=0.)
     assert [o for o in said if isinstance(o, str)]==['first: 2 epochs on fitnet','second: 3 epochs on labels']

@@ -46,7 +46,7 @@ def by_hand_ofd(s, t, norm):
 def test_ofd_with_a_teacher_in_training_mode(trained):
     before,values,norms = {k:v.clone() for k,v in trained.state_dict().items()},{},['group2.0.bn1','group3.0.bn1','bn']
     for mode in (False,True):
-        learn,look = first_step(trained, wrn(10, 1), OFD(train_mode=mode))
+        learn,look = first_step(trained, wrn(10, 1), OFD(weight=1e-3, train_mode=mode))
         theirs = shown(deepcopy(trained).train(mode), look.seen, *norms)
         ours = [adapters_of(learn.model)['ofd_'+n.replace('.', '_')](look.taps[n]).detach() for n in norms]
         hand = sum(by_hand_ofd(s, t, trained.get_submodule(n))/2**(2-i) for i,(s,t,n) in enumerate(zip(ours, theirs, norms)))/1000
@@ -55,7 +55,7 @@ def test_ofd_with_a_teacher_in_training_mode(trained):
     assert values[True]!=values[False] and all(torch.equal(v, before[k]) for k,v in trained.state_dict().items())
 
 def test_terms_beside_read_the_same_teacher(trained):
-    learn,look = first_step(trained, wrn(10, 1), KD(), OFD(train_mode=True))
+    learn,look = first_step(trained, wrn(10, 1), KD(), OFD(weight=1e-3, train_mode=True))
     assert 'run as a copy in training mode' in learn.show_distill()
     with torch.no_grad(): torch.testing.assert_close(learn.teacher.answer(look.seen)[0], deepcopy(trained).train()(look.seen), rtol=1e-3, atol=1e-3)
     learn.remove_cb(learn.ofd)
@@ -124,7 +124,7 @@ def test_review_before_the_activation_of_resnets(student):
 @pytest.mark.parametrize('pair', [{'group2':'group2'}, {'group1':'group2'}], ids=['one size','two sizes'])
 def test_the_regressors_of_hints(norm, pair, trained):
     (a,b), = pair.items()
-    learn,look = first_step(trained, wrn(10, 1), FitNet(pair, relu=True, norm=norm))
+    learn,look = first_step(trained, wrn(10, 1), FitNet(pair, weight=100., relu=True, norm=norm))
     adapter,(t,) = adapters_of(learn.model)[f'fitnet_{a}'],shown(trained.eval(), look.seen, b)
     conv = adapter[0]
     assert conv.bias is not None and len(adapter)==2+norm
@@ -133,9 +133,9 @@ def test_the_regressors_of_hints(norm, pair, trained):
     assert look.added['fitnet']==pytest.approx(100*((s.clamp(min=0)-t)**2).mean().item(), rel=1e-4)
 
 def test_hints_between_equal_shapes(trained):
-    learn,_ = first_step(trained, wrn(10, 2), FitNet())
+    learn,_ = first_step(trained, wrn(10, 2), FitNet(weight=100.))
     assert not adapters_of(learn.model)
-    learn,_ = first_step(trained, wrn(10, 2), FitNet(relu=True))
+    learn,_ = first_step(trained, wrn(10, 2), FitNet(weight=100., relu=True))
     assert len(adapters_of(learn.model))==3
 
 @pytest.mark.parametrize('pair', [{'group1':'group2'}, {'group2':'group1'}], ids=['larger student','smaller student'])
@@ -208,7 +208,7 @@ def test_kdsvd_over_columns(trained):
     s,t = ([torch.randn(3,c,8,8).double(),torch.randn(3,2*c,4,4).double()] for c in (5,7))
     hand = np.mean([by_hand_columns([o[i].numpy() for o in s], [o[i].numpy() for o in t]) for i in range(3)])
     assert kdsvd_loss(*s, *t, columns=True).item()==pytest.approx(hand, rel=1e-6)
-    learn,look = first_step(trained, wrn(10, 1), KDSVD(columns=True, stem=False))
+    learn,look = first_step(trained, wrn(10, 1), KDSVD(weight=1., columns=True, stem=False))
     groups = ['group1','group2','group3']
     theirs,ours = shown(trained.eval(), look.seen, *groups),[look.taps[n] for n in groups]
     hand = sum(np.mean([by_hand_columns([o[i].double().numpy() for o in ours[j:j+2]], [o[i].double().numpy() for o in theirs[j:j+2]])

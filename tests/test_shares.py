@@ -3,7 +3,8 @@ import pytest
 from conftest import few_digits, n_hooks, waits_of
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.experiments.spec import method_table, methods, terms_of
+from kdfast.experiments.spec import as_published, method_table, methods, terms_of
+from kdfast.losses.core import hint_loss
 from kdfast.teacher.shares import Balance, gradients, norm_of, norms_of_both
 
 class Rest(Callback):
@@ -18,13 +19,15 @@ class Look(Callback):
     def after_loss(self):
         if not self.training: return
         terms,params = [t for t in self.learn.teacher.terms if t.share],[*self.learn.student.parameters()]
-        left,rest = 1-sum(t.share for t in terms),self.learn.rest
+        equal = [t for t in terms if t.share=='equal']
+        left,rest = (1-sum(t.share for t in terms if t not in equal))/(len(equal)+1),self.learn.rest
         for t in self.learn.teacher.terms:
             if not t.share: rest = rest + t.now*t.term() + sum(t.extras())
         rest,found = gradients(rest, params),{}
         for t in terms:
-            a,b = norms_of_both(rest, gradients(t.share/left*t.balance.ratio*t.term(), params))
-            found[t.label] = (b/a/(t.share/left)).item()
+            share = left if t in equal else t.share
+            a,b = norms_of_both(rest, gradients(share/left*t.balance.ratio*t.term(), params))
+            found[t.label] = (b/a/(share/left)).item()
         self.seen.append(found)
 
 def looked(terms, quiet, teacher, n=1, dls=None, **kwargs):
@@ -124,11 +127,11 @@ def test_a_share_that_makes_no_sense(dls, teacher, quiet):
 
 def test_words_of_the_command():
     term, = terms_of('at:share=.3')
-    assert isinstance(term, AT) and term.share==.3 and AT().share is None and term.weight==1e3
+    assert isinstance(term, AT) and term.share==.3 and term.weight==1e3
     for o in ('at:share=.3:since=.5','at:share=.3:weight=10'):
         with pytest.raises(ValueError, match='share'): terms_of(o)
     with pytest.raises(ValueError, match='share, weight'): AT(weight=10., share=.3)
-    assert 'share' not in method_table().loc['at','arguments']
+    assert method_table().loc['at','arguments'].startswith('weight=an equal share, published 1000:')
 
 def by_hand(learn):
     "Norm of each term's gradient beside that of the labels, on the parameters that both reach, and its own"
@@ -141,7 +144,7 @@ class Fourth(Callback):
     def after_loss(self):
         if self.training and self.iter==3: self.learn.found = by_hand(self.learn)
 
-@pytest.mark.parametrize('terms', [lambda: [AT()], lambda: [RKD(),FitNet({'group1':'group1'})], lambda: [SP(weight=10.),CC(weight=1.),AT(weight=10.)]], ids=['one','two','three'])
+@pytest.mark.parametrize('terms', [lambda: [AT(**AT_CIFAR)], lambda: [RKD(weight=1.),FitNet({'group1':'group1'}, weight=100.)], lambda: [SP(weight=10.),CC(weight=1.),AT(weight=10.)]], ids=['one','two','three'])
 def test_columns_tell_what_terms_with_weights_take(terms, teacher, quiet):
     learn = distill_learner(few_digits(), teacher, wrn(10, 1), cbs=[*terms(), Rest(), Fourth()], precision='float32')
     learn.teacher.columns = True
@@ -156,7 +159,7 @@ def test_columns_tell_what_terms_with_weights_take(terms, teacher, quiet):
     plt.close(plot_history({'at':learn}, [f'{k}_share' for k in ratios]))
 
 def test_columns_tell_shares_that_were_asked_for(teacher, quiet):
-    learn = distill_learner(few_digits(), teacher, wrn(10, 1), cbs=[KD(share=.4),AT(share=.2),RKD()])
+    learn = distill_learner(few_digits(), teacher, wrn(10, 1), cbs=[KD(share=.4),AT(share=.2),RKD(weight=1.)])
     learn.teacher.columns = True
     quiet(learn, 2, 1e-4)
     last = learn.recorder.history.iloc[0]
@@ -195,13 +198,61 @@ def test_a_term_alone_takes_everything_without_a_word(teacher, quiet):
 def test_weights_are_measured_in_the_middle_of_every_hundred(teacher, quiet, monkeypatch):
     at = []
     monkeypatch.setattr(TeacherCallback, '_measure', lambda self,*args: at.append(self.train_iter))
-    learn = distill_learner(few_digits(bs=4), teacher, wrn(10, 1), cbs=AT())
+    learn = distill_learner(few_digits(bs=4), teacher, wrn(10, 1), cbs=AT(weight=1e3))
     learn.teacher.every = 20
     quiet(learn, 4, 1e-4)
     assert at==[*range(10, learn.train_iter, 20)]
     n,learn.teacher.every = len(at),None
     quiet(learn, 1, 1e-4)
     assert len(at)==n>0
+
+equals = dict(one=lambda: [AT()], two=lambda: [FitNet(),RKD()], beside=lambda: [KD(),SP()], asked=lambda: [AT(share=.4),NST(),CC()], ramp=lambda: [ReviewKD()], logits=lambda: [DKD()])
+
+@pytest.mark.parametrize('name', equals)
+def test_terms_on_features_take_an_equal_share_by_default(name, teacher, quiet):
+    "As much as the loss on labels, with the terms that have weights, and each other"
+    learn = looked(equals[name](), quiet, teacher)
+    by_default = [t for t in learn.teacher.terms if t.share=='equal']
+    assert by_default
+    for t in by_default: assert learn.look.seen[0][t.label]==pytest.approx(1, rel=2e-3)
+    assert learn.show_distill().count('equal share')>=len(by_default)
+
+def test_an_equal_share_is_a_half_for_one_term(teacher, quiet):
+    fits = [quiet(distill_learner(few_digits(), teacher, wrn(10, 1), cbs=term, precision='float32'), 2, 1e-3) for term in (AT(),AT(share=.5)) if not set_seed(0)]
+    assert [*fits[0].recorder.losses]==[*fits[1].recorder.losses]
+
+def test_a_weight_ends_the_equal_share():
+    at = AT()
+    assert (at.share,at.weight)==('equal',1e3)
+    at.weight = 10.
+    assert (at.share,at.weight)==(None,10.) and AT(weight=10.).share is None and AT(**AT_CIFAR).share is None
+    assert KD().share is None and SimKD().share is None and FactorTransfer().share is None
+    assert FeatureKD(hint_loss).share=='equal' and FeatureKD(hint_loss, weight=1.).share is None
+
+class Mine(FeatureKD):
+    "A term with a weight of its own"
+    def __init__(self, pairs=None): super().__init__(hint_loss, pairs, weight=3.)
+
+def test_a_class_may_choose_its_weight(): assert (Mine().share,Mine().weight,Mine(share=.2).share)==(None,3.,.2)
+
+def test_published_weights_are_used_where_there_are_no_labels(teacher, quiet):
+    "Without targets, and in a first stage"
+    images = lambda: DataLoaders(*(DataLoader([(o,) for o in torch.linspace(-1, 1, 8*3*32*32).view(8,3,32,32)], bs=4) for _ in range(2)))
+    for dls,how,args in ((images,'fit',(1,1e-4)), (few_digits,'fit_two_stages',(1,0,1e-4))):
+        values = []
+        for term in (FitNet(),FitNet(weight=100.)):
+            set_seed(0)
+            learn = distill_learner(dls(), teacher, wrn(10, 1), cbs=term, precision='float32')
+            values.append(first(quiet(learn, *args, how=how).recorder.history.fitnet))
+        assert values[0]==values[1]>10
+    assert ' 100 ' in distill_learner(images(), teacher, wrn(10, 1), cbs=FitNet()).show_distill()
+
+def test_layers_that_do_not_train_take_no_share(teacher, quiet):
+    "As in the first epoch of fine_tune, where only the head and the adapters train"
+    net = wrn(10, 1)
+    learn = distill_learner(few_digits(), teacher, net, cbs=[AT(),FitNet()], splitter=lambda m: L(nn.Sequential(*[*m.children()][:-1]), m[-1]).map(params))
+    quiet(learn, 1, 1e-3, how='fine_tune')
+    assert learn.at.balance.log.isfinite() and learn.at.balance.seen>0 and not learn.at.apart
 
 class Again(nn.Module):
     "A body that is computed again for its gradients"
@@ -221,6 +272,11 @@ def test_a_network_whose_gradients_cannot_be_measured(student, teacher, quiet):
     quiet(learn, 1, 1e-4)
     told = learn.show_distill()
     assert ('cannot be measured' in told)==bool(learn.teacher.unmeasured) and 'gradient ' not in told and learn.recorder.history.kd_share.isna().all()
+    learn = distill_learner(few_digits(), teacher, student(), cbs=DKD())
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        quiet(learn, 1, 1e-4)
+    if learn.teacher.unmeasured: assert sum('Published weights are used' in str(o.message) for o in found)==1 and '0 → 1 → 1' in learn.show_distill()
     learn = distill_learner(few_digits(), teacher, student(), cbs=KD(share=.3))
     with pytest.raises(ValueError, match="kd has no share, since (this network's gradients|it and the labels)"): quiet(learn, 1, 1e-4)
     assert n_hooks(learn.student)==0
@@ -256,3 +312,9 @@ def test_every_method_is_measured(name, teacher, quiet):
             quiet(learn, 1, 1e-4)
         share = learn.recorder.history[f'{term.label}_share'][0]
         assert share==pytest.approx(.5, abs=.1) if term.share else 0<share<=1
+
+def test_the_tables_of_papers_have_weights():
+    for k in methods():
+        term, = terms_of(as_published(k))
+        assert term.share is None
+        if term.balances: assert [o.weight(1.) if callable(o.weight) else o.weight for o in (term,*terms_of(k))]==[type(term).published]*2

@@ -22,7 +22,7 @@ def test_every_method_shows_itself(name, trained):
     assert torch.equal(rng, torch.get_rng_state()) and learn.model.training==mode and not n_hooks(learn.model, trained)
 
 def test_sizes_are_those_of_the_layers(teacher, dls):
-    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[AT(), AT({'group2.0':'group3.0'})])
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[AT(), AT({'group2.0':'group3.0'}, weight=1e3)])
     *rest,own = [o.split() for o in learn.show_distill().splitlines()[-4:]]
     assert [o[0] for o in rest]==['at']*3 and own=='at_2 1,000 group2.0 32×8×8 group3.0 128×4×4'.split()
 

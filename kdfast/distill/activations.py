@@ -22,7 +22,7 @@ class BeforeReLU(FeatureKD):
     def __init__(self,
         func, # Called as `func(student's features, teacher's features)`, returns a scalar
         pairs:dict=None, # Student layer to teacher layer, each ending in or followed by a ReLU, shallow to deep; by default the ends of the stages
-        weight:float=1. # A number, or a fastai schedule over the fit
+        weight:float=None # A number, or a fastai schedule over the fit; by default an equal share of the gradient
     ): super().__init__(func, pairs, weight)
 
     def choose(self, student, network, tfm, xb):
@@ -42,20 +42,20 @@ class BeforeReLU(FeatureKD):
 # %% ../../nbs/distill/activations.ipynb #a3bfc322
 class AB(BeforeReLU):
     "Activation boundaries: which neurons are active (Heo et al., arXiv:1811.03233); meant for a first stage"
-    stages = None,1
+    stages,published = (None,1),3e-3
     def __init__(self,
         pairs:dict=None, # As for `BeforeReLU`
-        weight:float=3e-3, # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         margin:float=1. # Required distance from zero, positive
     ): super().__init__(partial(ab_loss, margin=margin), pairs, weight)
 
 # %% ../../nbs/distill/activations.ipynb #f32820d2
 class OFD(BeforeReLU):
     "Overhaul of feature distillation: features before the ReLU, negative ones cut off at a margin (Heo et al., arXiv:1904.01866)"
-    dominates = True
+    dominates,published = True,1e-3
     def __init__(self,
         pairs:dict=None, # As for `BeforeReLU`; raises `ValueError` if no norm provides the teacher's margin
-        weight:float=1e-3, # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         train_mode:bool=False # Run the teacher in training mode, for all terms, as published: its batch norms use batch statistics
     ):
         super().__init__(partial(ofd_loss, margin=torch.zeros(1)), pairs, weight)
@@ -87,7 +87,7 @@ class FlowKD(FeatureKD):
     def __init__(self,
         func, # Called as `func(student's features, its later ones, teacher's features, its later ones)`, returns a scalar
         pairs:dict=None, # Student layer to teacher layer, shallow to deep, at least two; by default the ends of the stages
-        weight:float=1., # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=True # Also pair the stems, if `pairs` is None
     ):
@@ -108,10 +108,10 @@ class FlowKD(FeatureKD):
 # %% ../../nbs/distill/activations.ipynb #a4c9927e
 class FSP(FlowKD):
     "Flow of the solution procedure: inner products of the channels of two layers (Yim et al., CVPR 2017); meant for a first stage"
-    stages = None,1
+    stages,published = (None,1),50.
     def __init__(self,
         pairs:dict=None, # As for `FlowKD`
-        weight:float=50., # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=True # Also pair the stems, if `pairs` is None
     ): super().__init__(fsp_loss, pairs, weight, per_stage, stem)
@@ -120,7 +120,7 @@ class KDSVD(FlowKD):
     "Singular vectors: distances between the channels of consecutive layers (Lee et al., arXiv:1807.06819)"
     def __init__(self,
         pairs:dict=None, # As for `FlowKD`
-        weight:float=1., # mdistiller's value, for `columns=True`; a number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         k:int=1, # Number of the teacher's singular vectors; raises `ValueError` unless positive
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=True, # Also pair the stems, if `pairs` is None
@@ -150,7 +150,7 @@ def _still(loss):
 
 class FactorTransfer(LastStageKD):
     "Factor transfer: the last feature maps of both networks, encoded in fewer channels (Kim et al., arXiv:1802.04977)"
-    stages = None,1,2
+    stages,balances = (None,1,2),False
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the last stages
         weight:float=200., # RepDistiller's value, 500 in the authors' code; a number, or a fastai schedule over the fit

@@ -191,11 +191,11 @@ class Standardized(nn.Module):
 # %% ../../nbs/distill/core.ipynb #80bd358e
 class FeatureKD(DistillCallback):
     "`func` of the student's and the teacher's features, averaged over pairs of layers"
-    reads_logits = False
+    reads_logits,balances = False,True
     def __init__(self,
         func, # Called as `func(student's features, teacher's features)`, returns a scalar
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
-        weight:float=1., # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=False, # Also pair the stems, if `pairs` is None
         standardize:bool=False # Standardize the teacher's features by the mean and scale of the first batch
@@ -246,7 +246,7 @@ class FeatureKD(DistillCallback):
 # %% ../../nbs/distill/core.ipynb #48e3174a
 class LastStageKD(FeatureKD):
     "`func` of the features at the end of both networks' last stages"
-    def __init__(self, func, pairs=None, weight=1.): super().__init__(func, pairs, weight)
+    def __init__(self, func, pairs=None, weight=None): super().__init__(func, pairs, weight)
     def choose(self, student, network, tfm, xb): self.layers = dict(self.pairs or last_stages(student, network, xb, tfm))
 
 
@@ -254,9 +254,10 @@ class LastStageKD(FeatureKD):
 # %% ../../nbs/distill/core.ipynb #a2d92a61
 class AT(FeatureKD):
     "Attention transfer: spatial attention maps (Zagoruyko and Komodakis, arXiv:1612.03928)"
+    published = 1e3
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
-        weight:float=1e3, # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`
+        weight:float=None, # A number, or a fastai schedule such as `SchedExp(1e3, 1e1)`; by default an equal share of the gradient
         per_stage:int=1, # Pairs per stage: 2, 3, 6 are AT6, AT9, AT18 on networks with three groups
         area:bool=True, # Give feature maps smaller than 7x7 less weight
         stem:bool=False # Also pair the stems, if `pairs` is None
@@ -277,10 +278,10 @@ AT_IMAGENET = dict(weight=phased(1e3, since=.01), area=False)
 # %% ../../nbs/distill/core.ipynb #55255f2f
 class FitNet(FeatureKD):
     "Hints: the teacher's features, regressed from the student's by a learned adapter (Romero et al., arXiv:1412.6550)"
-    stages,dominates = (None,1),True
+    stages,dominates,published = (None,1),True,100.
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
-        weight:float=100., # Divided among all pairs; a number, or a fastai schedule over the fit
+        weight:float=None, # Divided among all pairs; a number, or a fastai schedule over the fit; by default an equal share of the gradient
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=False, # Also pair the stems, if `pairs` is None
         standardize:bool=False, # As for `FeatureKD`

@@ -43,7 +43,7 @@ class VID(FeatureKD):
     "Variational information: predict each channel of the teacher's features from the student's (Ahn et al., arXiv:1904.05835)"
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
-        weight:float=1., # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=False, # Also pair the stems, if `pairs` is None
         standardize:bool=False, # As for `FeatureKD`
@@ -94,17 +94,18 @@ class _Review(nn.Module):
 # %% ../../nbs/distill/features.ipynb #fcea9e9c
 class ReviewKD(FeatureKD):
     "Knowledge review: each teacher level from the same and deeper student levels, summed over levels (Chen et al., arXiv:2104.09044)"
-    pooled,dominates = None,True
+    pooled,dominates,published = None,True,5.
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer, shallow to deep; by default the ends of the stages, and the classifiers' inputs
-        weight:float=5., # A number, or a fastai schedule over the fit
-        ramp:float=1/12, # Fraction of the fit over which the weight rises from 0
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
+        ramp:float=1/12, # Fraction of the fit over which a weight rises from 0
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=False, # Also pair the stems, if `pairs` is None
         preact:bool=False, # Read the teacher's features before the ReLU, as published, if `pairs` is None
         student_preact:bool=False # Read the student's features before the ReLU, as published for ImageNet, if `pairs` is None
     ):
-        super().__init__(pyramid_loss, pairs, phased(weight, ramp=ramp), per_stage, stem)
+        self.published = phased(self.published, ramp=ramp)
+        super().__init__(pyramid_loss, pairs, weight and phased(weight, ramp=ramp), per_stage, stem)
         store_attr('preact,student_preact')
 
     def choose(self, student, network, tfm, xb):
@@ -171,7 +172,7 @@ def _pooled_hint(s, t): return hint_loss(*to_one_size(s, t))
 
 class SimKD(FeatureKD):
     "The teacher's classifier on feature maps that the student imitates (Chen et al., arXiv:2203.14001); labels count only while its weight is 0"
-    dominates = True
+    dominates,balances = True,False
     def __init__(self,
         weight:float=1., # A number, or a fastai schedule over the fit
         factor:int=2, # As for `Reuse`

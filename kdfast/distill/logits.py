@@ -47,16 +47,18 @@ DKD_SMALL = dict(beta=2.)
 
 class DKD(LogitKD):
     "Decoupled distillation: the correct class and the others, weighted separately (Zhao et al., arXiv:2203.08679)"
+    balances = True
     def __init__(self,
         alpha:float=1., # Weight of the correct class versus the rest
         beta:float=8., # Weight of the distribution over the other classes
         T:float=4., # Temperature; raises `ValueError` unless positive
-        weight:float=1., # A number, or a fastai schedule over the fit
-        ramp:float=1/12, # Fraction of the fit over which the weight rises from 0
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
+        ramp:float=1/12, # Fraction of the fit over which a weight rises from 0
         standardize:bool=False # As for `LogitKD`
     ):
         check_temperature(T)
-        super().__init__(partial(dkd_loss, alpha=alpha, beta=beta, T=T), phased(weight, ramp=ramp), standardize)
+        self.published = phased(self.published, ramp=ramp)
+        super().__init__(partial(dkd_loss, alpha=alpha, beta=beta, T=T), weight and phased(weight, ramp=ramp), standardize)
 
 # %% ../../nbs/distill/logits.ipynb #64b7daca
 NKD_CIFAR = dict(gamma=3.5, T=3.)

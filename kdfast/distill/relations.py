@@ -22,7 +22,7 @@ class EmbeddingKD(FeatureKD):
     def __init__(self,
         func, # Called as `func(student's features, teacher's features)`, returns a scalar
         pairs:dict=None, # Student layer to teacher layer; by default the classifiers' inputs
-        weight:float=1. # A number, or a fastai schedule over the fit
+        weight:float=None # A number, or a fastai schedule over the fit; by default an equal share of the gradient
     ): super().__init__(func, pairs, weight)
 
     def choose(self, student, network, tfm, xb):
@@ -36,7 +36,7 @@ class RKD(EmbeddingKD):
     dominates = True
     def __init__(self,
         pairs:dict=None, # As for `EmbeddingKD`
-        weight:float=1., # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         distance:float=25., # Weight of the distances
         angle:float=50., # Weight of the `bs**3` angles; with 0 they are not computed
         all_pairs:bool=False # Include pairs of equal embeddings in the mean distance, as published
@@ -47,17 +47,19 @@ class RKD(EmbeddingKD):
 
 class PKT(EmbeddingKD):
     "Which images are likely neighbours (Passalis and Tefas, arXiv:1803.10837)"
+    published = 3e4
     def __init__(self,
         pairs:dict=None, # As for `EmbeddingKD`
-        weight:float=3e4 # A number, or a fastai schedule over the fit
+        weight:float=None # A number, or a fastai schedule over the fit; by default an equal share of the gradient
     ): super().__init__(pkt_loss, pairs, weight)
 
 # %% ../../nbs/distill/relations.ipynb #1fcf96d9
 class CC(EmbeddingKD):
     "Correlation congruence: a Gaussian kernel of all pairs of images (Peng et al., arXiv:1904.01802)"
+    published = 100.  # not the published .02, which is for another form of this loss
     def __init__(self,
         pairs:dict=None, # As for `EmbeddingKD`
-        weight:float=100., # Not the published .02, which is for another form of this loss; a number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         gamma:float=.4 # Coefficient of the kernel
     ): super().__init__(partial(cc_loss, gamma=gamma), pairs, weight)
 
@@ -128,10 +130,10 @@ def contrast(self:ContrastMemory,
 # %% ../../nbs/distill/relations.ipynb #e184358f
 class CRD(EmbeddingKD):
     "Contrastive representation distillation: whether two embeddings come from the same image (Tian et al., arXiv:1910.10699)"
-    known = None
+    known,published = None,.8
     def __init__(self,
         pairs:dict=None, # One pair, as for `EmbeddingKD`
-        weight:float=.8, # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         negatives:int=16384, # Negatives drawn per batch
         tau:float=.07, # Temperature; raises `ValueError` unless positive
         dim:int=128 # Dimension of the common space
@@ -174,17 +176,19 @@ class CRD(EmbeddingKD):
 # %% ../../nbs/distill/relations.ipynb #668603ef
 class SP(LastStageKD):
     "Similarity-preserving: which images have similar features in the same places (Tung and Mori, arXiv:1907.09682)"
+    published = 3e3
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the last stages
-        weight:float=3e3 # A number, or a fastai schedule over the fit
+        weight:float=None # A number, or a fastai schedule over the fit; by default an equal share of the gradient
     ): super().__init__(sp_loss, pairs, weight)
 
 # %% ../../nbs/distill/relations.ipynb #6f91b50d
 class NST(FeatureKD):
     "Neuron selectivity: the spatial patterns in which channels are active (Huang and Wang, arXiv:1707.01219)"
+    published = 50.
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
-        weight:float=50., # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=False # Also pair the stems, if `pairs` is None
     ): super().__init__(nst_loss, pairs, weight, per_stage, stem)
@@ -194,9 +198,10 @@ class NST(FeatureKD):
 # %% ../../nbs/distill/relations.ipynb #b378115e
 class ICKD(FeatureKD):
     "Channel correlation: which channels are active together, after a learned adapter (Liu et al., arXiv:2202.03680)"
+    published = 500.
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
-        weight:float=500., # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=False # Also pair the stems, if `pairs` is None
     ): super().__init__(ickd_loss, pairs, weight, per_stage, stem)

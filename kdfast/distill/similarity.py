@@ -21,7 +21,7 @@ class Cosine(FeatureKD):
     "Directions of features at each position, the student's after a linear adapter (arXiv:2510.25257)"
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the stages, matched by size or depth
-        weight:float=1., # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=False # Also pair the stems, if `pairs` is None
     ): super().__init__(cosine_loss, pairs, weight, per_stage, stem)
@@ -45,7 +45,7 @@ class VkD(LastStageKD):
     "An orthogonal projection of the student's pooled features onto the teacher's, normalized (Miles et al., arXiv:2403.06213)"
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the last stages
-        weight:float=1. # A number, or a fastai schedule over the fit
+        weight:float=None # A number, or a fastai schedule over the fit; by default an equal share of the gradient
     ): super().__init__(vkd_loss, pairs, weight)
 
     def compact(self, features): return embedding(features)
@@ -58,7 +58,7 @@ class Similarity(LastStageKD):
     _stateattrs = ('queue',)
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer; by default the ends of the last stages
-        weight:float=1., # A number, or a fastai schedule over the fit
+        weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
         tau:float=.07, # Temperature; raises `ValueError` unless positive
         size:int=None, # Embeddings in the queue; by default a third of the training set, between 16 and 8192
         local:float=1. # Weight of positions relative to images

@@ -10,7 +10,7 @@ __all__ = ['research', 'published_of', 'table_of']
 # %% ../../nbs/experiments/research.ipynb #807d53af
 import functools, kdfast
 from fastai.vision.all import *
-from .spec import methods, one_of
+from .spec import as_published, methods, one_of
 from .tables import ResearchTable
 
 # %% ../../nbs/experiments/research.ipynb #a9b1a875
@@ -24,7 +24,8 @@ def published_of(
     figures = _figures()
     return {row:dict(zip(o.arm, o.percent)) for row,o in figures[figures.table==name].groupby('row', sort=False)}
 
-def _table(name, caption, data, rows, arms, **kwargs): return ResearchTable(name, caption, data, rows, arms, published_of(name), **kwargs)
+def _table(name, caption, data, rows, arms, **kwargs):
+    return ResearchTable(name, caption, data, rows, {k:as_published(v) for k,v in arms.items()}, published_of(name), **kwargs)
 
 # %% ../../nbs/experiments/research.ipynb #aa366da2
 _kinds = {'3x3':{}, '2x2':dict(conv='dilated2x2'), 'DW':dict(conv='separable')}
@@ -114,9 +115,9 @@ _every.update({'kd standardized':'kd:T=2:scale=10:standardize=True', 'kd+at':'kd
     **{f'{o}, then kd':f'{o}+kd+two-stages' for o in ('fitnet','ab','fsp')}, 'factortransfer in two stages':'factortransfer+two-stages'})
 _few = dict(student='wrn-10-1', pct=.05, epochs=30, teacher=dict(student='wrn-16-2', bs=64, epochs=10))
 _tenth = _taught('16-1', '16-2', small=dict(pct=.1, epochs=4, bs=64, bf16=False))
-_methods = _table('methods', "Every method with its defaults, on six scikit-learn digits per class; the teacher saw all", 'digits',
+_methods = _table('methods', "Every method with its published weight, on six scikit-learn digits per class; the teacher saw all", 'digits',
     {'10-1 from 16-2':_few}, _every, tall=True)
-_methods_cifar = _table('methods-cifar10', "Every method with its defaults", 'cifar10', {'16-1 from 16-2':_tenth}, _every,
+_methods_cifar = _table('methods-cifar10', "Every method with its published weight", 'cifar10', {'16-1 from 16-2':_tenth}, _every,
     small='A tenth of the images, four epochs in float32', tall=True)
 _half = {k: v+':share=.5' for k,v in _every.items() if '+' not in v}
 _shares = _table('shares', "Every method with half of the gradient, on six scikit-learn digits per class; the teacher saw all", 'digits',

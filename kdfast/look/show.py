@@ -19,6 +19,7 @@ from .compare import teacher_callback_of
 from .plots import colours
 from ..models.measure import count_params
 from ..teacher.callback import NoTeacher
+from ..teacher.shares import equal
 
 # %% ../../nbs/look/show.ipynb #2c8fff42
 def _sizes(net, layers, xb):
@@ -42,7 +43,7 @@ def _pairs_of(term):
     return {**{a:b or 'output' for a,b in term.layers.items()}, **outputs}
 
 def _weight_of(term):
-    if term.share: return f'share {term.share:g}'
+    if term.measures: return 'equal share' if term.share==equal else f'share {term.share:g}'
     weights = [term.weight(p) for p in (0.,.5,1.)] if callable(term.weight) else [term.weight]
     return ' → '.join(f'{float(o):,.4g}' for o in weights)
 

@@ -18,7 +18,7 @@ from ..layers.maps import layouts_read
 from ..layers.taps import Once, Taps
 from ..losses.core import at_least_float
 from .inference import Frozen
-from .shares import Balance, gradients, norms_of_both, parts_of, TakesShare
+from .shares import Balance, equal, gradients, norms_of_both, parts_of, portions_of, TakesShare
 from .source import check_lacking
 
 # %% ../../nbs/teacher/callback.ipynb #0d3433f9
@@ -268,13 +268,20 @@ class DistillCallback(PlainErrors, metaclass=TakesShare):
     "Adds `weight` times `term` to the loss of every training batch, or as much of it as takes `share` of the gradient"
     order,run_valid,layers,reads_logits,label,now,value,total,count = 1,False,{},True,None,None,None,0.,0
     taught,train_mode,stage,stages,reuses,last_calls,share,raw,measured,dominates,warned = True,False,None,(None,2),True,(),None,None,None,False,False
+    published,balances,apart = 1.,False,False
     def __init__(self,
-        weight:float=1. # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`
+        weight:float=None # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`; by default `published`, or an equal share if the class `balances`
     ):
-        values = along(weight)
+        values = along(ifnone(weight, self.published))
         if not all(map(math.isfinite, values)): raise ValueError(
             f"The weight of {type(self).__name__} must be finite, got {min(values)} to {max(values)}: leave it out for the default")
-        self.weight = weight
+        self.weight = ifnone(weight, self.published)
+        if weight is None and self.balances: self.share = equal
+
+    @property
+    def weight(self): return self._weight
+    @weight.setter
+    def weight(self, value): self._weight,self.share = value,None
 
     @property
     def column(self): return type(self).__name__.lower()
@@ -304,14 +311,14 @@ class DistillCallback(PlainErrors, metaclass=TakesShare):
     def before_train(self): check_source(self, 'teacher' if self.taught else 'NoTeacher()')
 
     def before_batch(self):
-        weight = 1. if self.share else self.weight(self.pct_train) if callable(self.weight) else self.weight
+        weight = 1. if self.measures else self.given
         self.now = weight if self.stage in self.stages else 0.
 
     def after_loss(self):
         acts = self.acts(self.now)
         self.raw = self.now*self.term() if acts else self.learn.loss.new_zeros(())
         self._check_scalar(self.raw)
-        if not (acts and self.share): self.add(self.raw, self.extras() if acts else [])
+        if not (acts and self.measures): self.add(self.raw, self.extras() if acts else [])
         if self is self.source.terms[-1]: self.source.share_out()
 
     def after_epoch(self):
@@ -328,6 +335,21 @@ class DistillCallback(PlainErrors, metaclass=TakesShare):
 
 # %% ../../nbs/teacher/callback.ipynb #1a2347d8
 balanced = ':balance'
+
+@patch(as_prop=True)
+def labelled(self:TeacherCallback) -> bool:
+    "Whether there is a loss on labels, whose gradient can be measured"
+    return len(getattr(self.learn, 'yb', (None,)))>0 and self.learn.loss_func is not no_loss and not self.unmeasured
+
+@patch(as_prop=True)
+def measures(self:DistillCallback) -> bool:
+    "Whether it has a share of the gradient at this point, not a weight"
+    return self.share is not None and (self.share!=equal or self.stage!=1 and self.source.labelled)
+
+@patch(as_prop=True)
+def given(self:DistillCallback):
+    "Its weight at this point of the fit"
+    return self.weight(self.pct_train) if callable(self.weight) else self.weight
 
 @patch(as_prop=True)
 def balance(self:DistillCallback): return adapters_of(self.learn.model)[self.source.plan.names[self.label][balanced]]
@@ -347,29 +369,33 @@ def asked(self:DistillCallback):
 @patch
 def share_out(self:TeacherCallback):
     "Add terms with a share to the loss"
-    acting = sorted((t for t in self.terms if t.acts(t.now)), key=lambda t: not t.share)
-    shared = [t for t in acting if t.share]
-    left,i,every = 1-sum(t.share for t in shared),self.train_iter,self.every
+    acting = sorted((t for t in self.terms if t.acts(t.now)), key=lambda t: not t.measures)
+    shared = [t for t in acting if t.measures]
+    portions,i,every = portions_of(t.share for t in shared),self.train_iter,self.every
     now = i<4 or every and (not i%every or i<every and not i&(i-1)) if shared else every and i%every==every//2
-    if (now or self.columns and self.iter==3) and not self.unmeasured: self._measure(acting, left)
-    for t in shared: t.add(t.share/left*t.balance.ratio*t.raw, t.extras())
+    if (now or self.columns and self.iter==3) and not self.unmeasured: self._measure(acting, portions)
+    for t,p in zip(shared, portions): t.add((t.given if t.apart or self.unmeasured else p*t.balance.ratio)*t.raw, t.extras())
 
 def _no_share(term, why): raise ValueError(f"{term.label} has no share, since {why}: give it a weight")
 
 @patch
-def _measure(self:TeacherCallback, acting, left):
+def _measure(self:TeacherCallback, acting, portions):
     "Update the gradient ratios of terms with shares to the loss without them, and note the share of each term"
     params = [p for p in bare_model(self.learn.model).parameters() if p.requires_grad]
-    labels,shared,scales = self.learn.loss_func is not no_loss,[t for t in acting if t.share],[]
+    labels,shared,scales = self.learn.loss_func is not no_loss,[t for t in acting if t.measures],[]
     try: rest,*own = [gradients(o, params) for o in (self.learn.loss_grad if labels else params[0].new_zeros(()), *(t.raw for t in acting))]
     except RuntimeError as e:  # from networks that allow only one backward pass
-        if shared: _no_share(shared[0], f"this network's gradients cannot be measured ({str(e)[:80]})")
+        asked = [t for t in shared if t.share!=equal]
+        if asked: _no_share(asked[0], f"this network's gradients cannot be measured ({str(e)[:80]})")
         self.unmeasured = str(e)
+        if shared: warnings.warn(f"Published weights are used, since this network's gradients cannot be measured ({self.unmeasured[:80]}): pass weight=")
         return
-    for t,g in zip(shared, own):
-        norms = norms_of_both(rest, g) or _no_share(t, "it and the labels reach no common parameter")
-        t.balance.follow(norms[0]/norms[1])
-        scales.append(t.share/left*t.balance.ratio)
+    for t,g,p in zip(shared, own, portions):
+        norms = norms_of_both(rest, g)
+        t.apart = norms is None
+        if t.apart and t.share!=equal: _no_share(t, "it and the labels reach no common parameter")
+        if norms: t.balance.follow(norms[0]/norms[1])
+        scales.append(t.given if t.apart else p*t.balance.ratio)
     n = len(shared)
     for t,part in zip(acting, parts_of(rest, own[:n], scales, own[n:])): t.note_share(part)
 
@@ -490,7 +516,7 @@ def setup(self:TeacherCallback):
 @patch
 def _bind(self:TeacherCallback, student, network, dls, *terms):
     "Have each term choose its layers, and add its adapters to the model"
-    total = sum(t.share or 0 for t in terms)
+    total = sum(t.share for t in terms if t.share not in (None,equal))
     if total>=1: raise ValueError(f"The shares of the terms sum to {total:g}, which leaves nothing for the labels: choose shares that sum to less than 1")
     asking = [type(t).__name__ for t in terms if t.taught]
     if asking and isinstance(network, NoTeacher): raise ValueError(f"A teacher is needed by {' and '.join(asking)}: "

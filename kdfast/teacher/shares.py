@@ -48,6 +48,17 @@ def parts_of(rest, shared, scales, given):
     told = [(b*left, s*norm_of(g)) for b,s,g in zip(beside, scales, shared)] + [(left*q/whole, norm_of(g)) for q,g in zip(within, given)]
     return [torch.stack([at.new_zeros((), dtype=torch.float)+x for x in (*o,norm_of(labels))]) for o in told]
 
+# %% ../../nbs/teacher/shares.ipynb #7afdaa1f
+equal = 'equal'
+
+def portions_of(
+    shares # Of each term, a fraction or `equal`
+) -> list: # What each gets, relative to what remains for the labels
+    "Terms with `equal` shares get as much as remains for the labels"
+    shares = [*shares]
+    rest,n = 1-sum(o for o in shares if o!=equal),shares.count(equal)
+    return [1. if o==equal else o*(n+1)/rest for o in shares]
+
 # %% ../../nbs/teacher/shares.ipynb #7b2424d6
 class Balance(nn.Module):
     "Ratio of the gradient that a term is compared with to its own: a moving mean of logarithms over batches"
