@@ -47,7 +47,8 @@ class Work:
 def works(): return [Work('WRN-40-2 to WRN-16-1, 32 px', wrn(40, 2), wrn(16, 1), 32, 64, ['group1','group2','group3']),
     Work('ResNet-34 to ResNet-10, 128 px', resnet(34), resnet(10), 128, 16, ['layer1','layer2','layer3','layer4'])]
 
-methods = {'KD':(KD,), 'AT':(AT,), 'KD+AT':(KD,AT), 'FitNet':(FitNet,)}
+at,hints = partial(AT, weight=1e3),partial(FitNet, weight=100.)  # published weights, as all contestants have them
+methods = {'KD':(KD,), 'AT':(at,), 'KD+AT':(KD,at), 'FitNet':(hints,)}
 
 def loop_loss(work, method, student, adapters, x, y):
     (out,feats),n = work.features(student, x),len(work.groups)
@@ -238,7 +239,7 @@ def epoch_part(cifar, imagenette, turns, pct=.1):
         'Imagenette, a tenth, 64 px, ResNet-34 to ResNet-10':(partial(imagenette_dls, imagenette, size=64, pct=pct), resnet(34), partial(resnet, 10))}
     for name,(make,teacher,student) in data.items():
         dls = {o:make(in_memory=o=='in memory') for o in ('from files','in memory')}
-        ways = {f'{k}, {who}': fit_way(partial(distill_learner, o, t, student, cbs=[KD(), AT()] if t else None)) for k,o in dls.items() for who,t in (('alone',None), ('KD+AT',teacher))}
+        ways = {f'{k}, {who}': fit_way(partial(distill_learner, o, t, student, cbs=[KD(), at()] if t else None)) for k,o in dls.items() for who,t in (('alone',None), ('KD+AT',teacher))}
         yield from rows('epoch', name, interleaved(ways, 1, turns, dls['in memory'].device), 'from files, KD+AT')
 
 class NoValidation(Callback):
@@ -264,7 +265,7 @@ def start_part(turns):
     yield from rows('start', 'import', imports(turns), 'fastai.vision.all')
     work,device = works()[0],default_device()
     def first_batch(**kwargs): return lambda n: Fastai(work, **kwargs)(1)
-    ways = {'plain learner':first_batch(), 'kdfast, KD+AT':lambda n: Fastai(work, work.teacher, [KD(), AT()])(1)}
+    ways = {'plain learner':first_batch(), 'kdfast, KD+AT':lambda n: Fastai(work, work.teacher, [KD(), at()])(1)}
     yield from rows('start', 'learner made and first batch trained', interleaved(ways, 1, turns, device), 'plain learner')
 
 def growth_part(steps, turns):
@@ -276,15 +277,15 @@ def growth_part(steps, turns):
         return f
     groups = ['group1','group2','group3']
     deep = Work('', wrn(40, 2), wrn(40, 1), 32, 64, groups)
-    taps = {'teacher forward':look(deep), **{f'AT, {3*n} taps':ours(deep, AT(per_stage=n)) for n in (1,2,3,6)}}
+    taps = {'teacher forward':look(deep), **{f'AT, {3*n} taps':ours(deep, at(per_stage=n)) for n in (1,2,3,6)}}
     yield from rows('growth', 'taps, WRN-40-2 to WRN-40-1', interleaved(taps, steps, turns, device), 'teacher forward')
     small = Work('', wrn(40, 2), wrn(16, 1), 32, 64, groups)
-    terms = {'1 term':ours(small, KD()), **{f'{n} terms':ours(small, KD(), *(AT() for _ in range(n-1))) for n in (2,4,8)}}
+    terms = {'1 term':ours(small, KD()), **{f'{n} terms':ours(small, KD(), *(at() for _ in range(n-1))) for n in (2,4,8)}}
     yield from rows('growth', 'terms, WRN-40-2 to WRN-16-1', interleaved(terms, steps, turns, device), '1 term')
     for what,sizes in {'batch':[(32,32),(32,64),(32,128),(32,256)], 'image':[(32,32),(64,32),(96,32)]}.items():
         for size,bs in sizes:
             work = Work('', wrn(40, 2), wrn(16, 1), size, bs, groups)
-            ways = {'loop by hand':Loop(work, partial(loop_loss, work, 'KD+AT')), 'kdfast':ours(work, KD(), AT())}
+            ways = {'loop by hand':Loop(work, partial(loop_loss, work, 'KD+AT')), 'kdfast':ours(work, KD(), at())}
             yield from rows('growth', f'{what} size: {bs} images of {size} px', interleaved(ways, max(1, steps//2), turns, device), 'loop by hand')
 
 def floor_part(turns):

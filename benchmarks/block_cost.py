@@ -105,7 +105,7 @@ def ways(student, teacher, blocks, batch):
         return ticks.seconds
     def joint(steps):
         ticks = Ticks()
-        learn = distill_learner(loaders(batch, steps), teacher, copy(), cbs=[FitNet(stem=True), ticks], loss_func=CrossEntropyLossFlat())
+        learn = distill_learner(loaders(batch, steps), teacher, copy(), cbs=[FitNet(stem=True, weight=100.), ticks], loss_func=CrossEntropyLossFlat())
         with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
         return ticks.seconds
     staged = {('kdfast',o): partial(lambda steps,i: ours(steps, one(i, n), int(i==n)), i=i) for i,o in enumerate(names)}

@@ -17,7 +17,7 @@ def one(dls, teacher, precision, seed, epochs):
     "Accuracy after a run, and the seconds that it took"
     set_seed(seed)
     dls.train.rng.seed(seed)
-    learn = distill_learner(dls, teacher, partial(wrn, 16, 1), cbs=[KD(), AT()], precision=int8_teacher if precision=='int8' else precision, metrics=accuracy).to_bf16()
+    learn = distill_learner(dls, teacher, partial(wrn, 16, 1), cbs=[KD(), AT(weight=1e3)], precision=int8_teacher if precision=='int8' else precision, metrics=accuracy).to_bf16()
     learn.model.to(memory_format=torch.channels_last)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 2e-2)
     return learn.recorder.history['accuracy'].iloc[-1].item()

@@ -23,7 +23,7 @@ def worker(steps):
     n,clock = 64*steps,Clock()
     part = torch.randint(0, 255, (n*max(1, num_distrib()),3,32,32), dtype=torch.uint8),[str(i%10) for i in range(n*max(1, num_distrib()))]
     dls = tensor_dls(part, (part[0][:20],part[1][:20]), bs=64, device='cpu')
-    learn = distill_learner(dls, wrn(40, 2), wrn(16, 1), cbs=[KD(), AT(), FitNet(), clock])
+    learn = distill_learner(dls, wrn(40, 2), wrn(16, 1), cbs=[KD(), AT(weight=1e3), FitNet(weight=100.), clock])
     with all_processes(learn), learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     if not rank_distrib(): print(64*max(1, num_distrib())/np.median(np.diff(clock.at[2:])))
 

@@ -394,7 +394,7 @@ def _tell_table(research, records, schedule, out):
 
 # %% ../nbs/cli.ipynb #919fcb59
 def table(
-    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, cifar100, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares or shares-cifar10; or several, comma-separated
+    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, cifar100, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares, shares-cifar10 or shares-imagenette; or several, comma-separated
     schedule:str='short', # full: as published; short: 15 epochs; cpu: 12 to 20 epochs on a fifth of the images; smoke: minutes on digits
     rows:str=None, # Comma-separated rows; by default all
     arms:str=None, # Comma-separated columns; by default all; the controls are always run
@@ -435,8 +435,8 @@ def tell_doctor():
 def tell_methods():
     "List the methods: what each compares, its arguments, its paper"
     for o in method_table().itertuples(): say(f'{o.Index:14} {o.compares}\n{"":14} {o.arguments}\n{"":14} {o.paper}')
-    say("Join several with +, pass arguments after colons: --method kd+at:weight=500:until=.8. "
-        "All accept share, a fraction of the gradient in place of the weight, and since, until, ramp, fractions of the fit: fitnet:share=.5:until=.8. "
+    say("Join several with +, pass arguments after colons: --method kd+at:weight=500. "
+        "All accept share, a fraction of the gradient in place of a weight, fitnet:share=.3, and since, until, ramp, fractions of the fit, which keep the published weight: at:until=.8. "
         "per_stage, stem: which layers.")
 
 # %% ../nbs/cli.ipynb #bf4f4179
