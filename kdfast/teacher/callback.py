@@ -289,12 +289,6 @@ class DistillCallback(PlainErrors, metaclass=TakesShare):
     @property
     def name(self): return type(self).__name__.lower()  # so that learn.fitnet is the term of that column
 
-    @property
-    def source(self): return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
-
-    @property
-    def adapters(self): return {k:adapters_of(self.learn.model)[n] for k,n in self.source.plan.names[self.label].items() if k!=balanced}
-
     def choose(self, student, network, tfm, xb): "Set `layers`, student layer to teacher layer or None, to those that the term reads"
     def prepare(self, probe): return {}
     def compact(self, features): return at_least_float(features)
@@ -333,9 +327,18 @@ class DistillCallback(PlainErrors, metaclass=TakesShare):
             self.recorder.log = log + [None]*missing + [mean] + self.share_columns()
         self.total,self.count,self.shares = 0.,0,[]
 
-# %% ../../nbs/teacher/callback.ipynb #1a2347d8
-balanced = ':balance'
+# %% ../../nbs/teacher/callback.ipynb #b2c9c9ae
+@patch(as_prop=True)
+def source(self:DistillCallback):
+    "The learner's `TeacherCallback`, None if there is none"
+    return first(cb for cb in self.learn.cbs if isinstance(cb, TeacherCallback))
 
+@patch(as_prop=True)
+def adapters(self:DistillCallback):
+    "Name to module that the term trains alongside the student"
+    return {k:adapters_of(self.learn.model)[n] for k,n in self.source.plan.names[self.label].items() if k!=balanced}
+
+# %% ../../nbs/teacher/callback.ipynb #1a2347d8
 @patch(as_prop=True)
 def labelled(self:TeacherCallback) -> bool:
     "Whether there is a loss on labels, whose gradient can be measured"
@@ -350,6 +353,9 @@ def measures(self:DistillCallback) -> bool:
 def given(self:DistillCallback):
     "Its weight at this point of the fit"
     return self.weight(self.pct_train) if callable(self.weight) else self.weight
+
+# %% ../../nbs/teacher/callback.ipynb #f07e3c35
+balanced = ':balance'
 
 @patch(as_prop=True)
 def balance(self:DistillCallback): return adapters_of(self.learn.model)[self.source.plan.names[self.label][balanced]]
