@@ -124,9 +124,10 @@ def test_what_is_learned_and_remembered_beside_is_one(tmp_path):
     classes = a['after'][prefix+'classes']
     assert (classes>=0).float().mean()>.9 and all(c in (-1,int(data[i][1])) for i,c in enumerate(classes.tolist()))
 
-def test_shares_are_one(tmp_path):
+@pytest.mark.parametrize('how', ['shared','equal'])
+def test_shares_are_one(how, tmp_path):
     "Each process measures its own half of a batch, and all follow the mean"
-    a,b = trained('shared', 2, tmp_path)
+    a,b = trained(how, 2, tmp_path)
     for k,v in learnt(a['after']).items(): assert torch.equal(v, b['after'][k]), k
     balances = [k for k in a['after'] if k.endswith('balance.log')]
     assert len(balances)==2 and all(a['after'][k]!=0 for k in balances)
