@@ -5,7 +5,7 @@ from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.devices import autocast_dtype
 from kdfast.experiments.run import Run, do_run
-from kdfast.experiments.spec import methods, terms_of
+from kdfast.experiments.spec import as_published, methods, terms_of
 
 pytestmark = [pytest.mark.cuda, pytest.mark.slow]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -96,7 +96,7 @@ def test_mixed_precision(how, name, trained, quiet):
         set_seed(0)
         dls,seen = images(),set()
         dls.train.rng.seed(0)
-        learn = learner(deepcopy(trained), term(name), student=wrn(10, 1), dls=dls, opt_func=SGD)
+        learn = learner(deepcopy(trained), term(as_published(name)), student=wrn(10, 1), dls=dls, opt_func=SGD)
         learn.student.group2[0].conv1.register_forward_hook(lambda m,i,out: seen.add(out.dtype))
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')

@@ -42,8 +42,8 @@ class SigmoidKD(LogitKD):
             "not multi-label: use KD for classes, Logits for numbers, or pass outputs='labels'")
 
 # %% ../../nbs/distill/logits.ipynb #43a1a57b
-DKD_WRN = dict(beta=6.)
-DKD_SMALL = dict(beta=2.)
+DKD_WRN = dict(beta=6., weight=1.)
+DKD_SMALL = dict(beta=2., weight=1.)
 
 class DKD(LogitKD):
     "Decoupled distillation: the correct class and the others, weighted separately (Zhao et al., arXiv:2203.08679)"
