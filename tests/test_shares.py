@@ -229,6 +229,12 @@ def test_a_weight_ends_the_equal_share():
     assert KD().share is None and SimKD().share is None and FactorTransfer().share is None
     assert FeatureKD(hint_loss).share=='equal' and FeatureKD(hint_loss, weight=1.).share is None
 
+def test_a_ramp_is_of_a_weight():
+    for make,published in ((DKD,1.),(ReviewKD,5.)):
+        assert make().share=='equal' and make(ramp=.5).share is None
+        assert (make(ramp=.5).weight(.25),make(ramp=.5, weight=3.).weight(1.),make(ramp=0.).weight) == (published/2,3.,published)
+        assert make().weight(1/24)==pytest.approx(published/2)
+
 class Mine(FeatureKD):
     "A term with a weight of its own"
     def __init__(self, pairs=None): super().__init__(hint_loss, pairs, weight=3.)

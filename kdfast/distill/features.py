@@ -11,7 +11,7 @@ __all__ = ['VID', 'ReviewKD', 'SimKD']
 import torch, torch.nn.functional as F
 from copy import deepcopy
 from functools import partial
-from fastcore.basics import store_attr
+from fastcore.basics import ifnone, store_attr
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from ..core import seen_by
@@ -98,14 +98,15 @@ class ReviewKD(FeatureKD):
     def __init__(self,
         pairs:dict=None, # Student layer to teacher layer, shallow to deep; by default the ends of the stages, and the classifiers' inputs
         weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
-        ramp:float=1/12, # Fraction of the fit over which a weight rises from 0
+        ramp:float=None, # Fraction of the fit over which the weight rises from 0 (a twelfth by default); alone, it is of the published weight
         per_stage:int=1, # Pairs per stage, evenly spaced, if `pairs` is None
         stem:bool=False, # Also pair the stems, if `pairs` is None
         preact:bool=False, # Read the teacher's features before the ReLU, as published, if `pairs` is None
         student_preact:bool=False # Read the student's features before the ReLU, as published for ImageNet, if `pairs` is None
     ):
-        self.published = phased(self.published, ramp=ramp)
-        super().__init__(pyramid_loss, pairs, weight and phased(weight, ramp=ramp), per_stage, stem)
+        ramped,weight = partial(phased, ramp=ifnone(ramp, 1/12)),weight if ramp is None else ifnone(weight, self.published)
+        self.published = ramped(self.published)
+        super().__init__(pyramid_loss, pairs, weight and ramped(weight), per_stage, stem)
         store_attr('preact,student_preact')
 
     def choose(self, student, network, tfm, xb):

@@ -9,6 +9,7 @@ __all__ = ['DKD_WRN', 'DKD_SMALL', 'NKD_CIFAR', 'DIST_IMAGENET', 'Logits', 'Sigm
            'OFA']
 
 # %% ../../nbs/distill/logits.ipynb #b4e0c9a6
+from fastcore.basics import ifnone
 from functools import partial
 from torch import nn
 from .core import LogitKD, phased
@@ -53,12 +54,13 @@ class DKD(LogitKD):
         beta:float=8., # Weight of the distribution over the other classes
         T:float=4., # Temperature; raises `ValueError` unless positive
         weight:float=None, # A number, or a fastai schedule over the fit; by default an equal share of the gradient
-        ramp:float=1/12, # Fraction of the fit over which a weight rises from 0
+        ramp:float=None, # Fraction of the fit over which the weight rises from 0 (a twelfth by default); alone, it is of the published weight
         standardize:bool=False # As for `LogitKD`
     ):
         check_temperature(T)
-        self.published = phased(self.published, ramp=ramp)
-        super().__init__(partial(dkd_loss, alpha=alpha, beta=beta, T=T), weight and phased(weight, ramp=ramp), standardize)
+        ramped,weight = partial(phased, ramp=ifnone(ramp, 1/12)),weight if ramp is None else ifnone(weight, self.published)
+        self.published = ramped(self.published)
+        super().__init__(partial(dkd_loss, alpha=alpha, beta=beta, T=T), weight and ramped(weight), standardize)
 
 # %% ../../nbs/distill/logits.ipynb #64b7daca
 NKD_CIFAR = dict(gamma=3.5, T=3.)
