@@ -110,12 +110,12 @@ def test_with_a_teacher_and_a_schedule(dls, quiet, tmp_path):
     learn = distill_learner(dls, net, deepcopy(net), cbs=[KD(),AT()], path=tmp_path)
     seen = []
     class See(Callback):
-        def after_batch(self): seen.append(self.learn.model.group2[0].conv1.out_channels)
+        def after_batch(self): seen.append(self.learn.student.group2[0].conv1.out_channels)
     learn.fit(2, cbs=[ChannelPruning(combine_scheds([.6,.4], [SchedLin(0., .75),SchedNo(.75, .75)]), steps=3),See()])
     assert seen==sorted(seen, reverse=True) and len({*seen})==4 and seen[-1]==8
     assert net.group2[0].conv1.out_channels==32 and not n_hooks(learn.model)
     once,_ = prune_channels(net, 32, ratio=.75)
-    assert [p.shape for p in learn.model.parameters()]==[p.shape for p in once.parameters()]
+    assert [p.shape for p in learn.student.parameters()]==[p.shape for p in once.parameters()]
     learn.lr_find(show_plot=False, num_it=20)
     assert load_learner(learn.export_student()).model.group2[0].conv1.out_channels==8
 
