@@ -37,7 +37,7 @@ def test_bad_arguments(case, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_failures_are_told_and_the_rest_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('kdfast.experiments.spec.methods', lambda known=methods: {**known(), 'at':Broken})
-    fails("1 of 4 runs of sanity-smoke are not done: wrn-16-1 at from wrn-16-2, seed 0", 'sanity', '--schedule', 'smoke', '--rows', '16-1 from 16-2', '--out', tmp_path)
+    fails("1 of 4 runs of sanity-smoke are not done: wrn-16-1 at:weight=1000 from wrn-16-2, seed 0", 'sanity', '--schedule', 'smoke', '--rows', '16-1 from 16-2', '--out', tmp_path)
     assert 'failed, ValueError: no such luck' in capsys.readouterr().out
     monkeypatch.undo()
     time.sleep(1.1)
