@@ -134,9 +134,9 @@ def test_a_learner_goes_on(dls, quiet, tmp_path):
     learn = distill_learner(dls, net, deepcopy(net), cbs=[KD(),AT()], path=tmp_path)
     learn.fit(1)
     learn.factorize(ratio=.5)
-    before = {n:p.detach().clone() for n,p in learn.model.named_parameters()}
+    before = {n:p.detach().clone() for n,p in learn.student.named_parameters()}
     learn.fit(1)
-    assert not any(torch.equal(before[n], p) for n,p in learn.model.named_parameters())
+    assert not any(torch.equal(before[n], p) for n,p in learn.student.named_parameters())
     assert not n_hooks(learn.model) and count_params(learn.student)<count_params(net)
     assert isinstance(load_learner(learn.export_student()).model.group1[0].conv1, nn.Sequential)
     learn = distill_learner(dls, wrn(10, 2), wrn(10, 1), cbs=FitNet())
