@@ -221,6 +221,13 @@ def test_an_equal_share_is_a_half_for_one_term(teacher, quiet):
     fits = [quiet(distill_learner(few_digits(), teacher, wrn(10, 1), cbs=term, precision='float32'), 2, 1e-3) for term in (AT(),AT(share=.5)) if not set_seed(0)]
     assert [*fits[0].recorder.losses]==[*fits[1].recorder.losses]
 
+def test_columns_tell_equal_shares(teacher, quiet):
+    "What an explicit share leaves is divided among the others and the labels"
+    learn = distill_learner(few_digits(), teacher, wrn(10, 1), cbs=[AT(share=.4),NST(),CC()], precision='float32')
+    learn.teacher.columns = True
+    last = quiet(learn, 1, 1e-4).recorder.history.iloc[0]
+    assert [last.at_share,last.nst_share,last.cc_share]==pytest.approx([.4,.2,.2], abs=.04)
+
 def test_a_weight_ends_the_equal_share():
     at = AT()
     assert (at.share,at.weight)==('equal',1e3)
