@@ -214,9 +214,7 @@ def demo(
     taught = [replace(control, method=o, teacher=teacher) for o in demo_arms[1:]]
     say("A WRN-16-2 is trained on 1,198 digits, then WRN-10-1 students on 5 labelled digits per class, "
         f"with and without this teacher: {1+seeds*len(demo_arms)} runs, one line each.\n")
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='.*of the gradient')  # the table shows whether a weight is too large
-        sweep = _carry_out(demo, given, [replace(o, seed=seed) for seed in range(seeds) for o in (control,*taught)])
+    sweep = _carry_out(demo, given, [replace(o, seed=seed) for seed in range(seeds) for o in (control,*taught)])
     if rank_distrib(): return
     at = first(o for o in taught if o.method=='at')
     kept = all(sweep.file_of(o).exists() for o in (teacher,at,control))  # or only their records are

@@ -133,6 +133,16 @@ def phased(
         f"Fractions of the fit must be 0<=since<until<=1 and 0<=ramp<=until-since, got since={since}, until={until}, ramp={ramp}")
     return partial(_phased, weight, since, until, ramp) if since or until<1 or ramp else weight
 
+# %% ../../nbs/distill/core.ipynb #679eeecc
+def with_ramp(
+    published:float, # The weight of the paper
+    weight, # The user's, or None
+    ramp:float # Fraction of the fit, or None for a twelfth; alone, it is of the published weight
+) -> list: # Both weights, with the ramp
+    "Weights that rise from 0"
+    if ramp is not None: weight = ifnone(weight, published)
+    return [o and phased(o, ramp=ifnone(ramp, 1/12)) for o in (published,weight)]
+
 # %% ../../nbs/distill/core.ipynb #aefe8b49
 class KD(LogitKD):
     "Soft labels: `(1-alpha)*loss + alpha*kd_loss` (Hinton et al., arXiv:1503.02531)"

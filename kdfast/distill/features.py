@@ -11,11 +11,11 @@ __all__ = ['VID', 'ReviewKD', 'SimKD']
 import torch, torch.nn.functional as F
 from copy import deepcopy
 from functools import partial
-from fastcore.basics import ifnone, store_attr
+from fastcore.basics import store_attr
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from ..core import seen_by
-from .core import FeatureKD, KD, phased
+from .core import FeatureKD, KD, with_ramp
 from ..layers.adapters import Norm2d, ToGrid
 from ..layers.pairs import before_relu, classifier_map, embedding_layer
 from ..layers.taps import get_layer, given_mark, layer_sizes
@@ -104,9 +104,8 @@ class ReviewKD(FeatureKD):
         preact:bool=False, # Read the teacher's features before the ReLU, as published, if `pairs` is None
         student_preact:bool=False # Read the student's features before the ReLU, as published for ImageNet, if `pairs` is None
     ):
-        ramped,weight = partial(phased, ramp=ifnone(ramp, 1/12)),weight if ramp is None else ifnone(weight, self.published)
-        self.published = ramped(self.published)
-        super().__init__(pyramid_loss, pairs, weight and ramped(weight), per_stage, stem)
+        self.published,weight = with_ramp(self.published, weight, ramp)
+        super().__init__(pyramid_loss, pairs, weight, per_stage, stem)
         store_attr('preact,student_preact')
 
     def choose(self, student, network, tfm, xb):

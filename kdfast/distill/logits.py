@@ -9,10 +9,9 @@ __all__ = ['DKD_WRN', 'DKD_SMALL', 'NKD_CIFAR', 'DIST_IMAGENET', 'Logits', 'Sigm
            'OFA']
 
 # %% ../../nbs/distill/logits.ipynb #b4e0c9a6
-from fastcore.basics import ifnone
 from functools import partial
 from torch import nn
-from .core import LogitKD, phased
+from .core import LogitKD, with_ramp
 from ..layers.adapters import Norm2d
 from ..layers.pairs import stage_taps
 from ..losses.core import check_temperature
@@ -58,9 +57,8 @@ class DKD(LogitKD):
         standardize:bool=False # As for `LogitKD`
     ):
         check_temperature(T)
-        ramped,weight = partial(phased, ramp=ifnone(ramp, 1/12)),weight if ramp is None else ifnone(weight, self.published)
-        self.published = ramped(self.published)
-        super().__init__(partial(dkd_loss, alpha=alpha, beta=beta, T=T), weight and ramped(weight), standardize)
+        self.published,weight = with_ramp(self.published, weight, ramp)
+        super().__init__(partial(dkd_loss, alpha=alpha, beta=beta, T=T), weight, standardize)
 
 # %% ../../nbs/distill/logits.ipynb #64b7daca
 NKD_CIFAR = dict(gamma=3.5, T=3.)
