@@ -377,7 +377,7 @@ def _dry(runs, schedule, name):
     table = estimate(runs)
     hours,minutes = divmod(round(table.minutes.sum()), 60)
     told = f"about {hours} h {minutes} min one after another on this machine"
-    say(f"{table.to_string(index=False)}\n\n{len(runs)} runs of {name} at the schedule {schedule}, {told}")
+    say(f"{table.round(1).to_string(index=False)}\n\n{len(runs)} runs of {name} at the schedule {schedule}, {told}")
 
 def _tell_table(research, records, schedule, out):
     "Write a table and its figures, and print it"

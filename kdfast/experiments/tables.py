@@ -308,4 +308,4 @@ def estimate(
         valid = _facts(run).images[1]
         own,theirs = costs[_cost_key(run, True)],costs[_cost_key(run.teacher, False)] if run.teacher else 0
         return run.epochs*(images_in(run)*(own+theirs)+valid*own/3)/60
-    return pd.DataFrame([dict(run=str(o), data=o.data, epochs=o.epochs, minutes=round(minutes(o), 1)) for o in runs])
+    return pd.DataFrame([dict(run=str(o), data=o.data, epochs=o.epochs, minutes=minutes(o)) for o in runs])
