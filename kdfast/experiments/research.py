@@ -113,8 +113,10 @@ _pruning = _table('pruning', "A ResNet-34 with a fraction of its channels remove
 _every = {k:k for k,c in methods().items() if k!='sigmoidkd' and not hasattr(c, 'build')}
 _every.update({'kd standardized':'kd:T=2:scale=10:standardize=True', 'kd+at':'kd+at', 'kd+at+sp':'kd+at+sp',
     **{f'{o}, then kd':f'{o}+kd+two-stages' for o in ('fitnet','ab','fsp')}, 'factortransfer in two stages':'factortransfer+two-stages'})
-_few = dict(student='wrn-10-1', pct=.05, epochs=30, teacher=dict(student='wrn-16-2', bs=64, epochs=10))
-_tenth = _taught('16-1', '16-2', small=dict(pct=.1, epochs=4, bs=64, bf16=False))
+_by_16_2 = dict(student='wrn-10-1', teacher=dict(student='wrn-16-2', bs=64, epochs=10))
+_few = dict(_by_16_2, pct=.05, epochs=30)
+_shortly = dict(pct=.1, epochs=4, bs=64, bf16=False)
+_tenth = _taught('16-1', '16-2', small=_shortly)
 _methods = _table('methods', "Every method with its published weight, on six scikit-learn digits per class; the teacher saw all", 'digits',
     {'10-1 from 16-2':_few}, _every, tall=True)
 _methods_cifar = _table('methods-cifar10', "Every method with its published weight", 'cifar10', {'16-1 from 16-2':_tenth}, _every,
@@ -129,9 +131,18 @@ _shares_nette = _table('shares-imagenette', "Nine methods with their published w
     {'ResNet-10 from ResNet-18':dict(student='resnet10', teacher=dict(student='resnet18', epochs=15))},
     {f'{k}{label}':k+share for k in _nine for label,share in (('',''),(', half',':share=.5'))}, tall=True)
 
+# %% ../../nbs/experiments/research.ipynb #aee86e5d
+_temperatures = {'T=1':'kd:T=1', 'T=2':'kd:T=2', 'T=4':'kd', 'T=8':'kd:T=8'}
+_temperature = _table('temperature', "Soft labels at several temperatures: six scikit-learn digits per class, or all; the teachers saw all", 'digits',
+    {'six a class, from 16-2':_few, 'six a class, from 10-2':dict(_few, teacher=dict(student='wrn-10-2', bs=64, epochs=10)),
+        'all, from 16-2':dict(_by_16_2, epochs=3)}, _temperatures)
+_temperature_cifar = _table('temperature-cifar10', "Soft labels at several temperatures", 'cifar10',
+    {f'16-1 from {t}':_taught('16-1', t, small=_shortly) for t in ('16-2','40-2')}, _temperatures,
+    small='A tenth of the images, four epochs in float32')
+
 # %% ../../nbs/experiments/research.ipynb #a0f5d1b5
 _tables = (_methods,_methods_cifar,_moonshine,_best_teacher,_sanity,_taps,_cifar100,_imagenet,_substitutions,
-    _stagewise,_compression,_teachers,_megabyte,_pruning,_shares,_shares_cifar,_shares_nette)
+    _stagewise,_compression,_teachers,_megabyte,_pruning,_shares,_shares_cifar,_shares_nette,_temperature,_temperature_cifar)
 research = {o.name:o for o in _tables}
 
 def table_of(
