@@ -288,6 +288,18 @@ def growth_part(steps, turns):
             ways = {'loop by hand':Loop(work, partial(loop_loss, work, 'KD+AT')), 'kdfast':ours(work, KD(), at())}
             yield from rows('growth', f'{what} size: {bs} images of {size} px', interleaved(ways, max(1, steps//2), turns, device), 'loop by hand')
 
+def share_part(steps, turns):
+    "A step in which the gradients of labels and terms are measured, by those in which weights are fixed"
+    def measured(work, *terms):
+        f = Fastai(work, work.teacher, [*terms])
+        f.learn.teacher.every = 1
+        return f
+    for work in works():
+        fixed,balanced = {'AT':(at(),), 'AT+FitNet':(at(),hints())},{'AT':(AT(),), 'AT+FitNet':(AT(),FitNet())}
+        for k in fixed:
+            ways = {'fixed weights':Fastai(work, work.teacher, [*fixed[k]]), 'every step measured':measured(work, *balanced[k])}
+            yield from rows('share', f'{work.name}, {k}', interleaved(ways, steps, turns, work.device), 'fixed weights')
+
 def floor_part(turns):
     "What a teacher's forward consists of in its own precision, and what its multiplications alone would take at the rate of a large matrix product"
     for work in works():
@@ -318,12 +330,13 @@ def main(argv=None):
     parser.add_argument('--imagenette')
     parser.add_argument('--steps', type=int, default=8, help="Steps a turn")
     parser.add_argument('--turns', type=int, default=5)
-    parser.add_argument('--parts', default='step,epoch,cache,start,growth,floor')
+    parser.add_argument('--parts', default='step,epoch,cache,start,growth,share,floor')
     parser.add_argument('--out', type=Path, help="A folder for bench.md and bench.json, in which the rows of these parts are replaced; printed where there is none")
     args,device = parser.parse_args(argv),default_device()
     with tempfile.TemporaryDirectory() as folder:
         parts = dict(step=lambda: step_part(args.steps, args.turns), epoch=lambda: epoch_part(args.cifar, args.imagenette, min(3, args.turns)), cache=lambda: cache_part(args.cifar, args.turns, Path(folder)),
-            start=lambda: start_part(args.turns), growth=lambda: growth_part(args.steps, args.turns), floor=lambda: floor_part(args.turns))
+            start=lambda: start_part(args.turns), growth=lambda: growth_part(args.steps, args.turns),
+            share=lambda: share_part(args.steps, args.turns), floor=lambda: floor_part(args.turns))
         found = []
         for k in args.parts.split(','):
             set_seed(0)

@@ -49,6 +49,19 @@ def test_the_sdist_builds_and_its_wheel_installs(tmp_path):
     with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as t: held = {o.partition('/')[2] for o in t.getnames()}
     assert {'README.md','LICENSE','CHANGELOG.md','CITATION.cff','CONTRIBUTING.md','settings.ini'} <= held and not any(o.startswith(('nbs/','results/','.venv')) for o in held)
 
+def test_agents_find_the_skill():
+    "pyskills lists it, its first line tells when to read it, and all that it names exists"
+    import fastai.vision.all as fastai, inspect, kdfast.all as public
+    from importlib.metadata import entry_points
+    assert [o.load().__name__ for o in entry_points(group='pyskills') if o.name=='kdfast']==['kdfast.skill']
+    assert 'kdfast = "kdfast.skill"' in (root/'pyproject.toml').read_text()
+    from kdfast import skill
+    text = inspect.getdoc(skill)
+    code = '\n'.join(re.findall(r'```python\n(.*?)```', text, re.S)) + '\n' + '\n'.join(re.findall(r'`([^`\n]+)`', text))
+    called = {*re.findall(r'(?<![\w.:])([A-Za-z]\w+)\(', code)} - {'arm','print'}
+    assert 'Read this before' in text.split('\n')[0] and {'distill_learner','FitNet','fit_budget'} <= called
+    assert [o for o in called if not any(hasattr(m, o) for m in (public, fastai, fastai.Learner))]==[]
+
 def test_one_version():
     import kdfast
     assert '\nversion =' not in (root/'pyproject.toml').read_text().split('[tool.')[0]

@@ -53,9 +53,8 @@ class Prepared(Preprocessor):
         if cell.cell_type=='markdown': cell.source = self._plain(_math(cell.source) if self.math else cell.source)
         for o in cell.get('outputs', []):
             if 'text/markdown' in o.get('data', {}): o.data['text/markdown'] = self._plain(o.data['text/markdown'])
-        if cell.cell_type=='code':
-            if '#| echo: false' in cell.source: cell.metadata['transient'] = {'remove_source':True}
-            cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
+        if '#| echo: false' in cell.source: cell.metadata['transient'] = {'remove_source':True}
+        cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
         return cell,resources
 
     def _plain(self, text): return re.sub(r'^:::.*$', '', re.sub(r'\)\{[^}\n]*="[^}\n]*\}', ')', text), flags=re.M)
