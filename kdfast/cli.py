@@ -371,7 +371,7 @@ def compress(
     _report(sweep, *_tell_chains(sweep))
 
 # %% ../nbs/cli.ipynb #90cb69b3
-def _labels(text): return text and text.split(',')
+def _labels(text): return text and re.split(r',(?! )', text)  # a label may have a comma, followed by a space
 
 def _dry(runs, schedule, name):
     table = estimate(runs)
@@ -392,7 +392,7 @@ def _tell_table(research, records, schedule, out):
 
 # %% ../nbs/cli.ipynb #919fcb59
 def table(
-    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, cifar100, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares, shares-cifar10 or shares-imagenette; or several, comma-separated
+    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, cifar100, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares, shares-cifar10, shares-imagenette, temperature or temperature-cifar10; or several, comma-separated
     schedule:str='short', # full: as published; short: 15 epochs; cpu: 12 to 20 epochs on a fifth of the images; smoke: minutes on digits
     rows:str=None, # Comma-separated rows; by default all
     arms:str=None, # Comma-separated columns; by default all; the controls are always run

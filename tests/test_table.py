@@ -66,6 +66,15 @@ def test_a_dry_run_needs_neither_data_nor_half_a_minute(args, tmp_path, monkeypa
     assert f'{n} runs of {name} at the schedule {schedule}, about ' in out and len(re.findall(r', seed 0 ', out))==n
     assert not [*tmp_path.iterdir()]
 
+@pytest.mark.parametrize('file', sorted((root/'results/tables').glob('*-cpu.md')), ids=lambda f: f.stem)
+def test_the_command_below_a_table_is_understood(file, tmp_path, monkeypatch, capsys):
+    "It asks for the arms that the table shows, labels with a comma among them"
+    command, = re.findall(r'`kdfast (table .*?)`', file.read_text())
+    monkeypatch.setattr('kdfast.cli.estimate', lambda runs: pd.DataFrame(dict(run=map(str, runs), minutes=[1.]*len(runs))))
+    main([*shlex.split(command), '--dry-run', '--out', str(tmp_path)])
+    name,_,schedule = shlex.split(command)[1:4]
+    assert f' runs of {name} at the schedule {schedule}' in capsys.readouterr().out
+
 @pytest.mark.slow
 @pytest.mark.parametrize('schedule', ['cpu','full'])
 def test_every_budget_can_be_met(schedule):
