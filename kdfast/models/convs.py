@@ -117,6 +117,7 @@ def init_he(
     model:nn.Module # Its convolutions are initialized in place, its batch norms set to the identity
 ) -> nn.Module: # The same `model`
     "He initialization by fan-out (arXiv:1502.01852), which accounts for groups and treats layers that replace one convolution as one"
+    if any(p.is_meta for p in model.parameters()): return model  # only counted, as by `fit_budget`
     if hasattr(model, 'init_weights'): model.init_weights()
     else:
         if isinstance(model, nn.Conv2d):

@@ -54,8 +54,9 @@ class Structured(Cheap, nn.Module):
     @torch.no_grad()
     def init_weights(self):
         "Draw at random, then scale to the variance that `init_he` gives a full convolution"
-        self.draw()
         *_,last = self.numbers()
+        if last.is_meta: return
+        self.draw()
         last.mul_((2*self.ni/_product(self.weights()).square().sum()).sqrt())
         if self.bias is not None: nn.init.zeros_(self.bias)
 
