@@ -25,8 +25,9 @@ from ..look.probe import Probe
 from ..teacher.source import teacher_of
 from ..models.measure import count_macs, count_params
 from ..teacher.callback import DistillCallback, TeacherCallback
-from ..train.blocks import BlockFit, find_blocks, first_terms
+from ..train.blocks import BlockFit, find_blocks
 from ..train.decay import wd_groups as scale_decay
+from ..train.stages import first_terms
 
 # %% ../../nbs/experiments/run.ipynb #e16eea08
 def _given(run): return {f.name:getattr(run, f.name) for f in dataclasses.fields(run) if getattr(run, f.name)!=f.default}

@@ -1,4 +1,5 @@
 "Other ways to train"
 from .decay import *
 from .blocks import *
+from .stages import *
 from .assist import *

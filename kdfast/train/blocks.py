@@ -23,7 +23,7 @@ from .decay import CompressedDecay, CompressionSplitter
 from operator import itemgetter
 
 # %% ../../nbs/train/blocks.ipynb #5a8bebd5
-def _teacher_cb(learn):
+def teacher_cb(learn):
     cb = first(o for o in learn.cbs if isinstance(o, TeacherCallback))
     if cb and cb.network is not None and not isinstance(cb.network, NoTeacher): return cb
     raise ValueError("Training in stages needs a teacher: create the learner with distill_learner(dls, teacher, student)")
@@ -53,7 +53,7 @@ def find_blocks(
     mode:str='stagewise' # As for `fit_blocks`
 ) -> list: # One `Block` per pair, and the classifier; raises `ValueError` if the student cannot be trained this way
     "The blocks of a learner's student, with the teacher layers that they learn from"
-    cb,student = _teacher_cb(learn),bare_model(learn.model)
+    cb,student = teacher_cb(learn),bare_model(learn.model)
     xb = probe_batch(learn.dls)[0]
     xs,xt = (to_device(xb, next(m.parameters(), xb[0]).device) for m in (student,cb.network))
     with keep_rng():
@@ -227,7 +227,7 @@ def _borrowed(learn, names, off):
 
 # %% ../../nbs/train/blocks.ipynb #1d5a4d70
 @contextmanager
-def _one_file(cbs):
+def one_file(cbs):
     "Let `CSVLogger`s append after the first stage, and restore them"
     loggers = [(o, o.append) for o in cbs if isinstance(o, CSVLogger)]
     try: yield
@@ -237,11 +237,11 @@ def _one_file(cbs):
 def _unwatched(cbs, columns): return [o for o in cbs if isinstance(o, TrackerCallback) and o.monitor not in columns]
 
 # %% ../../nbs/train/blocks.ipynb #97c49df0
-def _label_columns(learn, cb): return ['train_loss', 'valid_loss', *learn.metrics.attrgot('name'), *(t.label for t in cb.terms)]
+def label_columns(learn, cb): return ['train_loss', 'valid_loss', *learn.metrics.attrgot('name'), *(t.label for t in cb.terms)]
 
-def _check_watched(learn, cb, cbs, taps):
+def check_watched(learn, cb, cbs, taps):
     if not hasattr(learn, 'recorder') or learn.recorder.train_metrics: return
-    known = [*_label_columns(learn, cb), *taps]
+    known = [*label_columns(learn, cb), *taps]
     for o in _unwatched([*learn.cbs,*cbs], known): raise ValueError(
         f"No stage has the column {o.monitor!r} that {type(o).__name__} monitors: choose from {', '.join(known)}")
 
@@ -255,7 +255,7 @@ def _columns(learn, validate):
     if not hasattr(learn, 'recorder'): return nullcontext()
     return contextmanager(replacing_yield)(learn.recorder, 'valid_metrics', validate)
 
-def _fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=False, on=None, **kwargs):
+def fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=False, on=None, **kwargs):
     "Fit one cycle in which `columns` are recorded"
     off = [_unwatched(o, columns) for o in (learn.cbs,cbs)]
     if not rank_distrib(): learn.logger(f"{name}: {epochs} epoch{'s'*(epochs>1)} on {on or ('hints' if hints else 'labels')}")
@@ -279,17 +279,17 @@ def _hint_stage(learn, cb, run, blocks, mode, validate, epochs, lr, cbs, **kwarg
         learn.metrics = [_hint_of(i, b.tap) for i,b in enumerate(blocks)] if validate and len(blocks)>1 else []
         columns = ['train_loss', *['valid_loss', *learn.metrics.attrgot('name')]*validate]
         name,cbs = blocks[0].tap if mode=='stagewise' else mode,[*cbs, *([] if validate else [_NoValidation()])]
-        with _columns(learn, validate): _fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=True, **kwargs)
+        with _columns(learn, validate): fit_stage(learn, run, name, epochs, lr, cbs, columns, hints=True, **kwargs)
         if mode=='parallel': run.fed = _fed(learn, stage, validate)
 
 # %% ../../nbs/train/blocks.ipynb #b52c2ce3
 def _label_stage(learn, cb, run, head, unfreeze, epochs, lr, cbs, **kwargs):
     "Train the classifier, or everything, on the labels"
-    student,columns = bare_model(learn.model),_label_columns(learn, cb)
+    student,columns = bare_model(learn.model),label_columns(learn, cb)
     names = {n for n,_ in student.named_parameters()} if unfreeze else head.params
     with _borrowed(learn, names, [] if cb.terms else [cb, *([cb.cache] if cb.cache else [])]):
         if not unfreeze: learn.model,learn.splitter = PartOf(student, adapters_of(learn.model), head.layers),_one_group(learn)
-        _fit_stage(learn, run, 'student' if unfreeze else 'classifier', epochs, lr, cbs, columns, **kwargs)
+        fit_stage(learn, run, 'student' if unfreeze else 'classifier', epochs, lr, cbs, columns, **kwargs)
 
 # %% ../../nbs/train/blocks.ipynb #06d6b96a
 def _precision(learn): return torch.autocast(device_of(learn.dls).type, torch.bfloat16, enabled=hasattr(learn, 'mixed_precision'))
@@ -333,22 +333,22 @@ def _fed(learn, stage, validate):
 # %% ../../nbs/train/blocks.ipynb #cd29a393
 _modes = 'stagewise','simultaneous','parallel'
 
-def _each(values, n, what):
+def each(values, n, what):
     "`values` as a list, one for each of `n` stages"
     if not isinstance(values, (list,tuple,L)): return [values]*n
     if len(values)!=n: raise ValueError(f"{what} must be one value or one for each of {n} stages, got {len(values)}: {list(values)}")
     return [*values]
 
-def _check_epochs(epochs):
+def check_epochs(epochs):
     if not all(isinstance(o, numbers.Integral) and o>=0 for o in epochs) or not any(epochs): raise ValueError(
         f"Epochs must be whole numbers, at least one of them above 0, got {epochs} for the stages")
 
 def _schedule(n_epoch, head, lr_max, n):
     "Epochs and learning rates of `n` hint stages and the classifier"
-    epochs = _each(n_epoch, n, 'n_epoch')
+    epochs = each(n_epoch, n, 'n_epoch')
     epochs.append(epochs[-1] if head is None else head)
-    _check_epochs(epochs)
-    return epochs,_each(lr_max, n+1, 'lr_max, the classifier\'s included,')
+    check_epochs(epochs)
+    return epochs,each(lr_max, n+1, 'lr_max, the classifier\'s included,')
 
 # %% ../../nbs/train/blocks.ipynb #79ed009a
 def _check_trainable(learn, blocks):
@@ -358,7 +358,7 @@ def _check_trainable(learn, blocks):
         remedy = 'call learn.unfreeze() first' if b.params else 'leave that pair out' if b.tap else 'pass head=0'
         if not b.params & trainable: raise ValueError(f"{name} has no trainable parameters: {remedy}")
 
-def _check_learner(learn, cbs):
+def check_learner(learn, cbs):
     if getattr(learn.opt, 'frozen_idx', 0): raise ValueError("The learner is frozen: call learn.unfreeze() first")
     if isinstance(learn.opt_func, OptimWrapper): raise ValueError(
         "Each stage needs an optimizer for its own parameters: pass opt_func=partial(OptimWrapper, opt=...)")
@@ -387,75 +387,18 @@ def fit_blocks(self:Learner,
 ) -> BlockFit: # The curves of all stages
     "Train the student block by block on the teacher's feature maps, then its classifier (arXiv:1412.6550, arXiv:1911.06786)"
     if mode not in _modes: raise ValueError(f"mode must be one of {', '.join(_modes)}, got {mode!r}")
-    cb,cbs,run = _teacher_cb(self),L(cbs).map(instantiate),BlockFit()
-    _check_learner(self, cbs)
+    cb,cbs,run = teacher_cb(self),L(cbs).map(instantiate),BlockFit()
+    check_learner(self, cbs)
     *blocks,last = find_blocks(self, pairs, per_stage, stem, mode)
     parts = [[b] for b in blocks] if mode=='stagewise' else [blocks]
     epochs,lrs = _schedule(n_epoch, head, lr_max, len(parts))
     _check_trainable(self, [b for part,n in zip([*parts, [] if unfreeze else [last]], epochs) for b in part if n])
     if cb.terms: cb.setup()
-    _check_watched(self, cb, cbs, [b.tap for b in blocks])
+    check_watched(self, cb, cbs, [b.tap for b in blocks])
     bare_model(self.model).to(device_of(self.dls))
-    with _one_file([*self.cbs,*cbs]), on_interrupt(lambda: _stages_done(run)):
+    with one_file([*self.cbs,*cbs]), on_interrupt(lambda: _stages_done(run)):
         for part,n,lr in zip(parts, epochs, lrs):
             if n: _hint_stage(self, cb, run, part, mode, validate, n, lr, cbs, **kwargs)
         if epochs[-1]: _label_stage(self, cb, run, last, unfreeze, epochs[-1], lrs[-1], cbs, **kwargs)
-    if hasattr(self, 'recorder'): run.tell(self.recorder)
-    return run
-
-# %% ../../nbs/train/blocks.ipynb #0fa93eba
-def first_terms(
-    learn:Learner # From `distill_learner`, with a teacher
-) -> list: # Raises `ValueError` if there is none
-    "The terms of a learner meant for a first stage"
-    found = [t for t in _teacher_cb(learn).terms if 1 in t.stages]
-    if not found: raise ValueError("No term is meant for a first stage: add AB(), FSP(), FitNet() or FactorTransfer() to the learner")
-    return found
-
-# %% ../../nbs/train/blocks.ipynb #c5004bd9
-class _NoLabels(Callback):
-    "Drops the label loss, and leaves parameters that no term trains unchanged"
-    order,run_valid = 0,False
-    def after_loss(self):  # with several processes, each waits for all gradients
-        self.learn.loss_grad = 0*self.learn.loss if num_distrib()>1 else self.learn.loss.new_zeros(())
-    def before_backward(self):
-        if not self.learn.loss_grad.requires_grad: raise CancelBackwardException("All terms have zero weight now")
-    def before_step(self):
-        if num_distrib()>1: _forget_gradients(p for p in self.learn.model.parameters() if p.grad is not None and not p.grad.any())
-
-def _forget_gradients(params):
-    for p in params: p.grad = None  # with zero gradients, weight decay would still act
-
-@contextmanager
-def _in_stage(terms, stage):
-    for t in terms: t.stage = stage
-    try: yield
-    finally:
-        for t in terms: t.stage = None
-
-# %% ../../nbs/train/blocks.ipynb #8c3507de
-@patch
-@delegates(Learner.fit_one_cycle, but=['n_epoch','lr_max','cbs','reset_opt','start_epoch'])
-def fit_two_stages(self:Learner,
-    first:int, # Epochs of the first stage
-    n_epoch:int, # Epochs of the second stage
-    lr_max=None, # Maximum learning rate, or a list of two; the learner's if None
-    cbs=None, # `Callback`s for both stages
-    **kwargs
-) -> BlockFit: # The curves of both stages
-    "Train on first-stage terms alone, then on labels and the other terms; raises `ValueError` without a first-stage term"
-    cb,cbs,run = _teacher_cb(self),L(cbs).map(instantiate),BlockFit()
-    _check_epochs([first,n_epoch])
-    _check_learner(self, cbs)
-    first_terms(self)
-    cb.setup()
-    _check_watched(self, cb, cbs, [])
-    columns = [t.label for t in first_terms(self)],_label_columns(self, cb)
-    on = ' and '.join(columns[0]),None
-    with _one_file([*self.cbs,*cbs]):
-        for stage,n,lr,extra in zip((1,2), (first,n_epoch), _each(lr_max, 2, 'lr_max'), ([_NoLabels()],[])):
-            _forget_gradients(self.model.parameters())
-            name,watch,what = ('first','second')[stage-1],columns[stage-1],on[stage-1]
-            with _in_stage(cb.terms, stage): _fit_stage(self, run, name, n, lr, [*cbs,*extra], watch, on=what, reset_opt=True, **kwargs)
     if hasattr(self, 'recorder'): run.tell(self.recorder)
     return run
