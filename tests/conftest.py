@@ -10,9 +10,16 @@ def pytest_collection_modifyitems(items):
     "fastai's star import brings fastcore's `test_eq` and the like, which are no tests"
     items[:] = [i for i in items if i.function.__module__==i.module.__name__]
 
+seconds = Counter()
+
 def pytest_runtest_logreport(report):
     "A run that is cut off tells what had failed"
+    seconds[report.nodeid.split('::')[0]] += report.duration
     if report.failed: print(f"\nFAILED {report.nodeid}: {report.longreprtext.splitlines()[-1]}", flush=True)
+
+def pytest_terminal_summary(terminalreporter):
+    "The files that take longest, so that none grows unseen"
+    if sum(seconds.values())>60: terminalreporter.write_line('Seconds by file: ' + ', '.join(f'{k} {v:.0f}' for k,v in seconds.most_common(30)))
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -6,7 +6,7 @@ from kdfast.all import *
 from matrix import Cell, check, choices, sensible, tasks
 
 start = int(os.environ.get('KDFAST_MATRIX_SEED', 0))  # another one draws other cells
-n_quick,n_all = 100,400
+n_quick,n_all = 60,240
 
 @pytest.fixture(autouse=True, scope='module')
 def native():
