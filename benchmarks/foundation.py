@@ -10,7 +10,7 @@ from contextlib import redirect_stdout
 from time import perf_counter
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.data import stratified
+from kdfast.data.memory import stratified
 from kdfast.teacher.callback import no_loss
 
 

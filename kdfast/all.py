@@ -1,6 +1,6 @@
 "The public API: `from kdfast.all import *`, after `from fastai.vision.all import *`. Losses, layers and experiments export more from their own `all`"
 from .core import probing  # chkstyle: ignore
-from .data import *
+from .data.all import *
 from .devices import BF16, all_processes  # chkstyle: ignore
 from .models.all import *
 from .layers.all import Taps, layer_sizes, pair_layers, stage_taps  # chkstyle: ignore

@@ -18,7 +18,8 @@ from fastai.vision.all import *
 from fastcore.script import anno_parser
 from filelock import FileLock
 from .core import digest, image_shape, import_extra, on_interrupt, whole_file
-from .data import data_sets, ImageFiles
+from .data.files import data_sets
+from .data.folder import ImageFiles
 from .devices import in_turn, say
 from .distill.core import FitNet
 from .doctor import doctor

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from time import perf_counter
 from fastai.vision.all import *
 from .core import device_of
-from .data import TensorDL
+from .data.memory import TensorDL
 
 # %% ../nbs/devices.ipynb #70e85944
 def native_bf16(

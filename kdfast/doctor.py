@@ -12,7 +12,7 @@ import inspect, os, platform
 from importlib.metadata import PackageNotFoundError, requires, version
 from fastai.vision.all import *
 from packaging.requirements import Requirement
-from .data import data_sets
+from .data.files import data_sets
 from .devices import native_bf16
 
 # %% ../nbs/doctor.ipynb #8a7fc93c

@@ -3,7 +3,7 @@ import functools, http.server, itertools, shutil, subprocess, sys, tarfile, thre
 from time import perf_counter
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.data import open_image
+from kdfast.data.memory import open_image
 
 def fill(root, parts, n=12, size=32, classes='369'):
     "A data set of digits as files"
@@ -27,7 +27,7 @@ def home(tmp_path, monkeypatch):
     "Where archives are unpacked"
     folder = tmp_path/'home/data'
     folder.mkdir(parents=True)
-    monkeypatch.setattr('kdfast.data.fastai_path', lambda kind: folder)
+    monkeypatch.setattr('kdfast.data.files.fastai_path', lambda kind: folder)
     return folder
 
 def test_download_from_a_server(cifar, tmp_path):
@@ -249,5 +249,5 @@ def test_labels_may_be_a_tensor():
 def test_without_a_connection(monkeypatch):
     from urllib.error import URLError
     def offline(url): raise URLError('Name or service not known')
-    monkeypatch.setattr('kdfast.data.untar_data', offline)
+    monkeypatch.setattr('kdfast.data.files.untar_data', offline)
     with pytest.raises(OSError, match='imagenette2.* cannot be downloaded .Name or service not known.: pass path='): imagenette_dls(size=64)

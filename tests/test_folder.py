@@ -6,7 +6,7 @@ from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.cli import main
 from kdfast.core import digest
-from kdfast.data import ImageFiles
+from kdfast.data.folder import ImageFiles
 from kdfast.experiments.records import read_results
 from kdfast.experiments.results import arms_of, label_of, teachers_of
 from kdfast.experiments.run import dls_of, images_in, Run
@@ -56,7 +56,7 @@ layouts = dict(classes=classes, split=split, val=partial(split, valid='val'), te
 @pytest.mark.parametrize('layout', layouts)
 def test_layouts(layout, tmp_path, monkeypatch):
     "Thirty images of three classes, a fifth of each to validate with"
-    monkeypatch.setattr('kdfast.data.fastai_path', lambda kind: tmp_path/'home')
+    monkeypatch.setattr('kdfast.data.files.fastai_path', lambda kind: tmp_path/'home')
     images = ImageFiles(layouts[layout](tmp_path/'pets'))
     assert images.name.startswith('pets-') and (len(images.train),len(images.valid))==(24,6)
     for fs,n in ((images.train,8),(images.valid,2)): assert Counter(images.labels[f] for f in fs)==dict.fromkeys(('cat','dog','emu'), n)
@@ -107,7 +107,7 @@ def test_a_name_with_a_line_break_is_a_name(tmp_path):
 
 @pytest.mark.parametrize('make,message', [('empty','holds no images'), ('of_one_class','has one class'), ('broken','cannot be read')])
 def test_an_archive_of_no_use_leaves_nothing(make, message, tmp_path, monkeypatch):
-    monkeypatch.setattr('kdfast.data.fastai_path', lambda kind: tmp_path/'home')
+    monkeypatch.setattr('kdfast.data.files.fastai_path', lambda kind: tmp_path/'home')
     root = globals()[make](tmp_path/'pets')
     archive = Path(shutil.make_archive(str(root), 'gztar', root.parent, root.name))
     with pytest.raises(ValueError, match=message): ImageFiles(archive).survey()

@@ -86,7 +86,7 @@ def test_what_is_given_up_is_told():
             text = '\n'.join(map(ast.unparse, n.body))
             assert re.search(r'\braise\b|warn|_failed\(|error = e|why = ', text), f'{room}, line {n.lineno}: {text}'
 
-added = {'data.ipynb':'''
+added = {'data/memory.ipynb':'''
 @data_set(size=32, classes=2, images=(80,40))
 def halves_dls(
     bs:int=64, # Batch size

@@ -4,7 +4,7 @@ from conftest import few_digits, n_hooks
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.core import fingerprint
-from kdfast.data import TensorDL
+from kdfast.data.memory import TensorDL
 from kdfast.teacher.inference import fold_norms
 from kdfast.devices import LoaderHint, native_bf16
 

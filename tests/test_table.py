@@ -56,7 +56,7 @@ class Broken(AT):
 @pytest.mark.parametrize('args', [pytest.param('imagenet --schedule full', marks=pytest.mark.slow), pytest.param('substitutions --schedule full', marks=pytest.mark.slow), 'pruning --schedule cpu'])
 def test_a_dry_run_needs_neither_data_nor_half_a_minute(args, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr('kdfast.data.untar_data', lambda *args: pytest.fail('downloaded'))
+    monkeypatch.setattr('kdfast.data.files.untar_data', lambda *args: pytest.fail('downloaded'))
     name,_,schedule = args.split()
     n = len(with_controls(table_of(name).runs(schedule)))
     start = time.process_time()

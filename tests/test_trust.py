@@ -3,7 +3,7 @@ import json, os, pickle, re, zipfile, pytest
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.cli import main
-from kdfast.data import open_image
+from kdfast.data.memory import open_image
 from kdfast.experiments.arm import load_network
 from kdfast.experiments.checkpoint import EpochCheckpoint
 from kdfast.experiments.records import Records

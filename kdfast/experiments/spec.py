@@ -12,7 +12,8 @@ __all__ = ['schedules', 'methods', 'method_table', 'terms_of', 'as_published', '
 import ast, functools, inspect
 import torchvision
 from fastai.vision.all import *
-from ..data import data_sets, folder_dls, ImageFiles
+from ..data.files import data_sets
+from ..data.folder import folder_dls, ImageFiles
 from ..distill import activations, core, features, logits, online, relations, similarity
 from ..models import cifar, convs, nets, structured
 from ..compress.export import export_onnx, export_program

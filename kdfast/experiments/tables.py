@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from statistics import mean, stdev
 from fastai.vision.all import *
-from ..data import data_sets
+from ..data.files import data_sets
 from ..devices import native_bf16
 from .run import images_in, Run
 from .spec import conv_of, network_of, one_of, schedule_of, student_at
