@@ -8,6 +8,8 @@
 - Student: a callable that takes `n_out`, such as `partial(wrn, 16, 1)`, `partial(resnet, 10)` or `partial(mobile)`, an architecture such as `resnet18`, or a module. Not the teacher itself.
 - Terms: `KD()` by default. Without a weight, terms on features take as much of the gradient as the labels do; `AT(share=.2)` sets the fraction, `AT(weight=1000)` fixes the weight. A term belongs to one learner: create a new one for each.
 
+Here `digits_dls` stands for any `DataLoaders`. Both arms start from the same weights and see the images in the same order:
+
 ```python
 from fastai.vision.all import *
 from kdfast.all import *
@@ -16,11 +18,11 @@ from kdfast.all import *
 ```python
 teacher = distill_learner(digits_dls(64, size=16), None, partial(wrn, 10, 2), metrics=accuracy)
 teacher.fit_one_cycle(2, 1e-2)
-dls = digits_dls(25, per_class=5, repeat=8, size=16)  # any DataLoaders
+dls = digits_dls(25, per_class=5, repeat=8, size=16)
 
 def arm(*terms):
-    set_seed(0)  # each arm starts from the same weights
-    dls.rng.seed(0)  # and sees the images in the same order
+    set_seed(0)
+    dls.rng.seed(0)
     learn = distill_learner(dls, teacher if terms else None, partial(wrn, 10, 1), cbs=terms, metrics=accuracy)
     learn.fit_one_cycle(4, 1e-2)
     return learn
@@ -72,4 +74,4 @@ Docs: https://kdfast.github.io/kdfast/skill.html.md"""
 __all__ = []
 
 # %% ../nbs/skill.ipynb #2111a326
-from .learner import distill_learner
+import kdfast.all  # chkstyle: ignore

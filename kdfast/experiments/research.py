@@ -136,8 +136,8 @@ _temperatures = {'T=1':'kd:T=1', 'T=2':'kd:T=2', 'T=4':'kd', 'T=8':'kd:T=8'}
 _temperature = _table('temperature', "Soft labels at several temperatures: six scikit-learn digits per class, or a fifth of all; the teachers saw all", 'digits',
     {'six a class, from 16-2':_few, 'six a class, from 10-2':dict(_few, teacher=dict(student='wrn-10-2', bs=64, epochs=10)),
         'a fifth, three epochs, from 16-2':dict(_by_16_2, pct=.2, epochs=3)}, _temperatures)
-_temperature_cifar = _table('temperature-cifar10', "Soft labels at several temperatures", 'cifar10',
-    {f'16-1 from {t}':_taught('16-1', t, small=_shortly) for t in ('16-2','40-2')}, _temperatures,
+_by_two = {f'16-1 from {t}':_taught('16-1', t, small=_shortly) for t in ('16-2','40-2')}
+_temperature_cifar = _table('temperature-cifar10', "Soft labels at several temperatures", 'cifar10', _by_two, _temperatures,
     small='A tenth of the images, four epochs in float32')
 
 # %% ../../nbs/experiments/research.ipynb #a0f5d1b5
