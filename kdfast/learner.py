@@ -20,7 +20,8 @@ from .layers.adapters import bare_model
 from .layers.pairs import stage_taps, to_classifier
 from .losses.relations import embedding
 from .teacher.cache import TeacherCache
-from .teacher.callback import AdaptedSplitter, DistillCallback, no_loss, NoTeacher, TeacherCallback
+from .teacher.callback import DistillCallback, no_loss, TeacherCallback
+from .teacher.plan import AdaptedSplitter, NoTeacher
 from .teacher.source import check_lacking, one_after_another, Teacher, timm_name
 from .teacher.task import task_of
 

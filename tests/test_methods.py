@@ -14,7 +14,7 @@ from kdfast.losses.features import ab_loss, fsp_loss, ft_loss, kdsvd_loss, ofd_l
 from kdfast.losses.logits import cskd_loss, dist_loss, dkd_loss, logits_loss, mlkd_loss, nkd_loss, ofa_loss, sigmoid_kd_loss, standardize, tfkd_loss, wttm_loss
 from kdfast.losses.relations import cc_loss, ickd_loss, nst_loss, pkt_loss, rkd_loss, sp_loss
 from kdfast.losses.similarity import cosine_loss, global_similarity_loss, local_similarity_loss, vkd_loss
-from kdfast.teacher.callback import NoTeacher
+from kdfast.teacher.plan import NoTeacher
 from kdfast.experiments.spec import methods, terms_of
 from kdfast.experiments.run import learner_of, Run
 

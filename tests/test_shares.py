@@ -197,7 +197,7 @@ def test_a_term_alone_takes_everything_without_a_word(teacher, quiet):
 
 def test_weights_are_measured_in_the_middle_of_every_hundred(teacher, quiet, monkeypatch):
     at = []
-    monkeypatch.setattr(TeacherCallback, '_measure', lambda self,*args: at.append(self.train_iter))
+    monkeypatch.setattr('kdfast.teacher.callback.measure', lambda cb,*args: at.append(cb.train_iter))
     learn = distill_learner(few_digits(bs=4), teacher, wrn(10, 1), cbs=AT(weight=1e3))
     learn.teacher.every = 20
     quiet(learn, 4, 1e-4)

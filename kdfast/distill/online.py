@@ -15,7 +15,7 @@ from ..layers.adapters import bare_model
 from ..losses.core import check_temperature, kd_loss
 from ..losses.logits import check_probability, cskd_loss, tfkd_loss
 from ..models.convs import init_he
-from ..teacher.callback import check_outputs
+from ..teacher.plan import check_outputs
 
 # %% ../../nbs/distill/online.ipynb #ab9599ce
 def _from_labels(s, t, y, **kwargs): return tfkd_loss(s, y, **kwargs)

@@ -18,7 +18,7 @@ from ..layers.taps import Taps
 from .compare import teacher_callback_of
 from .plots import colours
 from ..models.measure import count_params
-from ..teacher.callback import NoTeacher
+from ..teacher.plan import NoTeacher
 from ..teacher.shares import equal
 
 # %% ../../nbs/look/show.ipynb #2c8fff42

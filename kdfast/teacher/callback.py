@@ -9,25 +9,16 @@ __all__ = ['TeacherCallback', 'DistillCallback']
 
 # %% ../../nbs/teacher/callback.ipynb #a4e8e92a
 from contextlib import ExitStack
-from fastai.callback.rnn import ModelResetter, RNNCallback
+from fastai.callback.rnn import ModelResetter
 from fastai.vision.all import *
-from ..core import device_of, fingerprint, keep_rng, logits_of, PlainErrors, probe_batch, probing, run_as, seen_by
-from ..devices import autocast_dtype
-from ..layers.adapters import Adapted, adapters_of, bare_model
-from ..layers.maps import layouts_read
-from ..layers.taps import Once, Taps
+from ..core import fingerprint, logits_of, PlainErrors, probe_batch, seen_by
+from ..layers.adapters import adapters_of, bare_model
+from ..layers.taps import Taps
 from ..losses.core import at_least_float
 from .inference import Frozen
-from .shares import Balance, equal, gradients, norms_of_both, parts_of, portions_of, TakesShare
+from .plan import bind, check_finite, check_teacher, NoTeacher, own_adapters
+from .shares import balanced, equal, measure, portions_of, TakesShare
 from .source import check_lacking
-
-# %% ../../nbs/teacher/callback.ipynb #0d3433f9
-class NoTeacher(nn.Module):
-    "Placeholder for terms that need no teacher"
-
-def check_source(cb, teacher='teacher'):
-    if not cb.source: raise ValueError(
-        f"{type(cb).__name__} has no teacher: use distill_learner, or add TeacherCallback({teacher}) to the learner's callbacks")
 
 # %% ../../nbs/teacher/callback.ipynb #8a57957d
 _settings = 'network','tfm','precision','compile','picks','n_out','about','outputs','axis','run','match'
@@ -68,7 +59,7 @@ class TeacherCallback(PlainErrors):
 
     def after_loss(self): self._forget()
     def after_train(self):
-        if self.finite is not None: _check_teacher(self.finite, f"in epoch {self.epoch}")
+        if self.finite is not None: check_teacher(self.finite, f"in epoch {self.epoch}")
 
     def after_epoch(self): self.learn.__dict__.pop('_do_epoch_train', None)
 
@@ -77,12 +68,6 @@ class TeacherCallback(PlainErrors):
         new.__dict__.update({k:v for k,v in vars(self).items() if k in _settings})
         new.learn = deepcopy(self.learn, memo)
         return new
-
-def _check_finite(ok, wrong):
-    if not ok: raise ValueError(wrong)
-
-def _check_teacher(ok, when): _check_finite(ok, f"The teacher returned NaN or infinity {when}: "
-    "check its weights and how its inputs are normalized, or try precision='float32'")
 
 # %% ../../nbs/teacher/callback.ipynb #25851458
 @patch
@@ -259,6 +244,10 @@ def _watch(self:TeacherCallback):
     self.stack.callback(self._forget)
 
 # %% ../../nbs/teacher/callback.ipynb #513ee1f6
+def check_source(cb, teacher='teacher'):
+    if not cb.source: raise ValueError(
+        f"{type(cb).__name__} has no teacher: use distill_learner, or add TeacherCallback({teacher}) to the learner's callbacks")
+
 def along(weight):
     "A weight at 21 points of a fit"
     return [float(weight(i/20)) if callable(weight) else weight for i in range(21)]
@@ -321,7 +310,7 @@ class DistillCallback(PlainErrors, metaclass=TakesShare):
             mean = maybe_gather(self.total/self.count).item()
             if not math.isfinite(mean):
                 bad = [t.label for t in self.source.terms if t.count and not (t.total/t.count).isfinite()]
-                _check_finite(hasattr(self.learn, 'lr_finder'), f"{' and '.join(bad)} returned NaN or infinity in epoch {self.epoch}: "
+                check_finite(hasattr(self.learn, 'lr_finder'), f"{' and '.join(bad)} returned NaN or infinity in epoch {self.epoch}: "
                     "lower the weight or the learning rate")
             missing = self.recorder.metric_names.index(self.label)-len(log)  # columns of a skipped validation
             self.recorder.log = log + [None]*missing + [mean] + self.share_columns()
@@ -355,8 +344,6 @@ def given(self:DistillCallback):
     return self.weight(self.pct_train) if callable(self.weight) else self.weight
 
 # %% ../../nbs/teacher/callback.ipynb #f07e3c35
-balanced = ':balance'
-
 @patch(as_prop=True)
 def balance(self:DistillCallback): return adapters_of(self.learn.model)[self.source.plan.names[self.label][balanced]]
 
@@ -379,31 +366,8 @@ def share_out(self:TeacherCallback):
     shared = [t for t in acting if t.measures]
     portions,i,every = portions_of(t.share for t in shared),self.train_iter,self.every
     now = i<4 or every and (not i%every or i<every and not i&(i-1)) if shared else every and i%every==every//2
-    if (now or self.columns and self.iter==3) and not self.unmeasured: self._measure(acting, portions)
+    if (now or self.columns and self.iter==3) and not self.unmeasured: measure(self, acting, portions, self.learn.loss_func is not no_loss)
     for t,p in zip(shared, portions): t.add((t.given if t.apart or self.unmeasured else p*t.balance.ratio)*t.raw, t.extras())
-
-def _no_share(term, why): raise ValueError(f"{term.label} has no share, since {why}: give it a weight")
-
-@patch
-def _measure(self:TeacherCallback, acting, portions):
-    "Update the gradient ratios of terms with shares to the loss without them, and note the share of each term"
-    params = [p for p in bare_model(self.learn.model).parameters() if p.requires_grad]
-    labels,shared,scales = self.learn.loss_func is not no_loss,[t for t in acting if t.measures],[]
-    try: rest,*own = [gradients(o, params) for o in (self.learn.loss_grad if labels else params[0].new_zeros(()), *(t.raw for t in acting))]
-    except RuntimeError as e:  # from networks that allow only one backward pass
-        asked = [t for t in shared if t.share!=equal]
-        if asked: _no_share(asked[0], f"this network's gradients cannot be measured ({str(e)[:80]})")
-        self.unmeasured = str(e)
-        if shared: warnings.warn(f"Published weights are used, since this network's gradients cannot be measured ({self.unmeasured[:80]}): pass weight=")
-        return
-    for t,g,p in zip(shared, own, portions):
-        norms = norms_of_both(rest, g)
-        t.apart = norms is None
-        if t.apart and t.share!=equal: _no_share(t, "it and the labels reach no common parameter")
-        if norms: t.balance.follow(norms[0]/norms[1])
-        scales.append(t.given if t.apart else p*t.balance.ratio)
-    n = len(shared)
-    for t,part in zip(acting, parts_of(rest, own[:n], scales, own[n:])): t.note_share(part)
 
 # %% ../../nbs/teacher/callback.ipynb #62c8c03d
 @patch
@@ -452,54 +416,12 @@ def terms(self:TeacherCallback):
     return [cb for cb in self.learn.cbs.sorted('order') if isinstance(cb, DistillCallback)]
 
 @patch
-def _label(self:TeacherCallback, terms):
-    labels = []
-    for t in terms:
-        labels.append(t.column if t.column not in labels else f'{t.column}_{len(labels)+1}')
-        t.label = labels[-1]
-
-@patch
 def _name_columns(self:TeacherCallback):
     if not hasattr(self.learn, 'recorder'): return
     told = ('','_share','_norm') if self.columns else ('',)
     rec,names = self.recorder,[t.label+o for t in self.terms for o in told]
     end = len(rec.metric_names)-rec.add_time
     rec.metric_names = L([*rec.metric_names[:end], *names, *rec.metric_names[end:]])
-
-# %% ../../nbs/teacher/callback.ipynb #fecbee87
-class Trial:
-    "Outputs of both networks for a batch of zeros"
-    def __init__(self,
-        pred:Tensor, # The student's logits, `(2,...)`
-        target:Tensor, # The teacher's, None if no term reads them
-        student:dict, # Student layer to its features, as feature maps where `layouts` has it
-        teacher:dict, # The same for the teacher
-        xb:tuple, # The zeros, on the loader's device
-        yb:tuple, # Labels of a batch
-        clones:set, # Student layers whose outputs the network overwrites
-        layouts:list # For student and teacher, layer name to a function from features to feature maps
-    ): store_attr()
-
-def check_outputs(pred, other=None, name='teacher'):
-    for k,o in (('student',pred), *([] if other is None else [(name,other)])):
-        if not isinstance(o, Tensor): raise ValueError(f"The {k} must return a tensor, got a {type(o).__name__}: "
-            "wrap it in a module that returns its logits, alone or first")
-    if other is not None and pred.shape!=other.shape: raise ValueError(f"Student and {name} must have the same outputs, "
-        f"got {tuple(pred.shape[1:])} and {tuple(other.shape[1:])}: give both the same n_out, pass teacher_vocab, or use features alone, as with FitNet()")
-
-# %% ../../nbs/teacher/callback.ipynb #setplan1
-def _sizes(features, out): return {n:tuple(o.shape[1:]) for n,o in [*features.items(), ('output',out)] if o is not None}
-
-class Plan:
-    "What terms are bound to: the sizes of the layers that they read, and their adapters"
-    def __init__(self, parts, names, probe):
-        self.parts,self.names,self.xb,self.clones = parts,names,probe.xb,probe.clones
-        self.student_layouts,self.layouts = probe.layouts
-        self.student,self.teacher = _sizes(probe.student, probe.pred),_sizes(probe.teacher, probe.target)
-
-    def holds(self, parts, adapters):
-        same = len(parts)==len(self.parts) and all(a is b for a,b in zip(parts, self.parts))
-        return same and all(n in adapters for o in self.names.values() for n in o.values())
 
 # %% ../../nbs/teacher/callback.ipynb #6625024d
 @patch
@@ -514,110 +436,6 @@ def setup(self:TeacherCallback):
     if not (self.plan and self.plan.holds(parts, adapters_of(self.learn.model))):
         others = self.match and self.plan and self.plan.parts[2] is not self.dls
         if others: check_lacking(self.match(self, self.dls), terms)  # their classes or normalization may differ
-        self.plan = self._bind(*parts)
-    if self.opt is not None: self._own_adapters()
+        self.plan = bind(self, *parts)
+    if self.opt is not None: own_adapters(self.learn)
     return self.plan
-
-# %% ../../nbs/teacher/callback.ipynb #setbind1
-@patch
-def _bind(self:TeacherCallback, student, network, dls, *terms):
-    "Have each term choose its layers, and add its adapters to the model"
-    total = sum(t.share for t in terms if t.share not in (None,equal))
-    if total>=1: raise ValueError(f"The shares of the terms sum to {total:g}, which leaves nothing for the labels: choose shares that sum to less than 1")
-    asking = [type(t).__name__ for t in terms if t.taught]
-    if asking and isinstance(network, NoTeacher): raise ValueError(f"A teacher is needed by {' and '.join(asking)}: "
-        "learn.remove_cb(TeacherCallback), then learn.add_cb(TeacherCallback(teacher))")
-    if {*map(id, student.parameters())} & {*map(id, network.parameters())}: raise ValueError(
-        "Teacher and student share parameters, so the student would change its own teacher: pass deepcopy(student) as teacher")
-    if self.precision is not None and not callable(self.precision): autocast_dtype(self.precision, device_of(dls))
-    student = self._built(student, terms)
-    probe = self._probe(student, terms)
-    self._label(terms)
-    with torch.random.fork_rng(): made = [(t, {**t.prepare(probe), **({balanced:Balance()} if t.share else {})}) for t in terms]
-    return Plan((student,network,dls,*terms), self._adapt(student, made), probe)
-
-# %% ../../nbs/teacher/callback.ipynb #setprob2
-@patch
-def _built(self:TeacherCallback, student, terms):
-    "The student, with what terms wrap around it"
-    if not any(hasattr(t, 'build') for t in terms): return student
-    net,xb,device = student,probe_batch(self.dls)[0],next(student.parameters()).device
-    with keep_rng():
-        for t in terms:
-            if hasattr(t, 'build'): net = t.build(net, self.network, self.tfm, to_device(xb, device)).to(device)
-    if net is not student:
-        self.learn.model,self.learn.splitter = net,trainable_params
-        if self.learn.opt is not None:
-            hypers = self.learn.opt.hypers[-1]  # as set by fit
-            self.learn.create_opt()
-            self.learn.opt.set_hypers(**hypers)
-    return net
-
-@patch
-def _probe(self:TeacherCallback, student, terms):
-    xb,yb = probe_batch(self.dls)
-    xs,xt = (to_device(xb, next(m.parameters(), xb[0]).device) for m in (student,self.network))
-    with keep_rng(), probing(student, self.network):
-        for t in terms:
-            if t.taught: t.choose(student, self.network, self.tfm, xs)
-        layers = {n for t in terms for n in t.layers},{n for t in terms for n in t.asked}
-        last = {n for t in terms for n in t.last_calls}
-        with Once(student, layers[0], last) as s, Once(self.network, layers[1], last) as t:
-            with run_as('student', student, xs): pred = student(*xs)
-            if any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): pred = logits_of(pred)  # as the callback does in training
-            with run_as('teacher', self.network, xt): out = None if isinstance(self.network, NoTeacher) else self.see(*xt)
-            target = self._compared(pred, out, terms)
-            clones,outs = s.overwritten(),[{n:o[n] for n in [*o.outs, *o.layers]} for o in (s,t)]  # in the order of the forward pass
-        said = [o for o in (target,*outs[1].values()) if o is not None]
-        _check_teacher(all(torch.isfinite(o).all() for o in said), "for a batch of zeros")
-        seen = xs,seen_by(self.tfm, xt)
-        layouts = [layouts_read(m, x, o) for m,x,o in zip((student,self.network), seen, outs)]
-        features = [{n:l.get(n, noop)(o) for n,o in f.items()} for l,f in zip(layouts, outs)]
-        return Trial(pred, target, *features, xb, yb, clones, layouts)
-
-@patch
-def _compared(self:TeacherCallback, pred, out, terms):
-    "The teacher's logits, None unless a term reads them; raises `ValueError` if they do not match the student's"
-    reads = out is not None and any(t.taught and t.reads_logits for t in terms)
-    target = self.picked(out) if reads else None
-    check_outputs(pred, target)
-    return target
-
-# %% ../../nbs/teacher/callback.ipynb #d11216eb
-class AdaptedSplitter:
-    "Apply `splitter` to the bare student, and add the adapters to the last group"
-    def __init__(self,
-        splitter # Function from a model to parameter groups, as for `Learner`
-    ): self.splitter = splitter
-
-    def __call__(self, model):
-        groups,extra = L(self.splitter(bare_model(model))),L(p for a in adapters_of(model).values() for p in a.parameters())
-        if isinstance(groups[0], (L,list)): return L([*groups[:-1], L(groups[-1])+extra])
-        return groups + extra
-
-@patch
-def _adapt(self:TeacherCallback, student, made):
-    "Add what terms train to the model, under names that start with their labels; existing modules that fit are kept"
-    learn,old,device = self.learn,adapters_of(self.learn.model),next(student.parameters()).device
-    shapes = lambda m: {k:v.shape for k,v in m.state_dict().items()}
-    keeps = lambda t,n,m: t.reuses and getattr(m, 'reuses', True) and n in old and shapes(old[n])==shapes(m)
-    names = {t.label:{k:f'{t.label}_{k}'.replace('.', '_') for k in o} for t,o in made}
-    adapters = [(t, names[t.label][k], m) for t,o in made for k,m in o.items()]
-    if adapters:
-        outer = learn.model.model if isinstance(learn.model, Adapted) else learn.model
-        if bare_model(outer) is not student or adapters_of(outer) or isinstance(outer, nn.DataParallel): outer = student
-        learn.model = Adapted(outer, {n: old[n] if keeps(t, n, m) else m.to(device) for t,n,m in adapters})
-        if not isinstance(learn.splitter, AdaptedSplitter): learn.splitter = AdaptedSplitter(learn.splitter)
-    return names
-
-@patch
-def _own_adapters(self:TeacherCallback):
-    "Add the adapters' parameters to the optimizer if they are missing"
-    opt,groups = self.opt,self.opt.param_lists
-    has = {id(p) for g in groups for p in g}
-    new = [p for a in adapters_of(self.learn.model).values() for p in a.parameters() if id(p) not in has]
-    if not new: return
-    groups[-1] = type(groups[-1])([*groups[-1], *new])
-    opt.param_lists = groups
-    if not self.wd_bn_bias:
-        for state in self.learn._bn_bias_state(True): state['do_wd'] = False

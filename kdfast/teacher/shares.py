@@ -10,6 +10,7 @@ __all__ = []
 # %% ../../nbs/teacher/shares.ipynb #a03bbde9
 import inspect
 from fastai.vision.all import *
+from ..layers.adapters import bare_model
 from ..models.convs import check_one
 
 # %% ../../nbs/teacher/shares.ipynb #4e85113d
@@ -60,6 +61,8 @@ def portions_of(
     return [1. if o==equal else o*(n+1)/rest for o in shares]
 
 # %% ../../nbs/teacher/shares.ipynb #7b2424d6
+balanced = ':balance'
+
 class Balance(nn.Module):
     "Ratio of the gradient that a term is compared with to its own: a moving mean of logarithms over batches"
     def __init__(self):
@@ -77,6 +80,29 @@ class Balance(nn.Module):
     def ratio(self): return self.log.exp()
 
 def beside_balances(adapters): return [m for m in adapters.values() if not isinstance(m, Balance)]
+
+# %% ../../nbs/teacher/shares.ipynb #sharesm2
+def _no_share(term, why): raise ValueError(f"{term.label} has no share, since {why}: give it a weight")
+
+def measure(cb, acting, portions, labels):
+    "Update the gradient ratios of terms with shares to the loss without them, and note the share of each term"
+    params = [p for p in bare_model(cb.learn.model).parameters() if p.requires_grad]
+    shared,scales = [t for t in acting if t.measures],[]
+    try: rest,*own = [gradients(o, params) for o in (cb.learn.loss_grad if labels else params[0].new_zeros(()), *(t.raw for t in acting))]
+    except RuntimeError as e:  # from networks that allow only one backward pass
+        asked = [t for t in shared if t.share!=equal]
+        if asked: _no_share(asked[0], f"this network's gradients cannot be measured ({str(e)[:80]})")
+        cb.unmeasured = why = str(e)
+        if shared: warnings.warn(f"Published weights are used, since this network's gradients cannot be measured ({why[:80]}): pass weight=")
+        return
+    for t,g,p in zip(shared, own, portions):
+        norms = norms_of_both(rest, g)
+        t.apart = norms is None
+        if t.apart and t.share!=equal: _no_share(t, "it and the labels reach no common parameter")
+        if norms: t.balance.follow(norms[0]/norms[1])
+        scales.append(t.given if t.apart else p*t.balance.ratio)
+    n = len(shared)
+    for t,part in zip(acting, parts_of(rest, own[:n], scales, own[n:])): t.note_share(part)
 
 # %% ../../nbs/teacher/shares.ipynb #1acd5d00
 class TakesShare(type):

@@ -18,7 +18,8 @@ from ..layers.pairs import pair_layers
 from ..layers.taps import Once, Truncated
 from ..learner import Learner  # adds `Recorder.history`
 from ..losses.core import at_least_float, hint_loss
-from ..teacher.callback import DistillCallback, NoTeacher, TeacherCallback
+from ..teacher.callback import DistillCallback, TeacherCallback
+from ..teacher.plan import NoTeacher
 from .decay import CompressedDecay, CompressionSplitter
 from operator import itemgetter
 

@@ -12,7 +12,7 @@ import inspect
 from fastai.vision.all import *
 from ..layers.adapters import bare_model
 from ..models.convs import Cheap
-from ..teacher.callback import AdaptedSplitter
+from ..teacher.plan import AdaptedSplitter
 
 # %% ../../nbs/train/decay.ipynb #aea5ac33
 def _cheap(m): return [m] if isinstance(m, Cheap) else [o for c in m.children() for o in _cheap(c)]
