@@ -17,7 +17,7 @@ from ..layers.taps import Taps
 from ..losses.core import at_least_float
 from .inference import Frozen
 from .plan import bind, check_finite, check_teacher, NoTeacher, own_adapters
-from .shares import balanced, equal, measure, portions_of, TakesShare
+from .shares import balanced, due, equal, measure, portions_of, TakesShare
 from .source import check_lacking
 
 # %% ../../nbs/teacher/callback.ipynb #8a57957d
@@ -365,7 +365,7 @@ def share_out(self:TeacherCallback):
     acting = sorted((t for t in self.terms if t.acts(t.now)), key=lambda t: not t.measures)
     shared = [t for t in acting if t.measures]
     portions,i,every = portions_of(t.share for t in shared),self.train_iter,self.every
-    now = i<4 or every and (not i%every or i<every and not i&(i-1)) if shared else every and i%every==every//2
+    now = due(i, every) if shared else every and i%every==every//2
     if (now or self.columns and self.iter==3) and not self.unmeasured: measure(self, acting, portions, self.learn.loss_func is not no_loss)
     for t,p in zip(shared, portions): t.add((t.given if t.apart or self.unmeasured else p*t.balance.ratio)*t.raw, t.extras())
 

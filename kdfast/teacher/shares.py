@@ -81,6 +81,14 @@ class Balance(nn.Module):
 
 def beside_balances(adapters): return [m for m in adapters.values() if not isinstance(m, Balance)]
 
+# %% ../../nbs/teacher/shares.ipynb #8beffa65
+def due(
+    i:int, # Number of the batch in the fit
+    every # Batches between measurements after the first, or False
+) -> bool:
+    "Whether gradients are measured on a batch"
+    return bool(i<4 or every and (not i%every or i<every and not i&(i-1)))
+
 # %% ../../nbs/teacher/shares.ipynb #sharesm2
 def _no_share(term, why): raise ValueError(f"{term.label} has no share, since {why}: give it a weight")
 
