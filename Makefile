@@ -76,6 +76,7 @@ wheels: .venv/developing
 bench: .venv/developing
 	$(BIN)/python benchmarks/loader.py --cifar $(CIFAR) --imagenette $(IMAGENETTE) | tee results/loader.md
 	$(BIN)/python benchmarks/bench.py --cifar $(CIFAR) --imagenette $(IMAGENETTE) --out results
+	$(BIN)/python benchmarks/bench.py --parts share | tee results/share_cost.md
 	$(BIN)/python benchmarks/scaling.py | tee results/scaling.md
 	$(BIN)/python benchmarks/precision.py --data $(CIFAR)
 	$(BIN)/python benchmarks/block_cost.py --turns 5 --steps 3 | tee results/block_cost.md

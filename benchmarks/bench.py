@@ -330,7 +330,7 @@ def main(argv=None):
     parser.add_argument('--imagenette')
     parser.add_argument('--steps', type=int, default=8, help="Steps a turn")
     parser.add_argument('--turns', type=int, default=5)
-    parser.add_argument('--parts', default='step,epoch,cache,start,growth,share,floor')
+    parser.add_argument('--parts', default='step,epoch,cache,start,growth,floor', help="Also share, which `make bench` runs by itself")
     parser.add_argument('--out', type=Path, help="A folder for bench.md and bench.json, in which the rows of these parts are replaced; printed where there is none")
     args,device = parser.parse_args(argv),default_device()
     with tempfile.TemporaryDirectory() as folder:

@@ -395,8 +395,8 @@ def _tell_table(research, records, schedule, out):
 def table(
     name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, cifar100, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares, shares-cifar10, shares-imagenette, temperature or temperature-cifar10; or several, comma-separated
     schedule:str='short', # full: as published; short: 15 epochs; cpu: 12 to 20 epochs on a fifth of the images; smoke: minutes on digits
-    rows:str=None, # Comma-separated rows; by default all
-    arms:str=None, # Comma-separated columns; by default all; the controls are always run
+    rows:str=None, # Rows, separated by commas without spaces; by default all
+    arms:str=None, # Columns, separated in the same way; by default all; the controls are always run
     seeds:int=1, # Runs per cell
     data:Path=None, # Folder or archive of the data; downloaded if left out; for ImageNet a folder with train and val
     workers:int=1, # Parallel processes on this machine

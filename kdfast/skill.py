@@ -32,12 +32,12 @@ alone,taught = arm(),arm(FitNet())
 
 ## Choose a method
 
-- The teacher has the student's classes: `KD()` costs least; `FitNet()`, `ReviewKD()`, `DIST()`, `RKD()`, `WTTM()`, `NST()`, `OFD()`, `PKT()` and `VID()` gained more in our tables. `kdfast methods` lists all of them with arguments and papers.
+- The teacher has the student's classes: `KD()` costs least; `FitNet()`, `ReviewKD()`, `DIST()`, `RKD()`, `WTTM()`, `NST()`, `OFD()`, `PKT()` and `VID()` gained more on digits and CIFAR-10. `kdfast methods` lists all of them with arguments and papers.
 - The teacher is an encoder, or has other classes: leave `cbs` out; the student learns standardized features (`FitNet(standardize=True)`).
 - No labels: `DataLoaders` of images alone, then `classifier_learner(labelled_dls, learn)` and `fine_tune`.
 - Several labels an image: `SigmoidKD()`; numbers: `Logits()`; both are the defaults there.
 - A budget: `fit_budget(lambda k: wrn(16, k), params=200_000)`, or `macs=`, `ms=` with `size=`.
-- An expensive teacher: `TeacherCache(folder)` among the callbacks runs it once for all epochs.
+- An expensive teacher: `TeacherCache(folder, views=4)` among the callbacks runs it on four augmented views of each image, once for all epochs; leave `views` out if nothing is random.
 
 ```python
 fit_budget(lambda k: wrn(16, k), params=200_000).count
@@ -46,9 +46,9 @@ fit_budget(lambda k: wrn(16, k), params=200_000).count
 ## Check
 
 - `learn.show_distill()`: which layers are compared, at which sizes and weights, and the share of the gradient of each term after the first batches.
-- `will_it_help(dls, teacher, student)`: two minutes of training that estimate the gain, and name what is wrong with the teacher.
+- `will_it_help(dls, teacher, student)`: trains for two minutes, estimates the gain and reports faults of the teacher.
 - Always report the control, over several seeds, after the last epoch. `train_loss` and `valid_loss` are of the labels alone in every arm; each term has a column of its own.
-- `learn.student` is the network; `learn.model` may hold adapters that training needs besides.
+- `learn.student` is the network; `learn.model` may also hold adapters, which only training needs.
 
 ```python
 print(taught.show_distill())
@@ -62,7 +62,7 @@ print(taught.show_distill())
 
 ## Afterwards
 
-`learn.export_student()` writes a learner for `load_learner`, `learn.export_onnx()` a file for onnxruntime, checked against the network; `quantize(learn.student, dls)` returns an int8 network; `ChannelPruning`, `Sparsify` and `factorize` make networks smaller, and `pipeline` chains them with training. `compare` tabulates parameters, MACs and milliseconds.
+`learn.export_student()` writes a learner for `load_learner`, `learn.export_onnx()` a file for onnxruntime, checked against the network; `net,report = quantize(learn.student, dls)` gives an int8 network; `ChannelPruning`, `Sparsify` and `factorize` make networks smaller, and `pipeline` chains them with training. `compare` tabulates parameters, MACs and milliseconds.
 
 On the command line: `kdfast distill --data FOLDER --teacher timm:NAME --student resnet10`, `kdfast compress`, `kdfast doctor`.
 
@@ -74,4 +74,4 @@ Docs: https://kdfast.github.io/kdfast/skill.html.md"""
 __all__ = []
 
 # %% ../nbs/skill.ipynb #2111a326
-import kdfast.all  # chkstyle: ignore
+import kdfast.all

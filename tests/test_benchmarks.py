@@ -4,6 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.teacher import shares
 from kdfast.experiments.records import read_results
 from kdfast.experiments.research import research
 from kdfast.layers.cut import PartOf
@@ -50,6 +51,14 @@ def test_the_parts_on_small_work(work, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, 'imports', lambda turns: {'fastai.vision.all':[2.], 'and kdfast.all':[2.5]})
     rows = [*bench.start_part(1)]
     assert [round(o['ratio'], 2) for o in rows[:2]]==[1,1.25] and rows[3]['ratio']>1
+
+@pytest.mark.slow
+def test_shares_are_measured_in_every_step_of_their_part(work, monkeypatch):
+    "And in none where the weights are fixed"
+    measured = []
+    monkeypatch.setattr(bench, 'works', lambda: [work])
+    monkeypatch.setattr('kdfast.teacher.callback.measure', lambda *args: measured.append(args) or shares.measure(*args))
+    assert [o['who'] for o in bench.share_part(6, 1)]==['fixed weights','every step measured']*2 and len(measured)==12
 
 @pytest.fixture
 def committed(): return json.loads((results/'bench.json').read_text())

@@ -50,17 +50,22 @@ def test_the_sdist_builds_and_its_wheel_installs(tmp_path):
     assert {'README.md','LICENSE','CHANGELOG.md','CITATION.cff','CONTRIBUTING.md','settings.ini'} <= held and not any(o.startswith(('nbs/','results/','.venv')) for o in held)
 
 def test_agents_find_the_skill():
-    "pyskills lists it, its first line tells when to read it, and all that it names exists"
+    "pyskills lists it, its first line tells when to read it, and all calls in its text exist, with these arguments; its notebook runs the examples"
     import fastai.vision.all as fastai, inspect, kdfast.all as public
     from importlib.metadata import entry_points
-    assert [o.load().__name__ for o in entry_points(group='pyskills') if o.name=='kdfast']==['kdfast.skill']
-    assert 'kdfast = "kdfast.skill"' in (root/'pyproject.toml').read_text()
     from kdfast import skill
+    assert [o.load() for o in entry_points(group='pyskills') if o.name=='kdfast']==[skill] and 'kdfast = "kdfast.skill"' in (root/'pyproject.toml').read_text()
     text = inspect.getdoc(skill)
-    code = '\n'.join(re.findall(r'```python\n(.*?)```', text, re.S)) + '\n' + '\n'.join(re.findall(r'`([^`\n]+)`', text))
-    called = {*re.findall(r'(?<![\w.:])([A-Za-z]\w+)\(', code)} - {'arm','print'}
-    assert 'Read this before' in text.split('\n')[0] and {'distill_learner','FitNet','fit_budget'} <= called
-    assert [o for o in called if not any(hasattr(m, o) for m in (public, fastai, fastai.Learner))]==[]
+    spans = re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', text, flags=re.S))
+    found = lambda name: next((getattr(m, name) for m in (public, fastai, fastai.Learner) if hasattr(m, name)), None)
+    calls = [(name,args) for o in spans for name,args in re.findall(r'(?:^| = |learn\.)(\w+)\(([^()]*)\)', o)]
+    assert 'Read this before' in text.split('\n')[0] and {'distill_learner','KD','quantize','show_distill','export_onnx'} <= {name for name,_ in calls}
+    assert [o for o in spans if re.fullmatch(r'[A-Z]\w+', o) and o!='None' and found(o) is None]==[]
+    for name,args in calls:
+        if name=='partial': continue
+        given = [o.strip() for o in args.split(',') if o.strip()]
+        keys = [o.partition('=')[0] for o in given if '=' in o]
+        inspect.signature(found(name)).bind_partial(*given[len(keys):], **dict.fromkeys(keys))
 
 def test_one_version():
     import kdfast

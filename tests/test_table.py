@@ -70,10 +70,13 @@ def test_a_dry_run_needs_neither_data_nor_half_a_minute(args, tmp_path, monkeypa
 def test_the_command_below_a_table_is_understood(file, tmp_path, monkeypatch, capsys):
     "It asks for the arms that the table shows, labels with a comma among them"
     command, = re.findall(r'`kdfast (table .*?)`', file.read_text())
-    monkeypatch.setattr('kdfast.cli.estimate', lambda runs: pd.DataFrame(dict(run=map(str, runs), minutes=[1.]*len(runs))))
+    asked = []
+    monkeypatch.setattr('kdfast.cli.estimate', lambda runs: asked.extend(runs) or pd.DataFrame(dict(run=map(str, runs), minutes=[1.]*len(runs))))
     main([*shlex.split(command), '--dry-run', '--out', str(tmp_path)])
     name,_,schedule = shlex.split(command)[1:4]
-    assert f' runs of {name} at the schedule {schedule}' in capsys.readouterr().out
+    shown = pd.read_csv(file.with_suffix('.csv')).arm
+    wanted = {o.method for o in table_of(name).runs(schedule, arms=[o for o in dict.fromkeys(shown) if o not in ('alone','teacher')] or None)}
+    assert wanted <= {o.method for o in asked} and f' runs of {name} at the schedule {schedule}' in capsys.readouterr().out
 
 @pytest.mark.slow
 @pytest.mark.parametrize('schedule', ['cpu','full'])

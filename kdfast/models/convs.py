@@ -84,10 +84,13 @@ class Grouped(Cheap, nn.Conv2d):
         self.full = ni*nf*ks*ks
 
 # %% ../../nbs/models/convs.ipynb #c41cf8a6
+def _draw(weight, variance):
+    if not weight.is_meta: nn.init.normal_(weight, std=sqrt(variance))  # on the meta device, networks are only counted
+
 def _normal(m, gain):
     "Initialize for outputs with `gain` times the mean square of the inputs as their variance"
     if hasattr(m, 'init_weights'): m.init_weights()
-    else: nn.init.normal_(m.weight, std=sqrt(gain/m.weight[0].numel()))
+    else: _draw(m.weight, gain/m.weight[0].numel())
 
 class Composite(Cheap, nn.Sequential):
     "Layers that replace one convolution; the last one mixes all channels"
@@ -117,12 +120,11 @@ def init_he(
     model:nn.Module # Its convolutions are initialized in place, its batch norms set to the identity
 ) -> nn.Module: # The same `model`
     "He initialization by fan-out (arXiv:1502.01852), which accounts for groups and treats layers that replace one convolution as one"
-    if any(p.is_meta for p in model.parameters()): return model  # only counted, as by `fit_budget`
     if hasattr(model, 'init_weights'): model.init_weights()
     else:
         if isinstance(model, nn.Conv2d):
             n = model.out_channels*model.weight[0,0].numel()
-            nn.init.normal_(model.weight, std=sqrt(2*model.groups/n))
+            _draw(model.weight, 2*model.groups/n)
         _plain(model)
         for m in model.children(): init_he(m)
     return model
