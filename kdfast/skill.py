@@ -74,4 +74,4 @@ Docs: https://kdfast.github.io/kdfast/skill.html.md"""
 __all__ = []
 
 # %% ../nbs/skill.ipynb #2111a326
-import kdfast.all
+import kdfast.all  # chkstyle: ignore
