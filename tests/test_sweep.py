@@ -1,5 +1,5 @@
 "Runs, records and sweeps: killed, broken, shared"
-import importlib.util, json, multiprocessing, os, resource, shutil, signal, sqlite3, subprocess, sys, time, pytest, torchvision
+import functools, importlib.util, json, multiprocessing, os, resource, shutil, signal, sqlite3, subprocess, sys, time, pytest, torchvision
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +132,17 @@ def done(run, nets, file=None, cbs=None):
     learn,result = do_run(run, checkpoint=file, cbs=cbs, **{k:v for k,v in nets.items() if getattr(run, k)})
     return [p.detach().clone() for p in learn.student.parameters()],{k:result[k] for k in ('accuracy','history','parameters')}
 
+def two_nets():
+    set_seed(3)
+    return dict(teacher=wrn(10, 2), start=wrn(10, 2))
+
+@functools.cache
+def uninterrupted(kind):
+    "With checkpoints and without, which is the same"
+    with tempfile.TemporaryDirectory() as folder: (weights,result),without = done(kinds[kind], two_nets(), Path(folder)/'whole.pth'),done(kinds[kind], two_nets())
+    assert without[1]==result and all(torch.equal(a, b) for a,b in zip(weights, without[0]))
+    return weights,result
+
 longer = 'pruned','pretrained'
 
 @pytest.mark.parametrize('kind', [*(o for o in kinds if o not in longer), *(pytest.param(o, marks=pytest.mark.slow) for o in longer)])
@@ -139,17 +150,12 @@ longer = 'pruned','pretrained'
 def test_training_goes_on_as_if_nothing_had_happened(kind, at, tmp_path, monkeypatch):
     if kind=='pruned': pytest.importorskip('torch_pruning')
     if kind=='bf16': monkeypatch.setenv('KDFAST_NATIVE_BF16', '1')
-    set_seed(3)
     if kind=='pretrained': imagenet_weights(torchvision.models.resnet18(), tmp_path, monkeypatch)
-    run,nets = kinds[kind],dict(teacher=wrn(10, 2), start=wrn(10, 2))
-    weights,result = done(run, nets, tmp_path/'whole.pth')
+    run,nets,(weights,result) = kinds[kind],two_nets(),uninterrupted(kind)
     with pytest.raises(KeyboardInterrupt): done(run, nets, tmp_path/'cut.pth', Stop(at))
     assert sum(o['epochs'] for o in EpochCheckpoint(tmp_path/'cut.pth', run.key).fits)==at
-    counted = Stop(99)
-    resumed,again = done(run, nets, tmp_path/'cut.pth', counted)
+    resumed,again = done(run, nets, tmp_path/'cut.pth')
     assert again==result and all(torch.equal(a, b) for a,b in zip(weights, resumed))
-    without = done(run, nets)
-    assert without[1]==result and all(torch.equal(a, b) for a,b in zip(weights, without[0]))
 
 @pytest.mark.parametrize('chain', [None,'prune:.5'])
 def test_bfloat16_that_is_only_emulated_is_float32(chain, native):

@@ -15,11 +15,11 @@ class Data(list):
     loss_func = CrossEntropyLossFlat()
     def new_empty(self): return Data()
 
-def image_dls(n=16, size=64, c=10, vocab=None, labelled=True, stats=None):
+def image_dls(n=8, size=64, c=10, vocab=None, labelled=True, stats=None):
     g = torch.Generator().manual_seed(0)
     data = Data((torch.randn(3,size,size, generator=g), *([torch.tensor(i%c)] if labelled else [])) for i in range(n))
     tfms = Pipeline([Normalize.from_stats(*stats, cuda=False)] if stats else [])
-    dls = DataLoaders(*(DataLoader(data, bs=8, n_inp=1, after_batch=tfms) for _ in range(2)), device='cpu')
+    dls = DataLoaders(*(DataLoader(data, bs=4, n_inp=1, after_batch=tfms) for _ in range(2)), device='cpu')
     dls.c = c
     if vocab: dls.vocab = vocab
     return dls

@@ -3,4 +3,5 @@ from .prune import *
 from .factorize import *
 from .quantize import *
 from .export import *
+from .deploy import *
 from .pipeline import *

@@ -14,6 +14,7 @@ from random import Random
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from fastai.vision.all import *
+from ..predict import as_rgb
 
 # %% ../../nbs/data/memory.ipynb #0e2ad3a9
 def stratified(
@@ -93,15 +94,6 @@ class BatchResizedCrop(Transform):
         return torch.cat([self._random(o) for o in x.chunk(self.groups)])
 
 # %% ../../nbs/data/memory.ipynb #d98b4d92
-def _rgb(image):
-    "`image` in RGB with 8 bits per channel: converting 16 bits directly would clip them to white"
-    if image.mode=='F': raise ValueError("its pixels are floating point numbers of unknown range")
-    if image.mode[0]=='I':
-        pixels = np.asarray(image)
-        if not (0<=pixels.min() and pixels.max()<2**16): raise ValueError("its pixels have more than 16 bits")
-        image = Image.fromarray((pixels/257).round().astype(np.uint8))
-    return image if image.mode=='RGB' else PILImage(image.convert('RGB'))
-
 class ImageError(ValueError):
     "An image that cannot be read"
     def __init__(self, text): super().__init__(text.split('ImageError: ')[-1].strip())  # torch prepends a worker's traceback
@@ -110,7 +102,7 @@ def open_image(
     o # A file, or anything else that `PILImage.create` takes
 ):
     "`o` as an RGB image; raises `ValueError` naming the file if it cannot be read"
-    try: return _rgb(PILImage.create(o, mode=None))
+    try: return PILImage(as_rgb(PILImage.create(o, mode=None)))
     except Exception as e: raise ImageError(f"{o} is not a readable image ({e}): remove or replace it") from e
 
 # %% ../../nbs/data/memory.ipynb #90362c9b

@@ -1,0 +1,182 @@
+"Files that take pixels, and run without fastai and torch"
+import json, os, shutil, subprocess, sys, onnx, pytest
+from conftest import few_digits
+from fastai.vision.all import *
+from kdfast.all import *
+from kdfast import predict
+from kdfast.predict import as_rgb, DeployedModel, predict_file
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "Forty small photographs of two classes, of all sizes"
+    folder,rng = tmp_path_factory.mktemp('photos'),np.random.default_rng(0)
+    for i in range(40):
+        kind,(h,w) = ('bright','dark')[i%2],rng.integers(20, 70, 2)
+        noise = rng.integers(0, 256, (h//6+1,w//6+1,3), dtype=np.uint8)//2 + np.uint8(100 if kind=='bright' else 0)
+        (folder/kind).mkdir(exist_ok=True)
+        Image.fromarray(noise).resize((w,h), Image.Resampling.BICUBIC).save(folder/kind/f'{i}.png')
+    return folder
+
+def student_on(folder, path, tfm=None, batch_tfms=None, net=None, **kwargs):
+    dls = ImageDataLoaders.from_folder(folder, valid_pct=.5, seed=0, item_tfms=tfm, batch_tfms=batch_tfms or Normalize.from_stats(*imagenet_stats), bs=4, num_workers=0, **kwargs)
+    learn = distill_learner(dls, None, net or partial(wrn, 10, 1), metrics=accuracy, path=path)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    return learn
+
+def probabilities(learn, image):
+    with learn.no_bar(), learn.no_logging(): return learn.predict(image)[2].numpy()
+
+@pytest.mark.parametrize('tfm', [Resize(24), Resize((20,30)), Resize(24, ResizeMethod.Squish)], ids=['crop','oblong','squish'])
+def test_a_file_does_what_validation_does(tfm, photos, tmp_path):
+    learn = student_on(photos, tmp_path, tfm)
+    report = learn.deploy()
+    net = DeployedModel(tmp_path/'student.onnx')
+    assert report.file==tmp_path/'student.onnx' and report.agreement==1 and report.images==20 and report.difference<.03 and report.student==report.deployed
+    assert [*tmp_path.iterdir()]==[report.file] and net.classes==['bright','dark'] and net.outputs=='probabilities'
+    for file in get_image_files(photos)[:6]:
+        assert np.abs(net(net.pixels(file))[0]-probabilities(learn, file)).max()<.03
+        said = predict_file(report.file, file)
+        assert [*said]==[net.classes[i] for i in net(net.pixels(file))[0].argsort()[::-1]] and sum(said.values())==pytest.approx(1, abs=1e-4)
+
+def test_a_stretched_image_is_no_cropped_one(photos, tmp_path):
+    "What the other tests could not tell apart"
+    learn = student_on(photos, tmp_path, Resize(24))
+    learn.deploy('crop.onnx')
+    learn.deploy('squish.onnx', resize='squish', agree=0)
+    wide = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30,90,3), dtype=np.uint8)).resize((60,20))
+    crop,squish,right = predict_file(tmp_path/'crop.onnx', wide),predict_file(tmp_path/'squish.onnx', wide),probabilities(learn, wide)
+    assert crop['dark']==pytest.approx(right[1], abs=.02)
+    assert abs(squish['dark']-right[1])>2*abs(crop['dark']-right[1])
+
+def test_it_runs_alone(photos, tmp_path):
+    "One file of Python beside the student; torch, fastai and kdfast cannot be imported"
+    learn = student_on(photos, tmp_path, Resize(24))
+    learn.deploy()
+    shutil.copy(predict.__file__, tmp_path/'predict.py')
+    (tmp_path/'sitecustomize.py').write_text('import sys\nsys.modules.update(torch=None, fastai=None, kdfast=None)')
+    images = [str(o) for o in get_image_files(photos)[:2]]
+    res = subprocess.run([sys.executable, 'predict.py', 'student.onnx', *images, '--top', '1'], cwd=tmp_path, env={**os.environ, 'PYTHONPATH':str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    assert res.returncode==0, res.stderr
+    for line,image in zip(res.stdout.splitlines(), images, strict=True):
+        (name,p), = predict_file(tmp_path/'student.onnx', image, 1).items()
+        assert line==f'{image}: {name} {100*p:.1f} %'
+
+class Inverted(Transform):
+    "A step of validation that a file does not know"
+    order = 20
+    def encodes(self, x:TensorImage): return 1-x
+
+def test_a_file_that_disagrees_is_kept_apart(photos, tmp_path):
+    learn = student_on(photos, tmp_path, Resize(24), batch_tfms=[Inverted()])
+    (tmp_path/'student.onnx').write_text('before')
+    with pytest.raises(ValueError, match=r'agree on \d+ of 20 .* kept as student-disagrees.onnx: it lacks Inverted'): learn.deploy()
+    assert (tmp_path/'student.onnx').read_text()=='before' and {o.name for o in tmp_path.iterdir()}=={'student.onnx','student-disagrees.onnx'}
+    assert DeployedModel(tmp_path/'student-disagrees.onnx').classes==['bright','dark']
+
+def test_images_in_memory(dls, teacher, quiet, tmp_path):
+    "The student of a distillation, as it stands: bare, and in the mode it was in"
+    learn = quiet(distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(),FitNet()], metrics=accuracy, path=tmp_path), 2, 1e-2)
+    learn.model.train()
+    report = learn.deploy(softmax=False)
+    assert learn.model.training and report.agreement==1 and report.difference<1e-4 and report.images==60
+    with learn.no_bar(): assert report.student==pytest.approx(learn.validate()[1]) and report.deployed==report.student
+    net,x = DeployedModel(report.file, 1),dls.valid_ds[0][0]
+    with probing(learn.student): want = learn.student(first(dls.valid)[0])[0]
+    assert torch.allclose(torch.tensor(net(x.permute(1,2,0).numpy()[None])[0]), want.as_subclass(Tensor), atol=1e-4) and net.outputs=='logits'
+    about = {o.key:o.value for o in onnx.load(report.file).metadata_props}
+    assert about==dict(classes=json.dumps([*map(str, dls.vocab)]), pixels='[16, 16]', resize='crop', outputs='logits')
+
+def test_other_sizes_are_left_to_the_caller(photos, tmp_path):
+    "A way of resizing that is not in the file: it takes one size, and says so"
+    learn = student_on(photos, tmp_path, RandomResizedCrop(24))
+    report = learn.deploy()
+    image = Image.open(get_image_files(photos)[0])
+    assert report.agreement==1 and report.difference<.02
+    with pytest.raises(ValueError, match=f'takes images of 24x24 pixels, got one of {image.width}x{image.height}'): predict_file(report.file, image)
+    assert len(predict_file(report.file, image.resize((24,24))))==2
+    with pytest.raises(ValueError, match=r'uint8 of shape \(n,24,24,3\), got uint8 \(1, 20, 24, 3\)'): DeployedModel(report.file)(np.zeros((1,20,24,3), np.uint8))
+
+class Grey(nn.Sequential):
+    def __init__(self, n_out): super().__init__(nn.Conv2d(1, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, n_out))
+
+def test_grey_images(photos, tmp_path):
+    learn = student_on(photos, tmp_path, Resize(24), batch_tfms=[Normalize.from_stats([.5],[.3])], net=Grey, img_cls=PILImageBW)
+    report,file = learn.deploy(),get_image_files(photos)[0]
+    assert report.agreement==1 and DeployedModel(report.file).shape==[None,None,None,1]
+    assert predict_file(report.file, file)['dark']==pytest.approx(probabilities(learn, file)[1], abs=.02)
+
+def test_without_labels(teacher, tmp_path):
+    x = torch.randint(256, (8,3,16,16), dtype=torch.uint8)
+    learn = distill_learner(tensor_dls((x,None), (x,None), bs=4), teacher, wrn(10, 1), path=tmp_path)
+    report = learn.deploy()
+    assert report.agreement==1 and 'student' not in report and DeployedModel(report.file).classes==[*map(str, range(10))]
+
+runtimes = {'onnx':'student.onnx', 'openvino':'student.xml', 'executorch':'student.pte'}
+
+@pytest.mark.slow
+@pytest.mark.parametrize('runtime,int8', [('onnx',True),('openvino',False),('executorch',False),('executorch',True)])
+def test_every_runtime(runtime, int8, trained, dls, photos, tmp_path):
+    "The same answers as the student's, alone and in a batch that is larger than one run of ExecuTorch takes, and for an image of another size"
+    learn = distill_learner(dls, None, trained, metrics=accuracy, path=tmp_path)
+    report,tol = learn.deploy(runtimes[runtime], int8=int8, agree=.95 if int8 else .99),.15 if int8 else 1e-4
+    assert report.difference<tol and abs(report.student-report.deployed)<.04 and report.images==60
+    assert {o.suffix for o in tmp_path.iterdir()}=={report.file.suffix, *(['.bin'] if runtime=='openvino' else [])}
+    assert report.MB==sum(o.stat().st_size for o in tmp_path.iterdir())/1e6 and (report.MB<.5)==int8
+    net,pixels = DeployedModel(report.file, 1),np.stack([x.permute(1,2,0).numpy() for x,_ in dls.valid_ds])
+    many = np.concatenate([pixels,pixels])
+    assert np.abs(net(many)[60:]-np.concatenate([net(o[None]) for o in pixels])).max()<(.05 if int8 else 1e-4)
+    file = get_image_files(photos)[0]
+    right = learn.dls.valid_ds.tls[0].tfms.fs[0].resize(PILImage.create(file), split_idx=1)
+    want = probabilities(learn, np.asarray(right))
+    assert np.abs(np.array([predict_file(report.file, file, 10)[str(i)] for i in range(10)])-want).max()<(.3 if int8 else .03)
+    assert net.size==[16,16] and net.resize=='crop' and (net.shape[1] is None)==(runtime=='onnx')
+
+def test_a_runtime_that_is_missing(dls, tmp_path, monkeypatch):
+    learn = distill_learner(dls, None, wrn(10, .5), path=tmp_path)
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    with pytest.raises(ImportError, match=r'pip install kdfast\[openvino\]'): learn.deploy('student.xml')
+    (tmp_path/'theirs.xml').write_text('')
+    with pytest.raises(ImportError, match='pip install openvino'): DeployedModel(tmp_path/'theirs.xml')
+    assert [o.name for o in tmp_path.iterdir()]==['theirs.xml']
+
+class Odd(nn.Sequential):
+    def forward(self, x): return super().forward(x) + torch.linalg.svdvals(x.mean(1))[:,:1]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('file', runtimes.values())
+def test_an_operator_that_a_runtime_lacks(file, dls, tmp_path):
+    "It is named"
+    learn = distill_learner(dls, None, Odd(nn.Flatten(), nn.Linear(768, 10)), path=tmp_path)
+    with pytest.raises(ValueError, match=r'has no .*linalg_svd.*replace that operator, or write another kind of file'): learn.deploy(file)
+    assert [*tmp_path.iterdir()]==[]
+
+def test_int8_twice(dls, tmp_path):
+    learn = distill_learner(dls, None, wrn(10, .5), path=tmp_path)
+    learn.quantize()
+    with pytest.raises(ValueError, match='int8 already: leave out int8=True'): learn.deploy(int8=True)
+    with pytest.raises(ValueError, match='deploy to .onnx or .pte for int8'): distill_learner(dls, None, wrn(10, .5), path=tmp_path).deploy('a.xml', int8=True)
+    assert [*tmp_path.iterdir()]==[]
+
+class PerBatch(nn.Sequential):
+    "Reads the mean of the batch"
+    def forward(self, x): return super().forward(x-x.mean(0))
+
+def test_bad_input(dls, tmp_path):
+    learn = distill_learner(dls, None, wrn(10, .5), path=tmp_path)
+    with pytest.raises(ValueError, match='No form for student.bin: its suffix must be .onnx or .xml or .pte'): learn.deploy('student.bin')
+    with pytest.raises(ValueError, match='other outputs than each alone.* remove what depends on the batch'):
+        distill_learner(dls, None, PerBatch(nn.Flatten(), nn.Linear(768, 10)), path=tmp_path).deploy(agree=0)
+    for task in (dict(y_block=MultiCategoryBlock, get_y=lambda o: ['a']), dict(y_block=RegressionBlock, get_y=lambda o: 1.)):
+        block = DataBlock((ImageBlock,task['y_block']), get_y=task['get_y'], item_tfms=ToTensor())
+        other = block.dataloaders([Image.fromarray(np.zeros((16,16,3), np.uint8)) for _ in range(8)], bs=2, num_workers=0)
+        with pytest.raises(ValueError, match='classifiers of images.*export_onnx'): distill_learner(other, None, wrn(10, .5, n_out=1), path=tmp_path).deploy()
+    learn.export_onnx('network.onnx')
+    with pytest.raises(ValueError, match='takes no pixels: write it with learn.deploy'): DeployedModel(tmp_path/'network.onnx')
+    with pytest.raises(FileNotFoundError): DeployedModel(tmp_path/'none.onnx')
+    with pytest.raises(ValueError, match='No runtime for a.bin'): DeployedModel(tmp_path/'a.bin')
+    assert [o.name for o in tmp_path.iterdir()]==['network.onnx']
+
+def test_sixteen_bits():
+    deep = Image.fromarray(np.full((2,2), 257*200, np.uint16))
+    assert (np.asarray(as_rgb(deep))==200).all()
+    with pytest.raises(ValueError, match='more than 16 bits'): as_rgb(Image.fromarray(np.full((2,2), 2**20, np.int32)))
