@@ -86,7 +86,7 @@ bench: .venv/developing
 
 .venv/installed: settings.ini pyproject.toml setup.py
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -e .
+	$(BIN)/pip install --quiet -e '.[onnx]'
 	touch $@
 
 .venv/developing: .venv/installed

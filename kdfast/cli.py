@@ -17,12 +17,13 @@ warnings.filterwarnings('ignore', message='load_learner')  # printed once, by _f
 from fastai.vision.all import *
 from fastcore.script import anno_parser
 from filelock import FileLock
+from .compress import deploy  # adds learn.deploy
 from .core import digest, image_shape, import_extra, on_interrupt, whole_file
 from .data.files import data_sets
 from .data.folder import ImageFiles
 from .devices import in_turn, say
 from .distill.core import FitNet
-from .doctor import doctor
+from .doctor import doctor, missing
 from .experiments.arm import load_network
 from .experiments.records import Records
 from .experiments.research import table_of
@@ -153,7 +154,7 @@ def _compared(arms):
     lines = {o:told(o) for o in arms}
     return '\n'.join(f'{k:{max(map(len, lines))}}  {v}' for k,v in lines.items() if v)
 
-_abouts = {'records.jsonl':'all runs, with their commands', 'curves.png':'learning curves', 'attention.png':'where teacher, student and control look',
+_abouts = {'records.jsonl':'all runs, with their commands', 'curves.png':'learning curves', 'attention.png':'where teacher, student and control look', 'deployed.onnx':'the kd+at student, from pixels to probabilities', 'digit.png':'a held-out digit',
     'report.csv':'each step of each chain', '.pkl':'student: load_learner(file)', '.onnx':'student for onnxruntime: OnnxModel(file)', '.pt2':'student for torch.export: ProgramModel(file)'}
 
 def _listed(files):
@@ -201,6 +202,13 @@ def _report(sweep, *files):
 # %% ../nbs/cli.ipynb #547f26ed
 demo_arms = 'control','kd','at','kd+at','fitnet'
 
+def _to_serve(sweep, run):
+    "Deploy a student next to an image to try it on, both for the command in `demo`"
+    learn = sweep.learner(run)
+    file,(image,_) = learn.deploy('deployed.onnx').file,learn.dls.valid_ds[0]
+    with whole_file(file.with_name('digit.png')) as f: Image.fromarray(image.permute(1,2,0).numpy()).save(f, format='png')
+    return file,file.with_name('digit.png')
+
 def demo(
     out:Path=Path('demo'), # Folder for records, pictures and exported students; existing runs are resumed
     epochs:int=12, # Epochs of each student, 20 batches each
@@ -220,7 +228,10 @@ def demo(
     at = first(o for o in taught if o.method=='at')
     kept = all(sweep.file_of(o).exists() for o in (teacher,at,control))  # or only their records are
     figures = [show_attention(sweep.learner(at), control=sweep.learner(control), stage=1)] if kept else []
-    _report(sweep, *(_save(o, sweep.folder/'attention.png') for o in figures))
+    best = first(o for o in taught if o.method=='kd+at')
+    served = _to_serve(sweep, best) if best and not missing('onnx') and sweep.file_of(best).exists() else ()
+    _report(sweep, *(_save(o, sweep.folder/'attention.png') for o in figures), *served)
+    if served: say(f"\nA student without fastai and torch: python -m kdfast.predict {served[0]} {served[1]}")
     say("\nNext, the same with your own images, labelled or not: kdfast distill --data FOLDER --epochs 20")
 
 # %% ../nbs/cli.ipynb #8d5db81d

@@ -26,7 +26,9 @@ def student_on(folder, path, tfm=None, batch_tfms=None, net=None, **kwargs):
 def probabilities(learn, image):
     with learn.no_bar(), learn.no_logging(): return learn.predict(image)[2].numpy()
 
-@pytest.mark.parametrize('tfm', [Resize(24), Resize((20,30)), Resize(24, ResizeMethod.Squish)], ids=['crop','oblong','squish'])
+others = (pytest.param(o, marks=pytest.mark.slow) for o in (Resize((20,30)), Resize(24, ResizeMethod.Squish)))
+
+@pytest.mark.parametrize('tfm', [Resize(24), *others], ids=['crop','oblong','squish'])
 def test_a_file_does_what_validation_does(tfm, photos, tmp_path):
     learn = student_on(photos, tmp_path, tfm)
     report = learn.deploy()

@@ -1,5 +1,5 @@
 "The demo runs, and the records that the commands have left are what the issue of their runs asked for"
-import math, shlex, shutil, subprocess, sys, pytest
+import math, os, shlex, shutil, subprocess, sys, pytest
 from pathlib import Path
 from statistics import mean, stdev
 from kdfast.experiments.records import read_results
@@ -25,7 +25,11 @@ def test_the_demo_writes_what_it_says(tmp_path):
     shown = {'records.jsonl','curves.png','attention.png',*(f'student-{o}.pkl' for o in arms)}
     assert all((tmp_path/'out'/o).exists() and str(tmp_path/'out'/o) in res.stdout for o in shown)
     assert all(o in res.stdout for o in ('attention.png   ', 'where teacher, student and control look', '\nat       Attention transfer', '\nkd+at    kd and at together\n'))
-    assert res.stdout.rstrip().splitlines()[-1].startswith('Next, ')
+    *_,command,_,last = res.stdout.rstrip().splitlines()
+    assert last.startswith('Next, ') and command.startswith('A student without fastai and torch: python -m kdfast.predict ')
+    (tmp_path/'sitecustomize.py').write_text('import sys\nsys.modules.update(torch=None, fastai=None)')
+    res = subprocess.run([sys.executable, *command.split()[-4:]], capture_output=True, text=True, timeout=60, env={**os.environ, 'PYTHONPATH':str(tmp_path)})
+    assert res.returncode==0 and f"{tmp_path/'out/digit.png'}: " in res.stdout and res.stdout.count('%')==3, res.stderr
     results = read_results(tmp_path/'out/records.jsonl')
     assert len(arms_of(results))==2*5 and all('--seeds 2' in o['command'] for o in results.values())
     assert all(len(o['history']['accuracy'])==1 for o in results.values())
