@@ -82,6 +82,7 @@ bench: .venv/developing
 	$(BIN)/python benchmarks/block_cost.py --turns 5 --steps 3 | tee results/block_cost.md
 	$(BIN)/python benchmarks/conv_cost.py --turns 9 | tee results/conv_cost.md
 	$(BIN)/python benchmarks/int8_cost.py | tee results/int8_cost.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deploy_cost.py | tee results/deploy_cost.md
 	$(BIN)/python benchmarks/kills.py | tee results/kills.md
 
 .venv/installed: settings.ini pyproject.toml setup.py

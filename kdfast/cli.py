@@ -228,10 +228,11 @@ def demo(
     at = first(o for o in taught if o.method=='at')
     kept = all(sweep.file_of(o).exists() for o in (teacher,at,control))  # or only their records are
     figures = [show_attention(sweep.learner(at), control=sweep.learner(control), stage=1)] if kept else []
+    _report(sweep, *(_save(o, sweep.folder/'attention.png') for o in figures))
     best = first(o for o in taught if o.method=='kd+at')
-    served = _to_serve(sweep, best) if best and not missing('onnx') and sweep.file_of(best).exists() else ()
-    _report(sweep, *(_save(o, sweep.folder/'attention.png') for o in figures), *served)
-    if served: say(f"\nA student without fastai and torch: python -m kdfast.predict {served[0]} {served[1]}")
+    if best and not missing('onnx') and sweep.file_of(best).exists():
+        served = _to_serve(sweep, best)
+        say(f"{_listed(served)}\n\nA student without fastai and torch: python -m kdfast.predict {shlex.join(map(str, served))}")
     say("\nNext, the same with your own images, labelled or not: kdfast distill --data FOLDER --epochs 20")
 
 # %% ../nbs/cli.ipynb #8d5db81d

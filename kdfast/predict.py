@@ -1,4 +1,4 @@
-"""Classify images with what `learn.deploy` wrote, without fastai and without torch
+"""Classify images with what `learn.deploy` wrote, without fastai
 
 Docs: https://kdfast.github.io/kdfast/predict.html.md"""
 
@@ -33,7 +33,7 @@ def _resized(image, size, how):
     h,w = size
     if image.size==(w,h): return image
     if how=='none': raise ValueError(f"This file takes images of {w}x{h} pixels, got one of {image.width}x{image.height}: "
-        "resize it as the validation images were")
+        "resize it as validation does")
     if how=='crop':
         least = min(image.width/w, image.height/h)
         cw,ch = int(least*w),int(least*h)
@@ -101,7 +101,7 @@ class DeployedModel:
 
     def pixels(self,
         image # A file, or a PIL image
-    ) -> np.ndarray: # uint8 `(1,h,w,c)`; raises `ValueError` if the file takes one size and does not tell how images get it
+    ) -> np.ndarray: # uint8 `(1,h,w,c)`; raises `ValueError` if the file takes another size and was deployed with `resize='none'`
         "An image as this file takes it"
         image = as_rgb(image if isinstance(image, Image.Image) else Image.open(image))
         if self.shape[3]==1: image = image.convert('L')
@@ -112,7 +112,7 @@ class DeployedModel:
 def predict_file(
     file:Path, # Written by `learn.deploy`
     image, # A file, or a PIL image
-    n:int=3 # Number of classes to tell
+    n:int=3 # Number of classes
 ) -> dict: # Class to probability, or to its logit if the file ends in these, the largest first
     "Classify an image with a deployed file; raises `ImportError` naming the runtime if that is missing"
     net = DeployedModel(file)
@@ -127,11 +127,13 @@ def main(
     parser = ArgumentParser(description="Classify images with a file that learn.deploy wrote")
     parser.add_argument('file')
     parser.add_argument('images', nargs='+')
-    parser.add_argument('--top', type=int, default=3, help="Number of classes to tell")
+    parser.add_argument('--top', type=int, default=3, help="Number of classes to print")
     args = parser.parse_args(args)
-    net = DeployedModel(args.file)
+    try: net = DeployedModel(args.file)
+    except (OSError,ValueError,ImportError) as e: sys.exit(str(e))
     for o in args.images:
-        out = net(net.pixels(o))[0]
+        try: out = net(net.pixels(o))[0]
+        except (OSError,ValueError) as e: sys.exit(f"{o} cannot be classified: {e}")
         told = [f'{net.classes[i]} {100*out[i]:.1f} %' if net.outputs=='probabilities' else f'{net.classes[i]} {out[i]:.3f}' for i in out.argsort()[::-1][:args.top]]
         print(f"{o}: {', '.join(told)}")
 

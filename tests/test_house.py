@@ -3,7 +3,7 @@ import ast, json, os, re, shutil, subprocess, sys, pytest
 from pathlib import Path
 
 root = Path(__file__).parent.parent
-floors = 'core data losses','models devices','layers','teacher','distill','learner','train compress look','experiments doctor','cli','all','skill'
+floors = 'predict','core data losses','models devices','layers','teacher','distill','learner','train compress look','experiments doctor','cli','all','skill'
 floor_of = {package:i for i,o in enumerate(floors) for package in o.split()}
 files = {'.'.join(f.relative_to(root).with_suffix('').parts):f for f in sorted((root/'kdfast').rglob('*.py')) if f.name!='_modidx.py'}
 rooms = {k:ast.parse(f.read_text()) for k,f in files.items() if f.stem not in ('__init__','all')}

@@ -12,7 +12,7 @@ import json
 from fastai.vision.all import *
 from .export import exportable, onnx_program, writing
 from .quantize import Int8
-from ..core import first_batches, import_extra, probe_batch, probing, split_batch, whole_file
+from ..core import first_batches, import_extra, keep_rng, probe_batch, probing, split_batch, whole_file
 from ..data.memory import FromMemory
 from ..layers.adapters import bare_model
 from ..predict import DeployedModel
@@ -33,7 +33,7 @@ def _resize_of(dl):
 
 # %% ../../nbs/compress/deploy.ipynb #054ef20b
 class Pixels(nn.Module):
-    "From pixels to what `net` makes of them"
+    "A network that takes pixels"
     def __init__(self,
         net:nn.Module, # Takes normalized images, `(n,c,h,w)`, and outputs logits
         norm, # `Normalize` of these images, None if they are in [0,1]
@@ -63,52 +63,60 @@ class Pixels(nn.Module):
         return out.softmax(1) if self.softmax else out
 
 # %% ../../nbs/compress/deploy.ipynb #199eaa0e
-def _decoded(x):
-    "The image that a data set gives, as a PIL image"
+def _image(x): return Image.fromarray(x[:,:,0] if x.shape[2]==1 else x)
+
+def _served(dl, i, resize):
+    "Validation image `i` as the file gets it: a path, or a PIL image"
+    images = first(getattr(dl.dataset, 'tls', ()))
+    opened = images is not None and [o.name for o in images.tfms.fs if o.name!='noop']
+    item = images.items[i] if opened and len(opened)==1 else None  # anything more may read another file
+    if resize!='none' and isinstance(item, (str,Path)): return item
+    x = (dl.do_item(i) if resize=='none' else dl.dataset[i])[0]
     if isinstance(x, Tensor) and x.dtype==torch.uint8 and x.ndim==3: x = _image(x.permute(1,2,0).numpy())
     if not isinstance(x, Image.Image): raise ValueError(
         f"Items of the validation set are no images but a {type(x).__name__}: use export_onnx, which writes the network alone")
     return x
 
-def _image(x): return Image.fromarray(x[:,:,0] if x.shape[2]==1 else x)
-
-def _pixels_of(xb, norm):
-    "Pixels `(n,h,w,c)` of a batch as the network gets it"
-    x = norm.decode(xb) if norm else xb
-    return to_cpu((x.as_subclass(Tensor)*255).round().clamp(0, 255).byte().permute(0,2,3,1)).numpy()
+def _outputs(student, dls, dl):
+    "What the student makes of validation images, and their labels, None if there are none"
+    outs,labels = [],[]
+    for b in dl:
+        xb,yb = (map(to_cpu, o) for o in split_batch(dls, b))
+        with probing(student): outs.append(student(*(o.as_subclass(Tensor) for o in xb)).float())
+        labels += [o.as_subclass(Tensor) for o in yb]
+    return torch.cat(outs),torch.cat(labels).numpy() if labels else None
 
 # %% ../../nbs/compress/deploy.ipynb #76f924cc
-def _validation(learn, n, resize):
-    "`n` validation images as a file with `resize` gets them, what the student makes of them, and their labels"
-    dl = learn.dls.valid.new(shuffle=False, drop_last=False)
-    model,norm,images,outs,labels = bare_model(learn.model),normalizer(learn.dls),[],[],[]
-    for b in dl:
-        xb,yb = split_batch(learn.dls, b)
-        with probing(model): outs.append(to_cpu(model(*xb)).float())
-        if resize=='none': images += map(_image, _pixels_of(*xb, norm))
-        labels += map(to_cpu, yb)
-        if sum(map(len, outs))>=n: break
-    outs,labels = (torch.cat([o.as_subclass(Tensor) for o in part])[:n].numpy() if part else None for part in (outs,labels))
-    return images[:n] or [_decoded(dl.dataset[i][0]) for i in range(len(outs))],outs,labels
-
-# %% ../../nbs/compress/deploy.ipynb #66e3e340
 def _answers(net, images):
     "Outputs of a file, one image at a time; raises `ValueError` if two at once give something else"
-    xs = [net.pixels(o) for o in images]
-    outs = np.concatenate([net(x) for x in xs])
-    if len(xs)>1 and xs[0].shape==xs[1].shape:
-        far = np.abs(net(np.concatenate(xs[:2]))-outs[:2]).max()/np.abs(outs[:2]).max()
-        if not far<=.05: raise ValueError(f"Two images together give other outputs than each alone, by {far:.0%}: "
+    two,outs = [],[]
+    for x in map(net.pixels, images):
+        outs.append(net(x))
+        if len(two)<2: two.append(x)
+    if len(two)>1 and two[0].shape==two[1].shape:
+        far = np.abs(net(np.concatenate(two))-np.concatenate(outs[:2])).max()/np.abs(outs[:2]).max()
+        if far>.05: raise ValueError(f"Two images together give other outputs than each alone, by {far:.0%}: "
             "remove what depends on the batch from forward")
-    return outs
+    return np.concatenate(outs)
 
-def _remedy(dl, int8):
+def _found(ours, theirs, labels):
+    same = np.isfinite(theirs).all(1) & (theirs.argmax(1)==ours.argmax(1))
+    right = {} if labels is None else {k:(o.argmax(1)==labels).mean() for k,o in dict(student=ours, deployed=theirs).items()}
+    return dict(images=len(same), agreement=same.mean(), difference=np.abs(ours-theirs).max(), **right)
+
+def _remedy(dl, found, int8):
     known = ToTensor,IntToFloatTensor,Normalize,Resize,FromMemory
     odd = [type(o).__name__ for o in _transforms(dl) if isinstance(o, Transform) and not isinstance(o, known) and type(o) is not Transform]
-    if odd: return f"it lacks {' and '.join(odd)}, which validation images go through"
-    return f"pass a smaller agree= to accept this{', or train with learn.quantize_aware()'*int8}"
+    if not np.isfinite(found['difference']): return "an output is not finite"
+    if odd: return f"it has no {' or '.join(odd)}, which validation images go through; set split_idx=0 there if they are for training"
+    return 'train with learn.quantize_aware(), or pass a smaller agree=' if int8 else 'pass agree=0 to accept it'
 
-# %% ../../nbs/compress/deploy.ipynb #376559dd
+# %% ../../nbs/compress/deploy.ipynb #66e3e340
+def _pixels_of(x, norm):
+    "Pixels `(n,h,w,c)` of a batch as the network gets it"
+    x = norm.decode(x) if norm else x
+    return to_cpu((x.as_subclass(Tensor)*255).round().clamp(0, 255).byte().permute(0,2,3,1)).numpy()
+
 class _Calibration:
     def __init__(self, batches): self.left = iter(batches)
     def get_next(self): return next(({'images':x} for x in self.left), None)
@@ -133,11 +141,21 @@ def _to_openvino(net, x, free, about, file, batches):
 # %% ../../nbs/compress/deploy.ipynb #683e9f0c
 def _traced(net, x): return torch.export.export(net, (x,), dynamic_shapes=({0:torch.export.Dim('n', min=1, max=64)},))
 
+def _keep_apart(graph):
+    "torchao 0.18 folds a batch norm into the convolution before it even where another layer reads that convolution, too"
+    for o in graph.find_nodes(op='call_function', target=torch.ops.aten.batch_norm.default):
+        if len(o.args[0].users)<2: continue
+        with graph.inserting_before(o): between = graph.call_function(torch.ops.aten.clone.default, (o.args[0],))
+        between.meta = dict(o.args[0].meta)
+        o.replace_input_with(o.args[0], between)
+
 def _in_int8(net, x, batches):
     xnnpack = import_extra('executorch', 'executorch.backends.xnnpack.quantizer.xnnpack_quantizer')
     pt2e = import_extra('executorch', 'torchao.quantization.pt2e.quantize_pt2e')
     quantizer = xnnpack.XNNPACKQuantizer().set_global(xnnpack.get_symmetric_quantization_config(is_per_channel=True))
-    observed = pt2e.prepare_pt2e(_traced(net, x).module(), quantizer)
+    graph = _traced(net, x).module()
+    _keep_apart(graph.graph)
+    observed = pt2e.prepare_pt2e(graph, quantizer)
     for b in batches:
         for o in torch.from_numpy(b).split(64): observed(o)
     return pt2e.convert_pt2e(observed)
@@ -153,58 +171,75 @@ def _to_executorch(net, x, free, about, file, batches):
 _forms = {'.onnx':_to_onnx, '.xml':_to_openvino, '.pte':_to_executorch}
 
 # %% ../../nbs/compress/deploy.ipynb #e4058989
-def _image_shape(dls, model):
-    "`(c,h,w)` of the images and the number of classes; raises `ValueError` for anything but a classifier of images"
-    xb,yb = probe_batch(dls)
-    with probing(model): out = model(*xb)
-    images = len(xb)==1 and xb[0].ndim==4 and xb[0].shape[1] in (1,3)
-    classes = isinstance(out, Tensor) and out.ndim==2 and all(y.ndim==1 and not y.is_floating_point() for y in yb)
-    if not (images and classes): raise ValueError(
-        "learn.deploy writes classifiers of images, with one label each: use learn.export_onnx, which writes the network alone")
-    return xb[0].shape[1:],out.shape[1]
+def _check_request(file, model, int8, resize, dl, n):
+    if file.suffix not in _forms: raise ValueError(f"No form for {file.name}: its suffix must be {' or '.join(_forms)}")
+    if resize not in ('crop','squish','none'): raise ValueError(f"resize must be 'crop', 'squish' or 'none', got {resize!r}")
+    if isinstance(model, Int8) and (int8 or file.suffix!='.onnx'): raise ValueError(
+        "This student is int8 already: deploy it to .onnx without int8=True, or deploy the floating-point student")
+    if not (n and len(dl.dataset)): raise ValueError("No validation image to check the file on: set learn.dls to DataLoaders with a validation set")
+    weights = file.with_suffix('.bin')
+    if file.suffix=='.xml' and weights.exists() and not file.exists(): raise ValueError(f"{weights} is in the way: choose another name")
 
+def _image_shape(dls, student):
+    "`(c,h,w)` of the images, and the names of the classes; raises `ValueError` for anything but a classifier of images"
+    xb,yb = (tuple(map(to_cpu, o)) for o in probe_batch(dls))
+    with probing(student): out = student(*xb)
+    vocab = getattr(dls, 'vocab', None) or range(out.shape[1] if isinstance(out, Tensor) and out.ndim==2 else 0)
+    images = len(xb)==1 and xb[0].ndim==4 and xb[0].shape[1] in (1,3)
+    classes = isinstance(out, Tensor) and out.ndim==2 and len(vocab)==out.shape[1]>1
+    if not (images and classes and len(yb)<=1 and all(y.ndim==1 and not y.is_floating_point() for y in yb)): raise ValueError(
+        "learn.deploy writes classifiers of images, one output a class and one label an image: use learn.export_onnx, which writes the network alone")
+    return tuple(xb[0].shape[1:]),[*map(str, vocab)]
+
+def _probabilities(outs, loss):
+    probs = outs.softmax(1)
+    done = (outs>=0).all() and torch.allclose(outs.sum(1), torch.ones(len(outs)), atol=1e-3)
+    if done or not torch.allclose(getattr(loss, 'activation', lambda o: probs)(outs).float(), probs, atol=1e-4): raise ValueError(
+        "The outputs of this student become probabilities otherwise than by a softmax: pass softmax=False")
+    return probs
+
+# %% ../../nbs/compress/deploy.ipynb #8cc3135c
 def _put(folder, file):
     "Give whatever a form has written its final name; returns its size"
     made = sorted(Path(folder).iterdir(), key=lambda o: o.suffix==file.suffix)  # what the file refers to comes first
+    if len(made)>1: file.unlink(missing_ok=True)  # of half a pair, nothing can be opened
     for o in made:
         with whole_file(file.with_suffix(o.suffix)) as part: shutil.copyfile(o, part)
     return sum(o.stat().st_size for o in made)
 
-# %% ../../nbs/compress/deploy.ipynb #8cc3135c
+def _write(file, net, about, c, batches):
+    any_size = net.resize!='none'
+    x = torch.zeros(2, *((2*o+i for i,o in enumerate(net.size)) if any_size else net.size), c, dtype=torch.uint8)
+    _forms[file.suffix](net, x, {0:'batch', **({1:'height', 2:'width'} if any_size else {})}, about, file, batches)
+
 @patch
 def deploy(self:Learner,
     fname='student.onnx', # File, relative to `learn.path`; replaced only once the new one has passed the check
     int8:bool=False, # Whether convolutions and linear layers compute in 8-bit integers
-    softmax:bool=True, # Whether the file ends in probabilities instead of logits
-    resize:str=None, # How images of other sizes come to the network's: 'crop' to the middle, 'squish', or 'none'; as in validation by default
+    softmax:bool=True, # Whether the file ends in probabilities instead of the student's outputs
+    resize:str=None, # How images get the size of the network: 'crop' to the middle, 'squish', or 'none'; as in validation by default
     n:int=500, # Number of validation images to check it on
-    agree:float=.99 # Fraction of them for which the student and the file must have the same first class
+    agree:float=.99 # Fraction of them with the same first class that is enough; without int8, no output may differ by more than .1 either; 0 accepts anything
 ) -> pd.Series: # What the check has found
     "Write the student as one file that takes pixels; raises `ValueError`, and keeps the file under another name, if it disagrees with the student"
     if rank_distrib(): return
-    file,model,dl,norm = self.path/fname,bare_model(self.model),self.dls.valid,normalizer(self.dls)
-    if file.suffix not in _forms: raise ValueError(f"No form for {file.name}: its suffix must be {' or '.join(_forms)}")
-    if int8 and isinstance(model, Int8): raise ValueError("This student is int8 already: leave out int8=True")
-    (c,*size),classes = _image_shape(self.dls, model)
-    resize = resize or _resize_of(dl)
-    images,outs,labels = _validation(self, n, resize)
-    if softmax: outs = torch.tensor(outs).softmax(1).numpy()
-    any_size = file.suffix=='.onnx' and resize!='none'
-    net = Pixels(exportable(model), norm, size, resize if any_size else 'none', softmax).eval()
-    names = [str(o) for o in getattr(self.dls, 'vocab', None) or range(classes)]
-    about = dict(classes=json.dumps(names), pixels=json.dumps(size), resize=resize, outputs='probabilities' if softmax else 'logits')
-    x = torch.zeros(2, *((2*o+i for i,o in enumerate(size)) if any_size else size), c, dtype=torch.uint8)
-    free = {0:'batch', **({1:'height', 2:'width'} if any_size else {})}
-    batches = [_pixels_of(split_batch(self.dls, b)[0][0], norm) for b in first_batches(self.dls)] if int8 else None
-    with tempfile.TemporaryDirectory() as folder:
+    file,model,norm,resize = self.path/fname,bare_model(self.model),normalizer(self.dls),resize or _resize_of(self.dls.valid)
+    _check_request(file, model, int8, resize, self.dls.valid, n)
+    student = model if isinstance(model, Int8) else exportable(model)
+    (c,*size),vocab = _image_shape(self.dls, student)
+    about = dict(classes=json.dumps(vocab), pixels=json.dumps(size), resize=resize, outputs='probabilities' if softmax else 'logits')
+    net = Pixels(exportable(model), norm, size, resize if file.suffix=='.onnx' else 'none', softmax).eval()
+    with keep_rng(self.dls.valid), tempfile.TemporaryDirectory() as folder:
+        idxs = range(min(n, len(self.dls.valid.dataset)))
+        dl = self.dls.valid.new(shuffle=False, drop_last=False, get_idxs=lambda: [*idxs])
+        ours,labels = _outputs(student, self.dls, dl)
+        if softmax: ours = _probabilities(ours, self.loss_func)
         made = Path(folder)/file.name
-        _forms[file.suffix](net, x, free, about, made, batches)
-        theirs = _answers(DeployedModel(made, torch.get_num_threads()), images)
-        same = np.isfinite(theirs).all(1) & (theirs.argmax(1)==outs.argmax(1))
-        found = dict(images=len(same), agreement=same.mean(), difference=np.abs(outs-theirs).max())
-        if same.mean()<agree: file = file.with_stem(f'{file.stem}-disagrees')
+        _write(made, net, about, c, [_pixels_of(split_batch(self.dls, b)[0][0], norm) for b in first_batches(self.dls)] if int8 else None)
+        found = _found(ours.numpy(), _answers(DeployedModel(made, torch.get_num_threads()), (_served(dl, i, resize) for i in idxs)), labels)
+        fits = found['agreement']>=agree and (int8 or not agree or found['difference']<=.1*max(1, ours.abs().max()))
+        if not fits: file = file.with_stem(f'{file.stem}-disagrees')
         found = dict(file=file, MB=_put(folder, file)/1e6, **found)
-    if same.mean()<agree: raise ValueError(
-        f"{fname} and the student agree on {same.sum()} of {len(same)} validation images, and it is kept as {file.name}: {_remedy(dl, int8)}")
-    right = {k:(o.argmax(1)==labels).mean() for k,o in dict(student=outs, deployed=theirs).items()} if labels is not None else {}
-    return pd.Series({**found, **right})
+    if not fits: raise ValueError(f"{fname} disagrees with the student on {1-found['agreement']:.1%} of {found['images']} validation images, "
+        f"by up to {found['difference']:.2g}, and is kept as {file.name}: {_remedy(dl, found, int8)}")
+    return pd.Series(found)
