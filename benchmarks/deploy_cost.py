@@ -15,17 +15,18 @@ from kdfast.all import *
 from kdfast.core import probing
 from kdfast.predict import DeployedModel
 
-def vit(n_out): return timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=4, depth=6, num_classes=n_out)
+def vit(n_out): return timm.create_model('vit_tiny_patch16_224', img_size=32, patch_size=8, depth=6, num_classes=n_out)
 def mobilenetv3(n_out): return timm.create_model('mobilenetv3_small_050', num_classes=n_out)
 
-networks = {'WRN-16-1':(partial(wrn, 16, 1), 6), 'ResNet-18':(partial(resnet, 18), 3), 'MobileNet, half width':(partial(mobile, width=.5), 20), 'MobileNetV3-Small 0.5':(mobilenetv3, 20), 'ViT-Tiny, 6 blocks':(vit, 12)}  # and epochs
+networks = {'WRN-16-1':(partial(wrn, 16, 1), 6, 3e-3), 'ResNet-18':(partial(resnet, 18), 3, 3e-3), 'MobileNet, half width':(partial(mobile, width=.5), 20, 3e-3),
+    'MobileNetV3-Small 0.5':(mobilenetv3, 20, 3e-3), 'ViT-Tiny, 6 blocks':(vit, 15, 5e-4)}  # with epochs and learning rates
 forms = {'ONNX':('full.onnx', {}), 'ONNX, int8':('int8.onnx', dict(int8=True)), 'ONNX, int8 by learn.quantize':('fx.onnx', {}), 'OpenVINO':('full.xml', {}),
     'ExecuTorch':('full.pte', {}), 'ExecuTorch, int8':('int8.pte', dict(int8=True))}
 
-def trained(make, dls, epochs, path):
+def trained(make, dls, epochs, lr, path):
     set_seed(0)
     learn = distill_learner(dls, None, make(n_out=dls.c), metrics=accuracy, path=path)
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, 3e-3)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr)
     return learn
 
 def deployed(learn, form):
@@ -63,14 +64,15 @@ def rows(name, learn, turns):
 def main(argv=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--turns', type=int, default=15)
-    parser.add_argument('--epochs', type=int, help="Of each network; what it needs by default")
+    parser.add_argument('--only', help="The first letters of one network")
     args,dls = parser.parse_args(argv),digits_dls(64)
     options = ''.join(f' --{k} {v}' for k,v in vars(args).items() if v!=parser.get_default(k))
+    chosen = {k:v for k,v in networks.items() if k.startswith(args.only or '')}
     runtimes = ', '.join(f'{o} {version(o)}' for o in ('torch','onnxruntime','openvino','executorch'))
     print(f"`python benchmarks/deploy_cost.py{options}`, {runtimes}, {torch.get_num_threads()} threads; ms per image, one or 64 at a time, and how many times faster than the ONNX file in float32 that is; first classes that are those of the student in float32, and accuracy, both in %.\n")
     print('| network | file | MB | ms, one | times | ms, 64 | times | agreement | accuracy |\n|---|---|---|---|---|---|---|---|---|')
-    for name,(make,epochs) in networks.items():
+    for name,(make,epochs,lr) in chosen.items():
         with tempfile.TemporaryDirectory() as folder:
-            for row in rows(name, trained(make, dls, args.epochs or epochs, Path(folder)), args.turns): print(row, flush=True)
+            for row in rows(name, trained(make, dls, epochs, lr, Path(folder)), args.turns): print(row, flush=True)
 
 if __name__=='__main__': main()

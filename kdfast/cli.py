@@ -17,7 +17,7 @@ warnings.filterwarnings('ignore', message='load_learner')  # printed once, by _f
 from fastai.vision.all import *
 from fastcore.script import anno_parser
 from filelock import FileLock
-from .compress import deploy  # adds learn.deploy
+from .compress.deploy import *
 from .core import digest, image_shape, import_extra, on_interrupt, whole_file
 from .data.files import data_sets
 from .data.folder import ImageFiles

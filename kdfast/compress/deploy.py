@@ -117,6 +117,7 @@ def _pixels_of(x, norm):
     x = norm.decode(x) if norm else x
     return to_cpu((x.as_subclass(Tensor)*255).round().clamp(0, 255).byte().permute(0,2,3,1)).numpy()
 
+# %% ../../nbs/compress/deploy.ipynb #683e9f0c
 class _Calibration:
     def __init__(self, batches): self.left = iter(batches)
     def get_next(self): return next(({'images':x} for x in self.left), None)
@@ -130,6 +131,7 @@ def _to_onnx(net, x, free, about, file, batches):
 
 _in_integers = 'Conv Gemm MatMul Add Relu Clip MaxPool AveragePool GlobalAveragePool Concat'.split()
 
+# %% ../../nbs/compress/deploy.ipynb #fa4394ca
 def _to_openvino(net, x, free, about, file, batches):
     if batches: raise ValueError("OpenVINO files are written in floating point: deploy to .onnx or .pte for int8")
     ov = import_extra('openvino', 'openvino')
@@ -138,7 +140,7 @@ def _to_openvino(net, x, free, about, file, batches):
     for k,v in about.items(): made.set_rt_info(v, k)
     ov.save_model(made, file, compress_to_fp16=False)
 
-# %% ../../nbs/compress/deploy.ipynb #683e9f0c
+# %% ../../nbs/compress/deploy.ipynb #e9eb0293
 def _traced(net, x): return torch.export.export(net, (x,), dynamic_shapes=({0:torch.export.Dim('n', min=1, max=64)},))
 
 def _keep_apart(graph):
@@ -160,6 +162,7 @@ def _in_int8(net, x, batches):
         for o in torch.from_numpy(b).split(64): observed(o)
     return pt2e.convert_pt2e(observed)
 
+# %% ../../nbs/compress/deploy.ipynb #3f58d9b0
 def _to_executorch(net, x, free, about, file, batches):
     exir = import_extra('executorch', 'executorch.exir')
     xnnpack = import_extra('executorch', 'executorch.backends.xnnpack.partition.xnnpack_partitioner')
@@ -212,6 +215,7 @@ def _write(file, net, about, c, batches):
     x = torch.zeros(2, *((2*o+i for i,o in enumerate(net.size)) if any_size else net.size), c, dtype=torch.uint8)
     _forms[file.suffix](net, x, {0:'batch', **({1:'height', 2:'width'} if any_size else {})}, about, file, batches)
 
+# %% ../../nbs/compress/deploy.ipynb #3dd84a0e
 @patch
 def deploy(self:Learner,
     fname='student.onnx', # File, relative to `learn.path`; replaced only once the new one has passed the check

@@ -58,6 +58,7 @@ def _silent():
         try: yield
         finally: logging.disable(before)
 
+# %% ../../nbs/compress/export.ipynb #cf6c977d
 def _why(e):
     "What has gone wrong in the end, and a remedy; a runtime's name for an operator that it lacks"
     while e.__cause__ is not None: e = e.__cause__
