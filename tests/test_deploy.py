@@ -223,6 +223,8 @@ def test_bad_input(dls, quiet, tmp_path):
     with pytest.raises(ValueError, match='No form for student.bin: its suffix must be .onnx or .xml or .pte'): learn.deploy('student.bin')
     with pytest.raises(ValueError, match='other outputs than each alone.* remove what depends on the batch'):
         distill_learner(dls, None, PerBatch(nn.Flatten(), nn.Linear(768, 10)), path=tmp_path).deploy(agree=0)
+    plain = torch.utils.data.DataLoader([(torch.zeros(3,16,16), 0)]*4, batch_size=2)
+    with pytest.raises(ValueError, match='got a DataLoader: use learn.export_onnx'): Learner(DataLoaders(plain, plain), wrn(10, .5), loss_func=CrossEntropyLossFlat(), path=tmp_path).deploy()
     with pytest.raises(ValueError, match="resize must be 'crop', 'squish' or 'none', got 'pad'"): learn.deploy(resize=ResizeMethod.Pad)
     with pytest.raises(ValueError, match='No validation image .* set learn.dls'): learn.deploy(n=0)
     (tmp_path/'student.bin').write_text('mine')

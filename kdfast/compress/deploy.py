@@ -175,6 +175,8 @@ _forms = {'.onnx':_to_onnx, '.xml':_to_openvino, '.pte':_to_executorch}
 
 # %% ../../nbs/compress/deploy.ipynb #e4058989
 def _check_request(file, model, int8, resize, dl, n):
+    if not hasattr(dl, 'new'): raise ValueError(
+        f"learn.deploy reads the transforms of fastai's DataLoaders, got a {type(dl).__name__}: use learn.export_onnx, which writes the network alone")
     if file.suffix not in _forms: raise ValueError(f"No form for {file.name}: its suffix must be {' or '.join(_forms)}")
     if resize not in ('crop','squish','none'): raise ValueError(f"resize must be 'crop', 'squish' or 'none', got {resize!r}")
     if isinstance(model, Int8) and (int8 or file.suffix!='.onnx'): raise ValueError(
