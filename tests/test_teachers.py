@@ -280,7 +280,7 @@ def test_a_probe_changes_nothing(linear, trained, quiet):
 @pytest.mark.parametrize('make', students.values(), ids=[*students])
 def test_features_of_any_student(make):
     x,y = features_of(make(), image_dls().valid)
-    assert len(x)==len(y)==16 and x.ndim==2 and torch.allclose(x.norm(dim=1), torch.ones(16), atol=1e-4)
+    assert len(x)==len(y)==8 and x.ndim==2 and torch.allclose(x.norm(dim=1), torch.ones(8), atol=1e-4)
 
 def test_a_probe_draws_nothing_when_it_is_made():
     labelled = few_digits(20, per_class=4)
