@@ -232,7 +232,7 @@ def demo(
     best = first(o for o in taught if o.method=='kd+at')
     if best and not missing('onnx') and sweep.file_of(best).exists():
         served = _to_serve(sweep, best)
-        say(f"{_listed(served)}\n\nA student without fastai and torch: python -m kdfast.predict {shlex.join(map(str, served))}")
+        say(f"{_listed(served)}\n\nA student without fastai and torch: {shlex.join(map(str, (sys.executable, '-m', 'kdfast.predict', *served)))}")
     say("\nNext, the same with your own images, labelled or not: kdfast distill --data FOLDER --epochs 20")
 
 # %% ../nbs/cli.ipynb #8d5db81d

@@ -186,10 +186,12 @@ def test_an_operator_that_a_runtime_lacks(file, dls, tmp_path):
     assert [*tmp_path.iterdir()]==[]
 
 @pytest.mark.slow
-def test_a_convolution_that_two_layers_read(dls, quiet):
-    "The stem of a wrn-10-1 has a batch norm behind it and a shortcut around that, which torchao folds into one"
-    learn = quiet(distill_learner(dls, None, wrn(10, 1), metrics=accuracy), 3, 1e-2)
-    net,pixels = Pixels(learn.student, normalizer(dls), (16,16), 'none', False).eval(),torch.stack([x.permute(1,2,0) for x,_ in dls.valid_ds]).as_subclass(Tensor)
+def test_a_convolution_that_two_layers_read(dls):
+    "The stem of a wrn-10-1 has a batch norm behind it and a shortcut around that, which torchao folds into one: .5 to .9 of the outputs are then wrong"
+    net = wrn(10, 1)
+    for b in dls.train: net.train()(b[0].as_subclass(Tensor))
+    nn.init.uniform_(net.group1[0].bn1.weight, 3, 6)
+    net,pixels = Pixels(net, normalizer(dls), (16,16), 'none', False).eval(),torch.stack([x.permute(1,2,0) for x,_ in dls.valid_ds]).as_subclass(Tensor)
     with torch.no_grad(): rounded,right = _in_int8(net, pixels[:2], [pixels.numpy()])(pixels),net(pixels)
     assert (rounded-right).norm()<.1*right.norm()
 
