@@ -30,7 +30,7 @@ def trained(make, dls, epochs, lr, path):
     return learn
 
 def deployed(learn, form):
-    "What `learn.deploy` reports; the reason if this network has no such file"
+    "What `learn.deploy` reports; raises `ValueError` if this network has no such file"
     file,kwargs = forms[form]
     if file=='fx.onnx':
         learn = distill_learner(learn.dls, None, deepcopy(learn.student), metrics=accuracy, path=learn.path)

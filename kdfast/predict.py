@@ -108,16 +108,22 @@ class DeployedModel:
         x = np.asarray(image if self.shape[1] is None else _resized(image, self.size, self.resize))
         return x.reshape(1, *x.shape[:2], -1)
 
+    def classify(self,
+        image, # As for `pixels`
+        n:int=3 # Number of classes
+    ) -> dict: # Class to probability, or to its logit if the file ends in these, the largest first
+        "The most likely classes of an image"
+        out = self(self.pixels(image))[0]
+        return {self.classes[i]:float(out[i]) for i in out.argsort()[::-1][:n]}
+
 # %% ../nbs/predict.ipynb #58454037
 def predict_file(
     file:Path, # Written by `learn.deploy`
     image, # A file, or a PIL image
     n:int=3 # Number of classes
-) -> dict: # Class to probability, or to its logit if the file ends in these, the largest first
+) -> dict: # As from `DeployedModel.classify`
     "Classify an image with a deployed file; raises `ImportError` naming the runtime if that is missing"
-    net = DeployedModel(file)
-    out = net(net.pixels(image))[0]
-    return {net.classes[i]:float(out[i]) for i in out.argsort()[::-1][:n]}
+    return DeployedModel(file).classify(image, n)
 
 # %% ../nbs/predict.ipynb #c8ab1e47
 def main(
@@ -132,9 +138,9 @@ def main(
     try: net = DeployedModel(args.file)
     except (OSError,ValueError,ImportError) as e: sys.exit(str(e))
     for o in args.images:
-        try: out = net(net.pixels(o))[0]
+        try: found = net.classify(o, args.top)
         except (OSError,ValueError) as e: sys.exit(f"{o} cannot be classified: {e}")
-        told = [f'{net.classes[i]} {100*out[i]:.1f} %' if net.outputs=='probabilities' else f'{net.classes[i]} {out[i]:.3f}' for i in out.argsort()[::-1][:args.top]]
+        told = (f'{k} {100*v:.1f} %' if net.outputs=='probabilities' else f'{k} {v:.3f}' for k,v in found.items())
         print(f"{o}: {', '.join(told)}")
 
 if __name__=='__main__' and '__file__' in globals(): main()  # not in a notebook

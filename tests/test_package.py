@@ -1,5 +1,5 @@
 "What is installed: names, extras, the distribution, the command"
-import os, re, subprocess, sys, tarfile, zipfile, pytest, yaml
+import importlib.util, os, re, subprocess, sys, tarfile, zipfile, pytest, yaml
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -107,3 +107,10 @@ def test_citation_and_templates_can_be_read():
 
 def test_notebooks_are_small():
     assert all(f.stat().st_size<500_000 for f in (root/'nbs').rglob('*.ipynb'))
+
+def test_lessons_about_precision_are_run_on_both_kinds_of_processor():
+    spec = importlib.util.spec_from_file_location('notebooks', root/'tools/notebooks.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    about = {str(o.relative_to(root/'nbs')) for o in (root/'nbs').rglob('*.ipynb') if tool.about_precision(o)}
+    assert {'teacher/inference.ipynb','learner.ipynb','explanation/speed.ipynb'} <= about

@@ -20,7 +20,7 @@ from ..teacher.source import normalizer
 
 # %% ../../nbs/compress/deploy.ipynb #9d379e4e
 def _transforms(dl):
-    "Of a validation image, those that leave it alone left out"
+    "Transforms of validation images, without those for training only"
     tls = getattr(dl.dataset, 'tls', None)
     pipes = [tls[0].tfms if tls else None, *(getattr(dl, o, None) for o in ('after_item','before_batch','after_batch'))]
     return [o for p in pipes for o in getattr(p, 'fs', ()) if getattr(o, 'split_idx', None)!=0]
@@ -122,7 +122,8 @@ class _Calibration:
     def __init__(self, batches): self.left = iter(batches)
     def get_next(self): return next(({'images':x} for x in self.left), None)
 
-def _to_onnx(net, x, free, about, file, batches):
+def _to_onnx(net, x, about, file, batches):
+    free = {0:'batch'} if net.resize=='none' else {0:'batch', 1:'height', 2:'width'}
     onnx_program(net, (x,), (free,), about).save(file)
     if not batches: return
     q = import_extra('onnx', 'onnxruntime.quantization')
@@ -132,7 +133,7 @@ def _to_onnx(net, x, free, about, file, batches):
 _in_integers = 'Conv Gemm MatMul Add Relu Clip MaxPool AveragePool GlobalAveragePool Concat'.split()
 
 # %% ../../nbs/compress/deploy.ipynb #fa4394ca
-def _to_openvino(net, x, free, about, file, batches):
+def _to_openvino(net, x, about, file, batches):
     if batches: raise ValueError("OpenVINO files are written in floating point: deploy to .onnx or .pte for int8")
     ov = import_extra('openvino', 'openvino')
     with writing('OpenVINO', net): made = ov.convert_model(torch.export.export(net, (x,), dynamic_shapes=({0:torch.export.Dim.DYNAMIC},)))
@@ -163,7 +164,7 @@ def _in_int8(net, x, batches):
     return pt2e.convert_pt2e(observed)
 
 # %% ../../nbs/compress/deploy.ipynb #3f58d9b0
-def _to_executorch(net, x, free, about, file, batches):
+def _to_executorch(net, x, about, file, batches):
     exir = import_extra('executorch', 'executorch.exir')
     xnnpack = import_extra('executorch', 'executorch.backends.xnnpack.partition.xnnpack_partitioner')
     with writing('ExecuTorch', net):
@@ -212,10 +213,13 @@ def _put(folder, file):
         with whole_file(file.with_suffix(o.suffix)) as part: shutil.copyfile(o, part)
     return sum(o.stat().st_size for o in made)
 
-def _write(file, net, about, c, batches):
-    any_size = net.resize!='none'
-    x = torch.zeros(2, *((2*o+i for i,o in enumerate(net.size)) if any_size else net.size), c, dtype=torch.uint8)
-    _forms[file.suffix](net, x, {0:'batch', **({1:'height', 2:'width'} if any_size else {})}, about, file, batches)
+def _example(net, c):
+    "Pixels to trace `net` with: of another size than its own, where it takes any"
+    return torch.zeros(2, *(net.size if net.resize=='none' else (2*o+i for i,o in enumerate(net.size))), c, dtype=torch.uint8)
+
+def _about(net, vocab, resize):
+    stats = {k:[round(o, 6) for o in getattr(net, k).flatten().tolist()] for k in ('mean','std')}
+    return dict(classes=json.dumps(vocab), pixels=json.dumps(net.size), resize=resize, normalization=json.dumps(stats), outputs='probabilities' if net.softmax else 'logits')
 
 # %% ../../nbs/compress/deploy.ipynb #3dd84a0e
 @patch
@@ -233,7 +237,6 @@ def deploy(self:Learner,
     _check_request(file, model, int8, resize, self.dls.valid, n)
     student = model if isinstance(model, Int8) else exportable(model)
     (c,*size),vocab = _image_shape(self.dls, student)
-    about = dict(classes=json.dumps(vocab), pixels=json.dumps(size), resize=resize, outputs='probabilities' if softmax else 'logits')
     net = Pixels(exportable(model), norm, size, resize if file.suffix=='.onnx' else 'none', softmax).eval()
     with keep_rng(self.dls.valid), tempfile.TemporaryDirectory() as folder:
         idxs = range(min(n, len(self.dls.valid.dataset)))
@@ -241,7 +244,8 @@ def deploy(self:Learner,
         ours,labels = _outputs(student, self.dls, dl)
         if softmax: ours = _probabilities(ours, self.loss_func)
         made = Path(folder)/file.name
-        _write(made, net, about, c, [_pixels_of(split_batch(self.dls, b)[0][0], norm) for b in first_batches(self.dls)] if int8 else None)
+        batches = [_pixels_of(split_batch(self.dls, b)[0][0], norm) for b in first_batches(self.dls)] if int8 else None
+        _forms[file.suffix](net, _example(net, c), _about(net, vocab, resize), made, batches)
         found = _found(ours.numpy(), _answers(DeployedModel(made, torch.get_num_threads()), (_served(dl, i, resize) for i in idxs)), labels)
         fits = found['agreement']>=agree and (int8 or not agree or found['difference']<=.1*max(1, ours.abs().max()))
         if not fits: file = file.with_stem(f'{file.stem}-disagrees')
