@@ -8,23 +8,31 @@ Docs: https://kdfast.github.io/kdfast/predict.html.md"""
 __all__ = ['as_rgb', 'DeployedModel', 'predict_file', 'main']
 
 # %% ../nbs/predict.ipynb #2542b9e4
-import json, sys
+import json, platform, sys
 from argparse import ArgumentParser
 from importlib import import_module
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 import numpy as np
-from PIL import Image
 
 # %% ../nbs/predict.ipynb #74575bfd
+def _import(name, install=None):
+    try: return import_module(name)
+    except ImportError as e: raise ImportError(f"{name} cannot be imported ({e}): pip install {install or name}") from e
+
+def _pillow(): return _import('PIL.Image', 'pillow')  # a device that only measures files has none
+
+# %% ../nbs/predict.ipynb #ef5c4fa1
 def as_rgb(
-    image:Image.Image # Of any mode
-) -> Image.Image: # Raises `ValueError` for floating point numbers and for more than 16 bits
+    image # A PIL image of any mode
+): # A PIL image; raises `ValueError` for floating point numbers and for more than 16 bits
     "`image` in RGB with 8 bits per channel: converting 16 bits directly would clip them to white"
     if image.mode=='F': raise ValueError("its pixels are floating point numbers of unknown range")
     if image.mode[0]=='I':
         pixels = np.asarray(image)
         if not (0<=pixels.min() and pixels.max()<2**16): raise ValueError("its pixels have more than 16 bits")
-        image = Image.fromarray((pixels/257).round().astype(np.uint8))
+        image = _pillow().fromarray((pixels/257).round().astype(np.uint8))
     return image if image.mode=='RGB' else image.convert('RGB')
 
 # %% ../nbs/predict.ipynb #820cc268
@@ -39,24 +47,20 @@ def _resized(image, size, how):
         cw,ch = int(least*w),int(least*h)
         left,top = (image.width-cw)//2,(image.height-ch)//2
         image = image.crop((left, top, left+cw, top+ch))
-    return image.resize((w,h), Image.Resampling.BILINEAR)
+    return image.resize((w,h), _pillow().Resampling.BILINEAR)
 
 # %% ../nbs/predict.ipynb #ad8df779
-def _runtime(name, install=None):
-    try: return import_module(name)
-    except ImportError as e: raise ImportError(f"{name} cannot be imported ({e}): pip install {install or name}") from e
-
 def _onnx(file, threads):
-    options = _runtime('onnxruntime').SessionOptions()
+    options = _import('onnxruntime').SessionOptions()
     if threads: options.intra_op_num_threads = threads
-    session = _runtime('onnxruntime').InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
+    session = _import('onnxruntime').InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
     images, = session.get_inputs()
     shape = [o if isinstance(o, int) else None for o in images.shape]
     return lambda x: session.run(None, {images.name:x})[0],session.get_modelmeta().custom_metadata_map,shape
 
 # %% ../nbs/predict.ipynb #2d804013
 def _openvino(file, threads):
-    core = _runtime('openvino').Core()
+    core = _import('openvino').Core()
     model = core.read_model(file)
     about = {k:model.get_rt_info(k).value for k in ('classes','pixels','resize','outputs') if model.has_rt_info(k)}
     shape = [None if o.is_dynamic else o.get_length() for o in model.input().partial_shape]
@@ -64,8 +68,8 @@ def _openvino(file, threads):
     return lambda x: net(x)[0],about,shape
 
 def _executorch(file, threads):
-    runtime,torch = _runtime('executorch.runtime', 'executorch').Runtime.get(),_runtime('torch')
-    if threads: _runtime('executorch.extension.pybindings.portable_lib')._unsafe_reset_threadpool(threads)
+    runtime,torch = _import('executorch.runtime', 'executorch').Runtime.get(),_import('torch')
+    if threads: _import('executorch.extension.pybindings.portable_lib')._unsafe_reset_threadpool(threads)
     program = runtime.load_program(file)
     about = {k:program.load_method(k).execute([])[0] for k in program.method_names if k!='forward'}
     net = program.load_method('forward')
@@ -103,7 +107,7 @@ class DeployedModel:
         image # A file, or a PIL image
     ) -> np.ndarray: # uint8 `(1,h,w,c)`; raises `ValueError` if the file takes another size and was deployed with `resize='none'`
         "An image as this file takes it"
-        image = as_rgb(image if isinstance(image, Image.Image) else Image.open(image))
+        image = as_rgb(image if isinstance(image, _pillow().Image) else _pillow().open(image))
         if self.shape[3]==1: image = image.convert('L')
         x = np.asarray(image if self.shape[1] is None else _resized(image, self.size, self.resize))
         return x.reshape(1, *x.shape[:2], -1)
@@ -115,6 +119,18 @@ class DeployedModel:
         "The most likely classes of an image"
         out = self(self.pixels(image))[0]
         return {self.classes[i]:float(out[i]) for i in out.argsort()[::-1][:n]}
+
+    def ms(self,
+        n:int=50 # Number of timed runs, after two to warm up; fewer, but at least five, of a file that takes over 40 ms
+    ) -> float: # Median
+        "Milliseconds for one image that has the size of the network"
+        shape = [o or size for o,size in zip(self.shape, [1,*self.size])]+[self.shape[3]]
+        x,times = np.random.default_rng(0).integers(0, 256, shape, np.uint8),[]
+        while len(times)<n+2 and (len(times)<7 or sum(times)<2000):
+            start = perf_counter()
+            self._run(x)
+            times.append(1e3*(perf_counter()-start))
+        return median(times[2:])
 
 # %% ../nbs/predict.ipynb #58454037
 def predict_file(
@@ -129,18 +145,22 @@ def predict_file(
 def main(
     args=None # Words of the command line
 ):
-    "`python -m kdfast.predict FILE IMAGE ...`: one line an image"
+    "`python -m kdfast.predict FILE IMAGE ...`: one line an image; `FILE --time`: what one image takes, as JSON"
     parser = ArgumentParser(description="Classify images with a file that learn.deploy wrote")
     parser.add_argument('file')
-    parser.add_argument('images', nargs='+')
+    parser.add_argument('images', nargs='*')
     parser.add_argument('--top', type=int, default=3, help="Number of classes to print")
+    parser.add_argument('--threads', type=int, help="Threads of the runtime, by default as many as it likes")
+    parser.add_argument('--time', nargs='?', type=int, const=50, metavar='N', help="Measure N runs with one image of noise each")
     args = parser.parse_args(args)
-    try: net = DeployedModel(args.file)
+    if not (args.images or args.time): parser.error("pass images to classify, or --time")
+    try: net = DeployedModel(args.file, args.threads)
     except (OSError,ValueError,ImportError) as e: sys.exit(str(e))
     for o in args.images:
         try: found = net.classify(o, args.top)
         except (OSError,ValueError) as e: sys.exit(f"{o} cannot be classified: {e}")
         told = (f'{k} {100*v:.1f} %' if net.outputs=='probabilities' else f'{k} {v:.3f}' for k,v in found.items())
         print(f"{o}: {', '.join(told)}")
+    if args.time: print(json.dumps(dict(ms=net.ms(args.time), machine=f'{platform.node()}, {platform.machine()}')))
 
 if __name__=='__main__' and '__file__' in globals(): main()  # not in a notebook

@@ -4,4 +4,5 @@ from .factorize import *
 from .quantize import *
 from .export import *
 from .deploy import *
+from .latency import *
 from .pipeline import *

@@ -174,11 +174,16 @@ def _to_executorch(net, x, about, file, batches):
 
 _forms = {'.onnx':_to_onnx, '.xml':_to_openvino, '.pte':_to_executorch}
 
+def form_of(file):
+    "What writes a file with this suffix"
+    if file.suffix not in _forms: raise ValueError(f"No form for {file.name}: its suffix must be {' or '.join(_forms)}")
+    return _forms[file.suffix]
+
 # %% ../../nbs/compress/deploy.ipynb #e4058989
 def _check_request(file, model, int8, resize, dl, n):
     if not hasattr(dl, 'new'): raise ValueError(
         f"learn.deploy reads the transforms of fastai's DataLoaders, got a {type(dl).__name__}: use learn.export_onnx, which writes the network alone")
-    if file.suffix not in _forms: raise ValueError(f"No form for {file.name}: its suffix must be {' or '.join(_forms)}")
+    form_of(file)
     if resize not in ('crop','squish','none'): raise ValueError(f"resize must be 'crop', 'squish' or 'none', got {resize!r}")
     if isinstance(model, Int8) and (int8 or file.suffix!='.onnx'): raise ValueError(
         "This student is int8 already: deploy it to .onnx without int8=True, or deploy the floating-point student")
@@ -221,6 +226,17 @@ def _about(net, vocab, resize):
     stats = {k:[round(o, 6) for o in getattr(net, k).flatten().tolist()] for k in ('mean','std')}
     return dict(classes=json.dumps(vocab), pixels=json.dumps(net.size), resize=resize, normalization=json.dumps(stats), outputs='probabilities' if net.softmax else 'logits')
 
+def write_pixels(
+    net:Pixels, # In eval mode
+    c:int, # Channels of the images
+    vocab:list, # Names of the classes
+    file:Path, # Such as student.onnx
+    resize:str='none', # How whoever runs a file of one size resizes images, for the metadata
+    batches:list=None # Pixels to find the ranges of int8 with; None for floating point
+):
+    "Write `net` in the form that the suffix names, unchecked"
+    form_of(file)(net, _example(net, c), _about(net, vocab, resize), file, batches)
+
 # %% ../../nbs/compress/deploy.ipynb #3dd84a0e
 @patch
 def deploy(self:Learner,
@@ -245,11 +261,12 @@ def deploy(self:Learner,
         if softmax: ours = _probabilities(ours, self.loss_func)
         made = Path(folder)/file.name
         batches = [_pixels_of(split_batch(self.dls, b)[0][0], norm) for b in first_batches(self.dls)] if int8 else None
-        _forms[file.suffix](net, _example(net, c), _about(net, vocab, resize), made, batches)
-        found = _found(ours.numpy(), _answers(DeployedModel(made, torch.get_num_threads()), (_served(dl, i, resize) for i in idxs)), labels)
+        write_pixels(net, c, vocab, made, resize, batches)
+        deployed = DeployedModel(made, torch.get_num_threads())
+        found = _found(ours.numpy(), _answers(deployed, (_served(dl, i, resize) for i in idxs)), labels)
         fits = found['agreement']>=agree and (int8 or not agree or found['difference']<=.1*max(1, ours.abs().max()))
         if not fits: file = file.with_stem(f'{file.stem}-disagrees')
-        found = dict(file=file, MB=_put(folder, file)/1e6, **found)
+        found = dict(file=file, MB=_put(folder, file)/1e6, ms=deployed.ms(), **found)
     if not fits: raise ValueError(f"{fname} disagrees with the student on {1-found['agreement']:.1%} of {found['images']} validation images, "
         f"by up to {found['difference']:.2g}, and is kept as {file.name}: {_remedy(dl, found, int8)}")
     return pd.Series(found)

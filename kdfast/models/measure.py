@@ -113,12 +113,12 @@ def _milliseconds(model, size, reps=10):
     xb = zeros_for(model, size)
     with probing(model): return 1e3*median([_seconds(model, xb) for _ in range(reps+1)][1:])
 
-def _settings(over):
+def _settings(over, steps):
     "Number of settings after the first, and a function from index to setting"
     if isinstance(over, list): return len(over)-1,over.__getitem__
     lo,hi = over
     if isinstance(lo, int) and isinstance(hi, int): return hi-lo,lambda i: lo+i
-    return 2**20,lambda i: lo+(hi-lo)*i/2**20
+    return steps,lambda i: lo+(hi-lo)*i/steps
 
 # %% ../../nbs/models/measure.ipynb #8017e38e
 def fit_budget(
@@ -126,14 +126,17 @@ def fit_budget(
     params:int=None, # Budget of parameters
     macs:int=None, # Instead of `params`: budget of multiply-adds for one image
     ms:float=None, # Instead of `params`: budget of measured milliseconds for one image
-    over=(1,64), # First and last setting: integers, or floats in about a million steps; or a list of all, in order
-    size=None # Of the images, as for `count_macs`; needed for `macs` and `ms`
+    over=(1,64), # First and last setting: integers, or floats in about a million steps, 64 for `ms`; or a list of all, in order
+    size=None, # Of the images, as for `count_macs`; needed for `macs` and `ms`
+    runtime=None # Called with a network and `size`, returns milliseconds, such as a `Runtime`; by default torch in this process
 ) -> Fit: # `(setting, model, count)`
     "The setting that costs as much as possible without exceeding the budget; raises `ValueError` with the costs within reach"
     check_one(params=params, macs=macs, ms=ms)
-    n,at = _settings(over)
+    if runtime and ms is None: raise ValueError("A runtime measures milliseconds: pass ms= in place of params= or macs=")
+    n,at = _settings(over, 2**20 if ms is None else 64)
     build = make if ms is not None else lambda s: _built(make, s)
-    count = count_params if params is not None else lambda m: count_macs(m, size) if macs is not None else _milliseconds(m, size)
+    timed = runtime or _milliseconds
+    count = count_params if params is not None else lambda m: count_macs(m, size) if macs is not None else timed(m, size)
     cost = cache(lambda i: count(build(at(i))))
     best = bisect(cost, n, next(o for o in (params,macs,ms) if o is not None))
     return Fit(at(best), make(at(best)), cost(best))
@@ -143,7 +146,7 @@ def compare_at_budget(
     makes:dict, # Name to a function for `fit_budget`, or to `(function, over)`
     size, # Of the images, as for `count_macs`
     over=(1,64), # As for `fit_budget`, for functions given without their own
-    **budget # One of `params`, `macs` and `ms`
+    **budget # One of `params`, `macs` and `ms`, and a `runtime`, as for `fit_budget`
 ) -> DataFrame: # One row per function: its setting and the columns of `compare`
     "The other costs of networks with the same budget"
     pairs = {k: f if isinstance(f, tuple) else (f, over) for k,f in makes.items()}
