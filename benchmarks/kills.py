@@ -41,11 +41,13 @@ def child(args):
     cli.main(['table', args.table, '--schedule', 'smoke', '--out', args.out, *args.more])
     os._exit(0)  # a timer may be waiting
 
-def start(out, table, at='', more=()):
+def new(*args): return [sys.executable, *args]
+
+def start(out, table, at='', more=(), python=new):
     "The exit code of one start, and its seconds"
     began = time.perf_counter()
     Path(out).mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, __file__, '--child', '--table', table, '--out', str(out), '--at', at, '--', *more]
+    command = python(__file__, '--child', '--table', table, '--out', str(out), '--at', at, '--', *more)
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode not in (0, -signal.SIGKILL): sys.exit(done.stdout+done.stderr)
     return done.returncode,time.perf_counter()-began
@@ -65,11 +67,11 @@ def moments(kills, seconds, n_checkpoints, n_records):
     return {**{f'time:{seconds*(i+.5)/by_clock:.1f}':None for i in range(by_clock)}, **{f'checkpoint:{i}':None for i in spread(in_checkpoints, n_checkpoints)},
         **{f'record:{i}':None for i in spread(in_records, n_records)}}
 
-def trial(at, folder, table, more, whole):
+def trial(at, folder, table, more, whole, python=new):
     "One kill and one start after it: whether it was killed, and what is wrong at the end"
     out = Path(folder)/at.replace(':', '-')
-    code,seconds = start(out, table, at, more)
-    again,rest = start(out, table, '', more)
+    code,seconds = start(out, table, at, more, python)
+    again,rest = start(out, table, '', more, python)
     trained = epochs(out)
     wrong = [*['not the same'] * (results(out)!=whole), *['an epoch twice'] * (len({*trained})!=len(trained)), *['did not end'] * (again!=0)]
     return code==-signal.SIGKILL,seconds,rest,len(trained),wrong

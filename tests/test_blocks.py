@@ -1,5 +1,5 @@
 "Training block by block: what a stage changes, what it computes, and what is left when it ends"
-import subprocess, sys, pytest
+import subprocess, pytest, warm
 from conftest import few_digits, n_hooks
 from fastai.vision.all import *
 from fastai.callback.tracker import *
@@ -572,5 +572,5 @@ def test_a_narrow_student_is_trained_in_blocks():
     "In a process of its own, which would crash"
     code = "from fastai.vision.all import *; from kdfast.all import *; dls = digits_dls(20, per_class=8, size=16, valid=60); " \
         "learn = distill_learner(dls, wrn(10, 2), wrn(10, .25)); [learn.fit_blocks(2, head=1, mode=o) for o in ('stagewise','parallel')]"
-    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=200)
+    res = subprocess.run(warm.command('-W', 'ignore', '-c', code), capture_output=True, text=True, timeout=200)
     assert res.returncode==0, res.stderr

@@ -1,5 +1,5 @@
 "`kdfast distill`, as a process and in this one"
-import itertools, json, os, signal, subprocess, sys, tarfile, time, pytest, torchvision
+import itertools, json, os, signal, subprocess, sys, tarfile, time, pytest, torchvision, warm
 from contextlib import suppress
 from test_processes import launch
 from fastai.vision.all import *
@@ -16,7 +16,7 @@ kdfast_command = str(Path(sys.executable).parent/'kdfast')
 small = '--pct .2 --size 16 --teacher wrn-10-2 --student wrn-10-1 --method kd,kd+at --epochs 2 --teacher-epochs 1 --seeds 2'.split()
 
 def run(*args, env=None, **kwargs):
-    return subprocess.run([kdfast_command, *map(str, args)], capture_output=True, text=True, timeout=200, env={**os.environ, **(env or {})}, **kwargs)
+    return subprocess.run(warm.command(kdfast_command, *args), capture_output=True, text=True, timeout=200, env={**os.environ, **(env or {})}, **kwargs)
 
 def cpu_seconds():
     "Of processes that have ended: unlike time on the wall, the same when the machine has other work"
@@ -27,7 +27,7 @@ def cpu_seconds():
 def done(tmp_path_factory):
     "A finished run on digits: its output and its folder"
     out,start = tmp_path_factory.mktemp('runs')/'out',cpu_seconds()
-    res = run('distill', *small, '--out', out, env=dict(OMP_WAIT_POLICY='PASSIVE'))
+    res = subprocess.run([kdfast_command, 'distill', *small, '--out', out], capture_output=True, text=True, timeout=200, env=dict(os.environ, OMP_WAIT_POLICY='PASSIVE'))
     assert res.returncode==0, res.stderr
     assert cpu_seconds()-start<60
     return res.stdout,out
@@ -69,7 +69,7 @@ def test_distill_writes_what_it_says(done):
 def test_a_terminal_shows_bars(tmp_path):
     pty = pytest.importorskip('pty')
     ours,theirs = pty.openpty()
-    p = subprocess.Popen([kdfast_command, 'distill', *small[:-2], '--out', str(tmp_path/'out')], stdout=theirs, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen(warm.command(kdfast_command, 'distill', *small[:-2], '--out', tmp_path/'out'), stdout=theirs, stderr=subprocess.DEVNULL)
     os.close(theirs)
     chunks = []
     with suppress(OSError):  # the other end is closed
@@ -142,7 +142,7 @@ def test_ctrl_c_keeps_what_was_reached(tmp_path):
     assert 'Sweep distill: 2 of 4 runs done' in err and 'The same command' in err and 'resumes after the last whole epoch' in err
     before = results_of(tmp_path/'out')
     assert arms(before)==[('control',0),('control',0)]  # the first is the teacher, which nobody on record needs yet
-    res = subprocess.run(args, capture_output=True, text=True, timeout=120)
+    res = subprocess.run(warm.command(*args), capture_output=True, text=True, timeout=120)
     assert res.returncode==0 and 'control, seed 0, epoch' not in res.stdout and 'kd from wrn-10-2, seed 0, epoch 1' not in res.stdout
     results = results_of(tmp_path/'out')
     assert arms(results)==[('control',0),('kd',0),('kd+at',0)] and not [*(tmp_path/'out/.checkpoints').iterdir()]
@@ -467,7 +467,7 @@ def test_blocks_that_cannot_be_are_refused_before_training(options, message, tmp
 @pytest.mark.slow
 def test_three_commands_at_once_share_a_folder(tmp_path):
     "One trains the teacher and one the control, all end well, and nothing is lost"
-    args = [kdfast_command, *'distill --pct .2 --size 16 --teacher wrn-10-2 --epochs 2 --teacher-epochs 1 --out'.split(), str(tmp_path/'out')]
+    args = warm.command(kdfast_command, *'distill --pct .2 --size 16 --teacher wrn-10-2 --epochs 2 --teacher-epochs 1 --out'.split(), tmp_path/'out')
     started = [subprocess.Popen([*args, '--method', o], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for o in ('kd','at','dkd')]
     told = [o.communicate(timeout=300)[0] for o in started]
     assert [o.returncode for o in started]==[0]*3, told

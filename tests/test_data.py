@@ -1,5 +1,5 @@
 "Data from files, archives and a server; in memory the same, and faster"
-import functools, http.server, itertools, shutil, subprocess, sys, tarfile, threading, pytest
+import functools, http.server, itertools, shutil, subprocess, tarfile, threading, pytest, warm
 from time import perf_counter
 from fastai.vision.all import *
 from kdfast.all import *
@@ -44,7 +44,7 @@ def test_download_from_a_server(cifar, tmp_path):
     code = ("from fastai.vision.all import *; from kdfast.all import *; "
         f"URLs.CIFAR,URLs.CIFAR_100 = '{url}/cifar10.tgz','{url}/cifar100.tgz'; "
         "dls = [f(bs=4, num_workers=0) for f in (cifar10_dls,cifar100_dls)]; print(*(len(d.train_ds) for d in dls), dls[1].vocab)")
-    try: res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, env={**os.environ, 'FASTAI_HOME':str(tmp_path/'home')})
+    try: res = subprocess.run(warm.command('-c', code), capture_output=True, text=True, timeout=120, env={**os.environ, 'FASTAI_HOME':str(tmp_path/'home')})
     finally: server.shutdown()
     assert res.returncode==0, res.stderr
     assert res.stdout.strip().endswith("36 36 ['3', '6', '9']")

@@ -1,21 +1,11 @@
 "Several processes on the CPU end with one student"
-import atexit, multiprocessing, os, socket, subprocess, sys, pytest
-from multiprocessing import forkserver
+import os, socket, subprocess, pytest, warm
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
 
 pytestmark = pytest.mark.slow
 here = Path(__file__).parent
-context = multiprocessing.get_context('forkserver')
-
-@pytest.fixture(scope='module', autouse=True)
-def server():
-    "A process that imports everything once, from which the others are forked"
-    context.set_forkserver_preload(['worker'])
-    with pytest.MonkeyPatch.context() as env:
-        env.setenv('PYTHONPATH', str(here), prepend=os.pathsep)
-        forkserver.ensure_running()
 
 def free_port():
     with socket.socket() as s:
@@ -28,34 +18,15 @@ def launch(n, *args, **extra):
     "Run `args` in `n` processes of one gloo group"
     port = free_port()
     env = lambda rank: {**os.environ, **group_env(n, port, rank), 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', **extra}
-    running = [subprocess.Popen([sys.executable, *map(str, args)], env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
+    running = [subprocess.Popen(warm.command(*args), env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
     try: outs = [p.communicate(timeout=240)[0] for p in running]
     finally:
         for p in running: p.kill()
     assert all(p.returncode==0 for p in running), '\n'.join(outs)
     return outs
 
-def as_process(log, env, how, file):
-    "What `worker.py` does"
-    for o in (1, 2): os.dup2(os.open(log, os.O_WRONLY|os.O_CREAT|os.O_APPEND), o)
-    os.environ.update(env)
-    import worker
-    try: worker.main(how, file)
-    finally: atexit._run_exitfuncs()
-
-def forked(n, how, tmp_path):
-    "Train in `n` processes of one gloo group"
-    logs = [tmp_path/f'{how}-{r}.log' for r in range(n)]
-    running = [context.Process(target=as_process, args=(log, group_env(n, port, r), how, str(tmp_path/how))) for port in [free_port()] for r,log in enumerate(logs)]
-    try:
-        for p in running: p.start()
-        for p in running: p.join(240)
-    finally:
-        for p in running: p.kill()
-    assert all(p.exitcode==0 for p in running), '\n'.join(o.read_text() for o in logs)
-
 def trained(how, n, tmp_path):
-    forked(n, how, tmp_path)
+    launch(n, here/'worker.py', how, tmp_path/how)
     return [torch.load(f'{tmp_path/how}.{r}', weights_only=True) for r in range(n)]
 
 def learnt(state): return {k:v for k,v in state.items() if 'running' not in k and 'num_batches' not in k}

@@ -1,5 +1,5 @@
 "The demo runs, and the records that the commands have left are what the issue of their runs asked for"
-import math, os, re, shlex, shutil, subprocess, sys, pytest
+import math, os, re, shlex, shutil, subprocess, sys, pytest, warm
 from pathlib import Path
 from statistics import mean, stdev
 from kdfast.experiments.records import read_results
@@ -20,7 +20,7 @@ def teacher_of(results):
 @pytest.mark.slow
 def test_the_demo_writes_what_it_says(tmp_path):
     args = [Path(sys.executable).parent/'kdfast', 'demo', '--out', tmp_path/'out', '--epochs', '1', '--teacher-epochs', '1', '--seeds', '2']
-    res = subprocess.run(args, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    res = subprocess.run(warm.command(*args), capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert res.returncode==0, res.stderr
     shown = {'records.jsonl','curves.png','attention.png',*(f'student-{o}.pkl' for o in arms)}
     assert all((tmp_path/'out'/o).exists() and str(tmp_path/'out'/o) in res.stdout for o in shown)

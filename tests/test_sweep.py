@@ -1,5 +1,5 @@
 "Runs, records and sweeps: killed, broken, shared"
-import functools, importlib.util, json, multiprocessing, os, resource, shutil, signal, sqlite3, subprocess, sys, time, pytest, torchvision
+import functools, importlib.util, json, multiprocessing, os, resource, shutil, signal, sqlite3, subprocess, sys, time, pytest, torchvision, warm
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ few = '--rows','16-1 from 16-2','--arms','KD'
 def whole(tmp_path_factory):
     "What a command leaves that nobody kills"
     out = tmp_path_factory.mktemp('whole')
-    code,_ = kills.start(out, 'sanity', '', few)
+    code,_ = kills.start(out, 'sanity', '', few, warm.command)
     assert code==0 and len(kills.results(out))==3 and len(kills.epochs(out))==6
     return kills.results(out)
 
@@ -38,7 +38,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize('at', ['after:2','checkpoint:5','record:2'])
 def test_a_killed_command_ends_as_an_uninterrupted_one(whole, at, tmp_path):
     "Half through writing a checkpoint, in the transaction of a record, and in the midst of whatever comes a tenth of a second after the second epoch"
-    killed,_,_,trained,wrong = kills.trial(at, tmp_path, 'sanity', few, whole)
+    killed,_,_,trained,wrong = kills.trial(at, tmp_path, 'sanity', few, whole, warm.command)
     assert not wrong and killed and trained in ((5,6) if at=='after:2' else (6,))  # it may die between a checkpoint and telling of it
 
 def test_kills_are_spread_and_a_quarter_of_them_within_a_write():
@@ -65,7 +65,7 @@ def test_two_workers_share_one_sweep(tmp_path, capfd):
 def test_two_commands_share_one_folder(tmp_path):
     "No run twice, none lost: each is told by one of them alone"
     command = [bin/'kdfast', 'table', 'sanity', '--schedule', 'smoke', '--rows', '16-1 from 16-2', '--arms', 'KD', '--seeds', '2', '--out', tmp_path]
-    both = [subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    both = [subprocess.Popen(warm.command(*command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     outs = [o.communicate(timeout=500)[0] for o in both]
     assert all(o.returncode==0 for o in both), outs
     told = [line.split(':')[0] for out in outs for line in out.splitlines() if ' s' in line and '% in ' in line]
@@ -264,7 +264,7 @@ def test_many_processes_write_at_once(tmp_path):
     "No record is lost, and the table is made by one of them"
     code = f"import sys; from kdfast.experiments.records import *; from kdfast.experiments.run import Run; r = Records('{tmp_path}/r.db'); " \
         "[r.add(Run(seed=100*int(sys.argv[1])+i), dict(accuracy=i/25, seconds=1.)) for i in range(25)]"
-    many = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(i)]) for i in range(3)]
+    many = [subprocess.Popen(warm.command('-W', 'ignore', '-c', code, i)) for i in range(3)]
     assert [o.wait(200) for o in many]==[0]*3
     assert {o.seed for o in Records(tmp_path/'r.db').runs()}=={100*i+j for i in range(3) for j in range(25)}
 
@@ -367,7 +367,7 @@ def test_a_terminal_shows_a_bar_in_a_bar(tmp_path):
     pty = pytest.importorskip('pty')
     ours,theirs = pty.openpty()
     code = f"from kdfast.experiments.all import *; s = Sweep('bars', [Run(method='kd', teacher=Run(student='wrn-10-2', epochs=1, pct=.3, size=16), epochs=2, pct=.2, bs=32, size=16)], '{tmp_path}'); s._attempt(s.runs[0]); s.run(); s.run()"
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=theirs, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen(warm.command('-W', 'ignore', '-c', code), stdout=theirs, stderr=subprocess.DEVNULL)
     os.close(theirs)
     shown = b''
     try:

@@ -54,3 +54,5 @@ def main(how, file):
 def first64(dls):
     xs,ys = dls.train_ds.tls
     return xs.tfms.fs[0].images[:64],ys.tfms.fs[0].labels[:64]
+
+if __name__=='__main__': main(*sys.argv[1:])
