@@ -87,11 +87,11 @@ bench: .venv/developing
 
 .venv/installed: settings.ini pyproject.toml setup.py
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -e '.[onnx]'
+	$(BIN)/pip install --quiet --no-compile -e '.[onnx]'
 	touch $@
 
 .venv/developing: .venv/installed
-	$(BIN)/pip install --quiet -e '.[dev]'
+	$(BIN)/pip install --quiet --no-compile -e '.[dev]'
 	touch $@
 
 clean:

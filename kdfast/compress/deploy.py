@@ -226,6 +226,7 @@ def _about(net, vocab, resize):
     stats = {k:[round(o, 6) for o in getattr(net, k).flatten().tolist()] for k in ('mean','std')}
     return dict(classes=json.dumps(vocab), pixels=json.dumps(net.size), resize=resize, normalization=json.dumps(stats), outputs='probabilities' if net.softmax else 'logits')
 
+# %% ../../nbs/compress/deploy.ipynb #eec7fad3
 def write_pixels(
     net:Pixels, # In eval mode
     c:int, # Channels of the images

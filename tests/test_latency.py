@@ -1,0 +1,45 @@
+"Milliseconds as a target: in the file that will serve, on the machine that will"
+import sys, pytest
+from fastai.vision.all import *
+from kdfast.all import *
+from kdfast.predict import main
+
+elsewhere = dict(on='sh -c', python=sys.executable)
+
+@pytest.mark.parametrize('form,int8', [('.onnx',False), ('.onnx',True), pytest.param('.xml', False, marks=pytest.mark.slow), pytest.param('.pte', False, marks=pytest.mark.slow), pytest.param('.pte', True, marks=pytest.mark.slow)])
+def test_a_larger_network_takes_longer(form, int8):
+    runtime = Runtime(form, int8)
+    assert 0<runtime(wrn(10, .25), 16)<runtime(wrn(10, 4), 32)
+
+@pytest.mark.parametrize('form', ['.onnx', pytest.param('.xml', marks=pytest.mark.slow), pytest.param('.pte', marks=pytest.mark.slow)])
+def test_another_machine(form, tmp_path, monkeypatch):
+    "With other temporary files, of which nothing is left"
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    assert Runtime(form, **elsewhere)(wrn(10, .25), 16)>0
+    assert not [o for o in tmp_path.iterdir() if o.name.startswith('tmp.')]
+
+def test_the_budget_is_met_in_the_runtime():
+    asked = []
+    def runtime(net, size):
+        asked.append((count_params(net),size))
+        return count_params(net)/1e4
+    fit = fit_budget(partial(wrn, 10), ms=10., over=(.25,4.), size=16, runtime=runtime)
+    assert len(asked)<=9 and {s for _,s in asked}=={16} and fit.count==count_params(fit.model)/1e4<=10
+    assert count_params(wrn(10, fit.setting+3.75/64))>1e5
+
+def test_grey_images_and_what_is_left_of_the_network():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).train()
+    before = {k:v.clone() for k,v in net.state_dict().items()}
+    state = torch.get_rng_state()
+    assert Runtime(int8=True)(net, (1,20,30))>0
+    assert net.training and all(torch.equal(v, before[k]) for k,v in net.state_dict().items()) and torch.equal(state, torch.get_rng_state())
+
+@pytest.mark.parametrize('call,error,message', [
+    (lambda: Runtime('.bin'), ValueError, 'No form for student.bin: its suffix must be .onnx'),
+    (lambda: Runtime(on='sh -c', python='no-such-python')(wrn(10, .25), 16), RuntimeError, "could not be timed by 'sh -c' .*no-such-python.*numpy and the runtime"),
+    (lambda: Runtime()(nn.Conv2d(3, 4, 1), 8), ValueError, 'times classifiers'),
+    (lambda: Runtime()(wrn(10, .25), 'a'), ValueError, 'size must be a side'),
+    (lambda: fit_budget(partial(wrn, 10), params=9, runtime=Runtime()), ValueError, 'A runtime measures milliseconds'),
+    (lambda: main(['student.onnx']), SystemExit, '2')])
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message): call()
