@@ -32,7 +32,8 @@ def name_lines(
     ax.figure.canvas.draw()
     ends = [ax.transData.transform((o.get_xdata()[-1], o.get_ydata()[-1])) for o in lines]
     touch = any((abs(a-b)<apart).all() for i,a in enumerate(ends) for b in ends[:i])
-    if touch: return ax.legend(frameon=False, **dict(loc='upper left', bbox_to_anchor=(1,1), fontsize='small') if len(lines)>6 else {})
+    many = dict(loc='upper left', bbox_to_anchor=(1,1), fontsize='small' if len(lines)<13 else 'xx-small', labelspacing=.3) if len(lines)>6 else {}
+    if touch: return ax.legend(frameon=False, **many)
     for o in lines:
         end = o.get_xdata()[-1],o.get_ydata()[-1]
         ax.annotate(o.get_label(), end, (5,0), textcoords='offset points', va='center', color=o.get_color())
