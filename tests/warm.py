@@ -2,7 +2,7 @@
 
 `command(*args)` is for `subprocess` what `[sys.executable, *args]` is. A server, one for each process of pytest, has imported everything and forks for each command. What subprocess starts is a client: it hands over its files, folder and
 environment, passes signals on, and ends as the command ends, which ends with it. What tests are about starting starts by itself."""
-import json, os, select, signal, socket, subprocess, sys
+import json, os, select, shutil, signal, socket, subprocess, sys
 from contextlib import suppress
 
 passed_on = signal.SIGINT,signal.SIGTERM,signal.SIGHUP
@@ -74,6 +74,7 @@ def serve(path):
                 done,status = os.waitpid(pid, 0 if conn in ready else os.WNOHANG)
                 if not done: continue
                 with running.pop(pid), suppress(OSError): conn.send(str(status).encode())
+    shutil.rmtree(os.path.dirname(path))
 
 def ask(path, *args):
     "What `subprocess` starts"
