@@ -213,7 +213,7 @@ def bisect(cost, n, budget):
     "The most expensive setting within `budget`, of `n+1` settings with rising or falling costs"
     under,above = (0,n) if cost(0)<=cost(n) else (n,0)
     if not cost(under)<=budget<=cost(above): raise ValueError(
-        f"The budget of {budget:,} is out of reach: the settings cost {cost(under):,} to {cost(above):,}, "
+        f"The budget of {budget:,} is out of reach: the settings cost {round(cost(under), 3):,} to {round(cost(above), 3):,}, "
         "so pass a budget in this range, or other settings")
     if cost(above)<=budget: return above
     while abs(above-under)>1:
