@@ -2,6 +2,7 @@
 import sys, pytest
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast import predict
 from kdfast.predict import main
 
 elsewhere = dict(on='sh -c', python=sys.executable)
@@ -43,3 +44,16 @@ def test_grey_images_and_what_is_left_of_the_network():
     (lambda: main(['student.onnx']), SystemExit, '2')])
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message): call()
+
+@pytest.mark.slow
+@pytest.mark.parametrize('form', ['.onnx','.xml','.pte'])
+def test_what_is_timed_is_what_is_deployed(form, dls, tmp_path, monkeypatch):
+    "Up to weights and normalization: the same layers on the same pixels"
+    timed = []
+    monkeypatch.setattr(Runtime, 'of_file', lambda self, file: timed.append((file.stat().st_size,predict.DeployedModel(file).shape)))
+    learn = distill_learner(dls, None, wrn(10, 1), path=tmp_path)
+    Runtime(form)(learn.student, 16)
+    learn.deploy(f'student{form}', agree=0)
+    size,shape = timed[0]
+    file = tmp_path/f'student{form}'
+    assert shape==predict.DeployedModel(file).shape and size==pytest.approx(file.stat().st_size, rel=.05)

@@ -1,5 +1,5 @@
 "Several processes on the CPU end with one student"
-import os, socket, subprocess, pytest, warm
+import os, socket, subprocess, sys, pytest, warm
 from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
@@ -14,11 +14,13 @@ def free_port():
 
 def group_env(n, port, rank): return dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)) if n>1 else {}
 
-def launch(n, *args, **extra):
+def cold(*args): return [sys.executable, *map(str, args)]
+
+def launch(n, *args, python=warm.command, **extra):
     "Run `args` in `n` processes of one gloo group"
     port = free_port()
     env = lambda rank: {**os.environ, **group_env(n, port, rank), 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', **extra}
-    running = [subprocess.Popen(warm.command(*args), env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
+    running = [subprocess.Popen(python(*args), env=env(r), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(n)]
     try: outs = [p.communicate(timeout=240)[0] for p in running]
     finally:
         for p in running: p.kill()
@@ -77,7 +79,7 @@ def test_the_group_is_gone_before_the_interpreter(tmp_path):
     "A process whose group is not destroyed may abort at its end (pytorch issue 190489)"
     code = "import atexit, torch; atexit.register(lambda: print('alive' if torch.distributed.is_initialized() else 'gone')); " \
         f"import sys; sys.path.insert(0, {str(here)!r}); import worker; worker.main('plain', {str(tmp_path/'plain')!r}); assert torch.distributed.is_initialized()"
-    assert [o.split()[-1] for o in launch(2, '-c', code)]==['gone','gone']
+    assert [o.split()[-1] for o in launch(2, '-c', code, python=cold)]==['gone','gone']
 
 def test_what_fails_in_one_process_fails_in_all(tmp_path):
     "Instead of waiting for it until the group's time is out"

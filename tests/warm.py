@@ -1,7 +1,7 @@
 """Processes that have imported fastai before they start: importing takes longer than most of what the tests do in processes of their own
 
 `command(*args)` is for `subprocess` what `[sys.executable, *args]` is. A server, one for each process of pytest, has imported everything and forks for each command. What subprocess starts is a client: it hands over its files, folder and
-environment, passes signals on, and ends as the command ends, which ends with it. What tests are about starting starts by itself."""
+environment, passes signals on, and ends as the command ends, which ends with it. Tests about how Python starts or ends do without."""
 import json, os, select, shutil, signal, socket, subprocess, sys
 from contextlib import suppress
 
@@ -85,7 +85,7 @@ def ask(path, *args):
     for o in passed_on: signal.signal(o, lambda n,_: os.kill(pid, n))
     code = os.waitstatus_to_exitcode(int(conn.recv(64)))
     if code<0:
-        signal.signal(-code, signal.SIG_DFL) if -code!=signal.SIGKILL else None
+        if code!=-signal.SIGKILL: signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 

@@ -24,7 +24,8 @@ def _write(net, size, file, int8):
     with probing(net): out = net(*xb)
     if not (isinstance(out, Tensor) and out.ndim==2): raise ValueError("A Runtime times classifiers, whose output is (bs,classes): time others by torch, without runtime=")
     noise = [torch.randint(0, 256, (8,*sides,c), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()] if int8 else None
-    write_pixels(Pixels(exportable(net), None, tuple(sides), 'none', True).eval(), c, [*map(str, range(out.shape[1]))], file, batches=noise)
+    norm,resize = Normalize.from_stats([.5]*c, [.25]*c, cuda=False),'crop' if file.suffix=='.onnx' else 'none'
+    write_pixels(Pixels(exportable(net), norm, tuple(sides), resize, True).eval(), c, [*map(str, range(out.shape[1]))], file, batches=noise)
 
 # %% ../../nbs/compress/latency.ipynb #417377c8
 def _packed(*files):
