@@ -24,11 +24,11 @@ def row(name, ms, dls, teacher, folder):
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--ms', type=float, nargs='+', default=[.25,.5,1.])
+    parser.add_argument('--ms', type=float, nargs='+', default=[.5,1.,2.])
     args = parser.parse_args(argv)
     options = f" --ms {' '.join(map(str, args.ms))}" if args.ms!=parser.get_default('ms') else ''
     dls,teacher = digits_dls(64),wrn(16, 2)
-    teacher.load_state_dict(torch.load(Path(__file__).parent.parent/'results/teachers/digits-wrn-16-2-3e703743c327.pth')['weights'])
+    teacher.load_state_dict(torch.load(Path(__file__).parent.parent/'results/teachers/digits-wrn-16-2-6d2ffa618672.pth')['weights'])
     print(f"`python benchmarks/latency.py{options}`, torch {version('torch')}, onnxruntime {version('onnxruntime')}, one thread; ms of one image: the budget, what `fit_budget` found before training, the deployed file in another process, and torch; accuracy of the file in %.\n")
     print('| network | budget | parameters | predicted | measured | torch | accuracy |\n|---|---|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as folder:
