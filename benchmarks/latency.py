@@ -10,7 +10,7 @@ warnings.filterwarnings('ignore')
 from fastai.vision.all import *
 from kdfast.all import *
 
-networks = {'WRN-16':lambda k: wrn(16, k), 'ResNet-10':lambda k: resnet(10, width=k/8, stem='small'), 'MobileNet':lambda k: mobile(width=k/4)}
+networks = {'WRN-16':lambda k: wrn(16, k), 'ResNet-10':lambda k: resnet(10, width=k/8, stem='small'), 'MobileNet':lambda k: mobile(width=k/2)}
 widths = [2**(i/4) for i in range(-8, 13)]
 
 def row(name, ms, dls, teacher, folder):

@@ -62,7 +62,7 @@ class Runtime:
 
     def of_file(self,
         file:Path # Written by `learn.deploy`
-    ) -> float: # Milliseconds, the median of 50 runs; raises `RuntimeError` if the other machine cannot run it
+    ) -> float: # Milliseconds, the median over half a second; raises `RuntimeError` if the other machine cannot run it
         "Time of a file"
         file = Path(file)
         return _there(file, self.threads, self.on, self.python)['ms'] if self.on else predict.DeployedModel(file, self.threads).ms()
