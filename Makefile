@@ -83,6 +83,7 @@ bench: .venv/developing
 	$(BIN)/python benchmarks/conv_cost.py --turns 9 | tee results/conv_cost.md
 	$(BIN)/python benchmarks/int8_cost.py | tee results/int8_cost.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deploy_cost.py | tee results/deploy_cost.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py | tee results/latency.md
 	$(BIN)/python benchmarks/kills.py | tee results/kills.md
 
 .venv/installed: settings.ini pyproject.toml setup.py
