@@ -84,6 +84,7 @@ bench: .venv/developing
 	$(BIN)/python benchmarks/int8_cost.py | tee results/int8_cost.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/deploy_cost.py | tee results/deploy_cost.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency.py | tee results/latency.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/slim.py --cifar $(CIFAR) | tee results/slim.md
 	$(BIN)/python benchmarks/kills.py | tee results/kills.md
 
 .venv/installed: settings.ini pyproject.toml setup.py

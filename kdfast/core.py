@@ -43,6 +43,18 @@ def eagerly(
     "Run compiled `models` eagerly within the block, so that every hook is called"
     return torch.compiler.set_stance('force_eager') if any(map(is_compiled, models)) else nullcontext()
 
+# %% ../nbs/core.ipynb #8eba64c7
+@contextmanager
+def fresh_norms(
+    norms:list # Batch norms, in training mode within the block
+):
+    "Compute running statistics anew within the block, as the mean over its batches"
+    before = [(m, m.momentum) for m in norms]
+    for m in norms: m.momentum = m.reset_running_stats()  # None: the mean over all batches
+    try: yield
+    finally:
+        for m,momentum in before: m.momentum = momentum
+
 # %% ../nbs/core.ipynb #655669d7
 @contextmanager
 def keep_rng(

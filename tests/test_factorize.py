@@ -3,6 +3,7 @@ import itertools, pytest, torchvision
 from torch.ao.quantization import quantize_dynamic
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.compress.factorize import TruncatedSVD
 from conftest import n_hooks
 
 def relative(a, b): return ((a-b).norm()/b.norm()).item()

@@ -4,7 +4,7 @@ import torch_pruning as tp
 from torch.ao.quantization import quantize_dynamic
 from fastai.vision.all import *
 from kdfast.all import *
-from kdfast.compress.prune import _positions, _prune
+from kdfast.compress.prune import positions_left, prune_copy
 from conftest import n_hooks
 
 importances = dict(L1=tp.importance.GroupMagnitudeImportance(p=1), L2=None, Taylor=tp.importance.GroupTaylorImportance(), scale=tp.importance.BNScaleImportance(), random=tp.importance.RandomImportance())
@@ -24,9 +24,9 @@ def test_outputs_are_those_of_the_masked_network(name):
     make,size = networks[name]
     net = lively(make())
     before = {k:v.clone() for k,v in net.state_dict().items()}
-    small,kept,history = _prune(net, (torch.zeros(1,3,size,size),), .5, None, None, None, (), None, {})
+    small,kept,history = prune_copy(net, (torch.zeros(1,3,size,size),), .5, None, None, None, (), None, {})
     masked = deepcopy(net)
-    for (n,at),p in zip(_positions(net, (torch.zeros(1,3,size,size),), history).items(), masked.parameters()):
+    for (n,at),p in zip(positions_left(net, (torch.zeros(1,3,size,size),), history).items(), masked.parameters()):
         mask = torch.zeros(p.numel())
         mask[at.flatten()] = 1
         p.data *= mask.view_as(p)
@@ -92,8 +92,8 @@ def test_the_optimizer_goes_on_with_what_is_left(opt_func, dls, quiet):
     state = getattr(learn.opt, 'opt', learn.opt).state
     old = {n:(p, {k:v.clone() for k,v in state[p].items() if isinstance(v, Tensor) and v.shape==p.shape}) for n,p in model.named_parameters()}
     x = torch.zeros(1,3,32,32)
-    history = _prune(model, (x,), .5, None, None, None, (), None, {})[-1]
-    at = _positions(model, (x,), history)
+    history = prune_copy(model, (x,), .5, None, None, None, (), None, {})[-1]
+    at = positions_left(model, (x,), history)
     learn.prune(.5)
     assert learn.model is model and all(a is b for a,b in zip(modules, model.modules()))
     new = dict(model.named_parameters())

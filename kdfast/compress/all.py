@@ -1,5 +1,6 @@
 "Prune, factorize, quantize, export"
 from .prune import *
+from .slim import *
 from .factorize import *
 from .quantize import *
 from .export import *

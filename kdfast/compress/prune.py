@@ -118,7 +118,7 @@ def _check_own(layers, model):
     for n,m in layers.items():
         if why := tied_to(m, model): raise ValueError(f"{n} cannot be pruned, since {why}: give it its own weights first")
 
-def _prune(model, xb, ratio, params, macs, importance, keep, prepare, kwargs):
+def prune_copy(model, xb, ratio, params, macs, importance, keep, prepare, kwargs):
     "A pruned copy, why layers were kept, and the history that reproduces the copy"
     _asked(ratio, params, macs, kwargs)
     layers = layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
@@ -156,11 +156,11 @@ def prune_channels(
     **kwargs # Options of `BasePruner`: `global_pruning=True` for one ranking over all layers, `isomorphic`, `round_to`, `max_pruning_ratio`
 ) -> tuple: # A pruned copy, and a report, one row per layer
     "Remove whole channels from a network, except its heads (DepGraph, arXiv:2301.12900); raises `ValueError` if that is impossible"
-    net,kept,_ = _prune(model, zeros_for(model, size), ratio, params, macs, importance, keep, prepare, kwargs)
+    net,kept,_ = prune_copy(model, zeros_for(model, size), ratio, params, macs, importance, keep, prepare, kwargs)
     return net,_report(model, net, kept)
 
 # %% ../../nbs/compress/prune.ipynb #ccbc43b2
-def _positions(model, xb, history):
+def positions_left(model, xb, history):
     "Original positions of the remaining values of each parameter, by name"
     exact = torch.float32 if all(p.numel()<2**24 for p in model.parameters()) else torch.float64
     net = deepcopy(model).to(exact).requires_grad_(True)
@@ -199,7 +199,7 @@ def _gradients(learn, prepared):
     return prepare
 
 # %% ../../nbs/compress/prune.ipynb #e0a5b449
-def _zeros(learn): return zeros_for(bare_model(learn.model), probe_batch(learn.dls)[0])
+def zeros_of(learn): return zeros_for(bare_model(learn.model), probe_batch(learn.dls)[0])
 
 def check_adapters(learn, verb):
     if beside_balances(adapters_of(learn.model)): raise ValueError(f"A term's adapter reads layers of this network: {verb} first, then add FitNet")
@@ -207,10 +207,10 @@ def check_adapters(learn, verb):
 def _apply(learn, prepare, ratio, params, macs, importance, keep, kwargs):
     model = bare_model(learn.model)
     check_adapters(learn, 'prune')
-    xb = _zeros(learn)
-    net,kept,history = _prune(model, xb, ratio, params, macs, importance, keep, prepare, kwargs)
+    xb = zeros_of(learn)
+    net,kept,history = prune_copy(model, xb, ratio, params, macs, importance, keep, prepare, kwargs)
     report = _report(model, net, kept)
-    positions,old = _positions(model, xb, history) if learn.opt else {},dict(model.named_parameters())
+    positions,old = positions_left(model, xb, history) if learn.opt else {},dict(model.named_parameters())
     _take(model, net)
     if learn.opt: _follow(learn.opt, old, dict(model.named_parameters()), positions)
     return report
@@ -257,7 +257,7 @@ class ChannelPruning(_Shrinking):
     def start(self):
         if num_distrib()>1: raise ValueError("ChannelPruning does not support several processes: call learn.prune before the fit")
         self.done,self.final,model = 0,self.sched(1.),bare_model(self.learn.model)
-        kept = _prune(model, _zeros(self.learn), self.final, None, None, None, self.keep, None, self.kwargs)[1]  # raises errors now
+        kept = prune_copy(model, zeros_of(self.learn), self.final, None, None, None, self.keep, None, self.kwargs)[1]  # raises errors now
         self.sizes = {n:_out(model.get_submodule(n)) for n,why in kept.items() if not why}
 
     def ratios(self, gone, target):
@@ -292,7 +292,7 @@ class Sparsify(_Shrinking):
     def start(self):
         model = bare_model(self.learn.model)
         layers = layers_by_name(model, nn.Linear, nn.modules.conv._ConvNd)
-        heads,keep = _heads(model, layers, _zeros(self.learn)),patterns_of(self.keep, layers)
+        heads,keep = _heads(model, layers, zeros_of(self.learn)),patterns_of(self.keep, layers)
         self.layers = {n:m for n,m in layers.items() if n not in heads and not any(fnmatch(n, k) for k in keep)}
         if not self.layers: raise ValueError(f"Nothing to sparsify, as every layer is a head or kept: name fewer in keep={self.keep!r}")
         _check_own(self.layers, model)

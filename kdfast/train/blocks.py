@@ -11,7 +11,7 @@ __all__ = ['find_blocks']
 import itertools, numbers
 from contextlib import nullcontext
 from fastai.vision.all import *
-from ..core import device_of, eval_mode, keep_rng, on_interrupt, probe_batch, probing, seen_by, split_batch
+from ..core import device_of, eval_mode, fresh_norms, keep_rng, on_interrupt, probe_batch, probing, seen_by, split_batch
 from ..layers.adapters import adapters_of, bare_model, hint_adapter
 from ..layers.cut import cut_blocks, laid_out, Maps, only_learns, PartOf, Projection
 from ..layers.pairs import pair_layers
@@ -300,17 +300,13 @@ def _feed_itself(learn, stage):
     own = {'', *(f'model.{n}'.rstrip('.') for n in stage.layers)}
     alone = PartOf(Truncated(*stage.maps.model, stage.blocks[-1].tap), {}, own).train()
     before = {k:v.clone() for k,v in alone.state_dict().items()}
-    norms = [(m, m.momentum) for n,m in alone.model.named_modules()
-        if n in own and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m,_ in norms: m.momentum = m.reset_running_stats()  # None: the mean over all batches
+    norms = [m for n,m in alone.model.named_modules() if n in own and isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     try:
-        with torch.no_grad(), keep_rng(learn.dls.train), _precision(learn):
+        with torch.no_grad(), keep_rng(learn.dls.train), _precision(learn), fresh_norms(norms):
             for b in learn.dls.train: alone(*_inputs(learn.dls, b))
     except BaseException:
         alone.load_state_dict(before)
         raise
-    finally:
-        for m,momentum in norms: m.momentum = momentum
     alone.eval()
 
 # %% ../../nbs/train/blocks.ipynb #51c6b27c
