@@ -32,6 +32,7 @@ def _view_of(p, at):
     leads = torch.equal(torch.arange(p.numel(), device=at.device).view_as(p)[here], at)
     return (lambda p: p[here]) if leads else (lambda p: p.take(at))
 
+# %% ../../nbs/compress/slim.ipynb #866428e8
 def _norms(net): return [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
 
 def _without_statistics(net):
@@ -61,7 +62,7 @@ class Slimmable(PlainErrors):
         **kwargs # Options of `prune_channels`, such as `round_to=8`
     ):
         if not 0<smallest<1: raise ValueError(f"smallest is a fraction of the channels between 0 and 1, got {smallest}: .25 is the default")
-        if not 0<=n<self.n_widths: raise ValueError(f"n must be from 0 to {self.n_widths-1} widths beside the narrowest, got {n}: 2 is the default")
+        if not 0<=n<self.n_widths: raise ValueError(f"n must be from 0 to {self.n_widths-1} widths between the narrowest and the whole student, got {n}: 2 is the default")
         store_attr('smallest,n,keep')
         self.options = kwargs
 
