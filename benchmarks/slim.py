@@ -41,7 +41,7 @@ def arms(dls, teacher, make, size, epochs, seed):
         n = round(epochs*seconds/took) if took else epochs
         set_seed(seed)
         learn,took = fit(dls, teacher, make(), n, seed, Slimmable())
-        yield name,n,[accuracy_of(learn.at(w), dls) for w in widths],took
+        yield name,n,[accuracy_of(learn.narrow(w), dls) for w in widths],took
 
 def told(values): return f'{mean(values):.1f}' + (f' ± {stdev(values):.1f}' if len(values)>1 else '')
 

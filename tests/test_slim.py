@@ -114,19 +114,19 @@ def slimmed(trained):
     return learn
 
 def test_every_width_learns(slimmed):
-    accs = {w: accuracy_of(slimmed.at(w), slimmed.dls) for w in (.25,.5,.75,1)}
+    accs = {w: accuracy_of(slimmed.narrow(w), slimmed.dls) for w in (.25,.5,.75,1)}
     assert accs[.5]>.4 and accs[.75]>.4 and accs[.25]>.2 and accs[1]==pytest.approx(slimmed.validate()[1])
     assert n_hooks(slimmed.student)==0 and slimmed.student.training==slimmed.model.training
 
 def test_a_width_is_the_part_that_was_trained(slimmed):
-    x,net = slimmed.dls.one_batch()[0],slimmed.at(.25)
+    x,net = slimmed.dls.one_batch()[0],slimmed.narrow(.25)
     assert not net.training
     part = slimmed.slimmable.parts[.25]
     with torch.no_grad(): assert torch.allclose(net.train()(x), part(slimmed.student, x), atol=1e-5)
     assert all(c%2==0 for c in (m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d)))
 
 def test_its_statistics_are_those_of_the_batches(slimmed):
-    net,again = slimmed.at(.5, n=2),slimmed.at(.5, n=1000)
+    net,again = slimmed.narrow(.5, n=2),slimmed.narrow(.5, n=1000)
     a,b = (o.group3[0].bn1.running_var for o in (net,again))
     assert net.group3[0].bn1.num_batches_tracked==2 and again.group3[0].bn1.num_batches_tracked==len(slimmed.dls.train)
     assert not torch.equal(a, b) and torch.isfinite(a).all() and net.group3[0].bn1.momentum==.1
@@ -134,14 +134,14 @@ def test_its_statistics_are_those_of_the_batches(slimmed):
 def test_budgets(slimmed):
     whole = slimmed.student
     for unit,count,budget in (('params',count_params,20_000), ('macs',lambda m: count_macs(m, 16),800_000)):
-        net = slimmed.at(**{unit:budget})
+        net = slimmed.narrow(**{unit:budget})
         assert .7*budget<count(net)<=budget<count(whole)
     timed = lambda net,size: count_params(net)/1000 if size==(3,16,16) else 1e9
-    assert 14<count_params(slimmed.at(ms=20, runtime=timed))/1000<=20
-    with pytest.raises(ValueError, match='out of reach'): slimmed.at(params=100)
+    assert 14<count_params(slimmed.narrow(ms=20, runtime=timed))/1000<=20
+    with pytest.raises(ValueError, match='out of reach'): slimmed.narrow(params=100)
 
 def test_one_width_is_an_ordinary_network(slimmed, tmp_path):
-    net = slimmed.at(.5)
+    net = slimmed.narrow(.5)
     learn = Learner(slimmed.dls, net, metrics=accuracy, path=tmp_path)
     right = learn.validate()[1]
     learn.export('half.pkl')
@@ -154,9 +154,9 @@ def test_a_learner_with_it_is_exported(slimmed, tmp_path):
     slimmed.export('whole.pkl')
     assert (tmp_path/'whole.pkl').stat().st_size<2*4*count_params(slimmed.student)+200_000
     loaded = load_learner(tmp_path/'whole.pkl')
-    with pytest.raises(ValueError, match='any batches'): loaded.at(.5)
+    with pytest.raises(ValueError, match='any batches'): loaded.narrow(.5)
     loaded.dls = slimmed.dls
-    assert count_params(loaded.at(.5))==count_params(slimmed.at(.5))
+    assert count_params(loaded.narrow(.5))==count_params(slimmed.narrow(.5))
 
 @pytest.mark.parametrize('kwargs,match', [(dict(smallest=0),'between 0 and 1'), (dict(smallest=1.),'between 0 and 1'), (dict(smallest=float('nan')),'between 0 and 1'), (dict(n=12),'0 to 11'), (dict(n=-1),'0 to 11')])
 def test_bad_settings(kwargs, match):
@@ -176,22 +176,22 @@ def test_outputs_that_are_no_classes(quiet):
     dls = DataLoaders.from_dsets(*[[*zip(x, x.mean((1,2,3))[:,None])]]*2, bs=10)
     with pytest.raises(ValueError, match='add SigmoidKD'): quiet(Learner(dls, wrn(10, 1, n_out=1), MSELossFlat(), cbs=Slimmable()), 1)
     learn = distill_learner(dls, wrn(10, 1, n_out=1), wrn(10, 1, n_out=1), loss_func=MSELossFlat(), cbs=[Logits(), Slimmable()])
-    assert count_params(quiet(learn, 1).at(.5))<count_params(learn.student)/3
+    assert count_params(quiet(learn, 1).narrow(.5))<count_params(learn.student)/3
 
 @pytest.mark.parametrize('kwargs,match', [(dict(width=.1),'choose one of these'), (dict(width=1.5),'choose one of these'), (dict(),'exactly one'), (dict(width=.5, params=10),'exactly one'), (dict(width=.5, n=0),'no training batch')])
 def test_bad_widths(slimmed, kwargs, match):
-    with pytest.raises(ValueError, match=match): slimmed.at(**kwargs)
+    with pytest.raises(ValueError, match=match): slimmed.narrow(**kwargs)
 
 def test_other_students_have_no_widths(dls):
-    with pytest.raises(ValueError, match='learn.prune'): Learner(dls, wrn(10, 1)).at(.5)
+    with pytest.raises(ValueError, match='learn.prune'): Learner(dls, wrn(10, 1)).narrow(.5)
 
 def test_a_student_that_is_pruned_between_fits(dls, teacher, quiet):
     learn = quiet(distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(), Slimmable()]), 1)
     learn.prune(.5)
     part = quiet(learn, 1).slimmable.parts[.25]
-    assert count_params(part.net)==count_params(learn.at(.25))<count_params(learn.student)/4
+    assert count_params(part.net)==count_params(learn.narrow(.25))<count_params(learn.student)/4
 
 def test_mixed_images_and_precision(dls, teacher, quiet):
     learn = quiet(distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(), Slimmable(), MixUp(), BF16()]), 1)
     assert all(p.isfinite().all() for p in learn.student.parameters())
-    assert learn.at(.5)(dls.one_batch()[0]).dtype==torch.float32
+    assert learn.narrow(.5)(dls.one_batch()[0]).dtype==torch.float32

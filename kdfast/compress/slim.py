@@ -133,11 +133,11 @@ def _renew(net, dls, n):
     with torch.no_grad(), keep_rng(dls.train), fresh_norms(norms):
         for b in itertools.islice(dls.train, n): net(*to_device(split_batch(dls, b)[0], next(net.parameters()).device))
     if norms and not norms[0].num_batches_tracked: raise ValueError(
-        "There is no training batch for the statistics of batch norms: call learn.at where the training data is, and export its result")
+        "There is no training batch for the statistics of batch norms: call learn.narrow where the training data is, and export its result")
     return net.eval()
 
 @patch
-def at(self:Learner,
+def narrow(self:Learner,
     width:float=None, # Fraction of each layer's channels, from the `smallest` of `Slimmable` to 1
     params:int=None, # Instead of `width`: budget of parameters, for the widest of 64 widths within it
     macs:int=None, # Instead of `width`: budget of multiply-adds for one image
