@@ -17,6 +17,7 @@ from .devices import any_device, LoaderHint
 from .distill.core import FitNet, KD
 from .distill.logits import Logits, SigmoidKD
 from .layers.adapters import bare_model
+from .layers.cut import laid_out, trains_in_rows
 from .layers.pairs import stage_taps, to_classifier
 from .losses.relations import embedding
 from .teacher.cache import TeacherCache
@@ -120,6 +121,14 @@ def _check_classes(student, dls, loss):
         f"The student has {out.shape[1]} outputs for {c} classes: create it with n_out={c}")
 
 # %% ../nbs/learner.ipynb #37fd7862
+class ImageLayout(Callback):
+    "On CPUs, changes the memory format of images to one in which the student can train"
+    order,run_valid = 100,False
+    def before_train(self): self.needed = trains_in_rows(bare_model(self.learn.model))
+    def before_batch(self):
+        if self.needed: self.learn.xb = laid_out(self.xb, self.learn.model)
+
+# %% ../nbs/learner.ipynb #cfe8a86b
 def _is_term(cb): return issubclass(cb, DistillCallback) if isinstance(cb, type) else isinstance(cb, DistillCallback)
 
 def _check_terms(teacher, terms):
@@ -161,7 +170,7 @@ def distill_learner(
         _check_classes(student, dls, known)
         cbs = listener + cbs + ([] if terms else [default_term(listener, student, dls, known, lacking)])
     if not known and not probe_batch(dls)[1]: kwargs['loss_func'] = no_loss
-    return Learner(dls, student, cbs=LoaderHint() + cbs, **kwargs)
+    return Learner(dls, student, cbs=L(LoaderHint(), ImageLayout()) + cbs, **kwargs)
 
 # %% ../nbs/learner.ipynb #da46ea04
 class Headed(nn.Sequential):

@@ -1,5 +1,5 @@
 "Training block by block: what a stage changes, what it computes, and what is left when it ends"
-import subprocess, pytest, warm
+import os, subprocess, sys, pytest, warm
 from conftest import few_digits, n_hooks
 from fastai.vision.all import *
 from fastai.callback.tracker import *
@@ -566,6 +566,34 @@ def test_images_keep_their_memory_format_where_torch_would_crash():
     x = torch.zeros(2, 3, 8, 8)
     for o in (x, x.contiguous(memory_format=torch.channels_last)):
         assert [laid_out((o,), wrn(10, k))[0].is_contiguous(memory_format=torch.channels_last) for k in (1,.5,.25)]==[True,True,False]
+
+class Columns(Callback):
+    "Gives images in channels last, as loaders in memory do that crop"
+    order = 50
+    def before_batch(self): self.learn.xb = tuple(o.contiguous(memory_format=torch.channels_last) for o in self.xb)
+
+def test_a_narrow_student_gets_images_in_rows(quiet):
+    seen = {}
+    class Sees(Callback):
+        order = 101
+        def before_batch(self): seen.setdefault((self.learn.k,self.training), self.xb[0].is_contiguous(memory_format=torch.channels_last))
+    for k in (1,.25):
+        learn = distill_learner(few_digits(), wrn(10, 2), wrn(10, k), cbs=[KD(), Columns(), Sees()])
+        learn.k = k
+        quiet(learn, 1)
+    assert seen=={(1,True):True, (1,False):True, (.25,True):False, (.25,False):True}
+
+@pytest.mark.slow
+@pytest.mark.parametrize('slim', ['', ',Slimmable()'])
+def test_a_narrow_student_is_trained(slim):
+    "In a process of its own, which would crash on processors with AVX2 alone"
+    code = "from test_blocks import *; torch.set_num_threads(1); " \
+        f"[distill_learner(few_digits(), wrn(10, 2), wrn(10, k), cbs=[KD(),Columns(){slim}]).fit(3) for k in (1,.375,.25)]"
+    debug = Path('/lib/x86_64-linux-gnu/libc_malloc_debug.so.0')
+    checks = dict(LD_PRELOAD=debug.name, MALLOC_CHECK_='3') if debug.exists() else {}
+    env = dict(os.environ, ONEDNN_MAX_CPU_ISA='AVX2', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]), **checks)
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, timeout=200, env=env)
+    assert res.returncode==0, res.stderr
 
 @pytest.mark.slow
 def test_a_narrow_student_is_trained_in_blocks():

@@ -15,6 +15,7 @@ from ..core import fresh_norms, image_shape, keep_rng, PlainErrors, probe_batch,
 from .prune import positions_left, prune_copy, zeros_of
 from ..distill.core import LogitKD
 from ..layers.adapters import bare_model
+from ..layers.cut import laid_out
 from ..losses.core import kd_loss
 from ..models.convs import check_one
 from ..models.measure import fit_budget
@@ -49,7 +50,7 @@ class Part:
 
     def __call__(self, student, *xb):
         "Output of the part with the weights that `student` has now"
-        return functional_call(self.net, {n:view(student.get_parameter(n)) for n,view in self.views.items()}, xb)
+        return functional_call(self.net, {n:view(student.get_parameter(n)) for n,view in self.views.items()}, laid_out(xb, self.net))
 
 # %% ../../nbs/compress/slim.ipynb #c9cde780
 class Slimmable(PlainErrors):
