@@ -75,7 +75,7 @@ def _anchored(html):
 
 def _tables(html):
     "Short cells stay on one line"
-    def cell(m): return m[0] if len(re.sub('<[^>]+>', '', m[3]))>25 else f'<t{m[1]}{m[2]} class="short">{m[3]}</t{m[1]}>'
+    def cell(m): return m[0] if len(re.sub('<[^>]+>', '', m[3]))>20 else f'<t{m[1]}{m[2]} class="short">{m[3]}</t{m[1]}>'
     return re.sub(r'<t([dh])\b([^>]*)>(.*?)</t\1>', cell, html, flags=re.S)
 
 def _relative(html, page):
@@ -113,15 +113,15 @@ def _page(page, title, sub, body, style):
 css = '''*{box-sizing:border-box}body{margin:0;font:17px/1.6 system-ui,sans-serif;color:#1d2733;background:#fff;display:grid;grid-template-columns:17rem minmax(0,1fr);grid-template-areas:"head head" "nav main"}
 header{grid-area:head;background:#0b3c5d;padding:.5rem 1rem;display:flex;gap:1rem;align-items:center;justify-content:space-between;position:relative}header>a{flex:none;color:#fff;text-decoration:none;font-weight:600;font-size:1.15rem;display:flex;gap:.6rem;align-items:center}header img{height:1.7rem}
 header input{font:inherit;font-size:.92rem;color:#fff;background:#fff2;border:1px solid #fff6;border-radius:6px;padding:.15rem .6rem;width:20rem;min-width:0}header input::placeholder{color:#c8d6e0}
-#found{position:absolute;z-index:1;top:100%;right:1rem;width:min(36rem,100% - 2rem);max-height:75vh;overflow:auto;background:#fff;border-radius:0 0 8px 8px;box-shadow:0 6px 20px #0006;font-size:.92rem}#found:not(:empty){padding:.4rem}
+#found{position:absolute;z-index:1;top:100%;right:1rem;width:min(36rem,100% - 2rem);max-height:75vh;overflow:auto;background:#fff;border-radius:0 0 8px 8px;font-size:.92rem}#found:not(:empty){padding:.4rem;box-shadow:0 6px 20px #0006}
 #found a{display:block;padding:.3rem .6rem;border-radius:6px;color:inherit;text-decoration:none;overflow-wrap:anywhere}#found a:is(:focus,:hover){background:#dcebf6;outline:none}#found small{display:block;color:#5b6b7b;overflow:hidden;white-space:nowrap;text-overflow:ellipsis}
 nav{grid-area:nav;padding:1rem;font-size:.92rem}nav h2{font-size:.92rem;margin:1.1rem 0 .2rem}nav ul{list-style:none;margin:0;padding:0}nav li{margin:.1rem 0}nav a[aria-current]{font-weight:700}summary{cursor:pointer;font-weight:600}
-main{grid-area:main;max-width:54rem;padding:1rem 1.5rem 5rem;overflow-wrap:break-word}h1{margin-bottom:0}.sub{color:#5b6b7b;margin-top:.2rem;font-size:1.1rem}a{color:#0b62a4}
-pre{overflow-x:auto;padding:.6rem .8rem;border-radius:6px;font-size:.83rem;line-height:1.45;margin:.4rem 0;background:#f4f6f8}.output_area pre{background:none;border-left:3px solid #d7dee5;border-radius:0}
-img,svg{max-width:100%;height:auto}.output_png img{background:#fff}table{border:0;border-collapse:collapse;font-size:.86rem;margin:.6rem 0}table td,table.dataframe thead th,th{padding:.25rem .6rem;border:0;border-bottom:1px solid #d7dee5;text-align:left}
+main{grid-area:main;max-width:57rem;padding:1rem 1.5rem 5rem;overflow-wrap:break-word}h1{margin-bottom:0}.sub{color:#5b6b7b;margin-top:.2rem;font-size:1.1rem}a{color:#0b62a4}
+pre{overflow-x:auto;padding:.6rem .8rem;border-radius:6px;font-size:.83rem;line-height:1.45;margin:.4rem 0;background:#f4f6f8}.output_area :not(.highlight)>pre{background:none;border-left:3px solid #d7dee5;border-radius:0}
+img,svg{max-width:100%;height:auto}.output_png img{background:#fff}table{border:0;border-collapse:collapse;font-size:.86rem;margin:.6rem 0}table td,table.dataframe thead th,th{padding:.25rem .5rem;border:0;border-bottom:1px solid #d7dee5;text-align:left}
 code{font-size:.9em;overflow-wrap:anywhere}.short{white-space:nowrap}td:not(.short){min-width:9rem}
 @media(max-width:900px){body{grid-template-columns:minmax(0,1fr);grid-template-areas:"head" "nav" "main"}main{padding:0 1rem 4rem}nav{padding:.6rem 1rem 0}}
-@media(prefers-color-scheme:dark){body,#found{color:#d9e1e8;background:#12181f}#found{box-shadow:0 0 0 1px #33414f}#found a:is(:focus,:hover){background:#22405a}.sub,#found small{color:#93a4b4}a{color:#6cb8f0}pre{background:#1b242e}table td,table.dataframe thead th,th,.output_area pre{border-color:#33414f}}
+@media(prefers-color-scheme:dark){body,#found{color:#d9e1e8;background:#12181f}#found:not(:empty){box-shadow:0 0 0 1px #33414f}#found a:is(:focus,:hover){background:#22405a}.sub,#found small{color:#93a4b4}a{color:#6cb8f0}pre{background:#1b242e}table td,table.dataframe thead th,th,.output_area :not(.highlight)>pre{border-color:#33414f}}
 '''
 
 def styles():
