@@ -1,5 +1,5 @@
 "The pages: what they link to, what they tell of every symbol, and what the README's commands do"
-import importlib, importlib.util, inspect, json, os, re, shlex, subprocess, sys, pytest, yaml
+import importlib, importlib.util, inspect, json, os, re, shlex, shutil, subprocess, sys, pytest, yaml
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -52,7 +52,7 @@ def test_quartos_configuration():
     assert set(told)=={'project','format','website','metadata-files'} and told['metadata-files']==['nbdev.yml','sidebar.yml']
     known = 'favicon open-graph repo-actions page-navigation navbar sidebar'.split()
     assert set(told['website'])<={*known} and told['website']['navbar']['search'] is True and set(told['format']['html']['theme'])=={'light','dark'}
-    named = [told['website']['favicon'], told['website']['navbar']['logo'], *told['project']['resources'], *(o['href'] for o in told['website']['navbar']['left'])]
+    named = [told['website']['favicon'], told['website']['navbar']['logo'], told['format']['html']['css'], *told['project']['resources'], *(o['href'] for o in told['website']['navbar']['left'])]
     assert [o for o in named if not (nbs/o).exists()]==[]
 
 def test_llms_txt_lists_every_page():
@@ -108,6 +108,11 @@ def test_names_of_fastai_and_torch_become_links(pages):
     links = {o for p in pages.values() for o in p.links}
     assert any(o.startswith('https://docs.fast.ai/learner.html#learner') for o in links) and any(o.startswith('https://pytorch.org/docs/') for o in links)
 
+@pytest.mark.slow
+def test_no_link_shows_its_address(site):
+    "As one does in the text of a link that nbdev has made a link already"
+    assert [str(p) for p in site.rglob('*.html') if f'>{tool.host}' in p.read_text()]==[]
+
 # Symbols
 
 def _shown():
@@ -154,6 +159,37 @@ def test_every_symbol_says_what_it_does_and_what_it_takes(site):
         odd = [k for k in takes if not told.get(k)]
         if odd or not re.search(r'\w', text): lacking.append((page, name, odd))
     assert lacking==[] and len(shown)>220
+
+# Search
+
+def found(index, script, *queries):
+    "Addresses that the script of the site finds for each query, best first"
+    code = f'{index}\n{script}\nconsole.log(JSON.stringify({json.dumps(queries)}.map(q => find(q).map(o => o[0]))))'
+    return json.loads(subprocess.run(['node','-'], input=code, check=True, capture_output=True, text=True, timeout=60).stdout)
+
+needs_node = pytest.mark.skipif(not shutil.which('node'), reason='node runs the script')
+
+@needs_node
+def test_the_search_ranks_headings_before_pages_and_those_before_text():
+    sections = [['text', 'One', 'Costs', 'prune, prune and prune'], ['inside', 'Two', 'unprune', ''], ['page', 'Prune', 'Costs', ''], ['begin', 'Two', 'prune_channels', ''],
+        ['method', 'Two', 'Learner.prune', ''], ['none', 'Two', 'Costs', 'nothing']]
+    index,script = f'const sections = {json.dumps(sections)}',(root/'tools/search.js').read_text()
+    assert found(index, script, 'Prune', 'learn.prune', 'costs prune', ' ', '(.*') == [['method','begin','page','inside','text'],['method'],['page','text'],[],[]]
+
+@pytest.mark.slow
+def test_the_search_knows_every_section_and_symbol(site, pages):
+    sections = json.loads((site/'index.js').read_text().partition(' = ')[2])
+    targets = [o[0].partition('#') for o in sections]
+    assert [(page, anchor) for page,_,anchor in targets if page not in pages or anchor and anchor not in pages[page].ids]==[]
+    assert {page for page,_,anchor in targets if not anchor}=={*pages} and {*_shown()}<={o[2] for o in sections}
+
+@needs_node
+@pytest.mark.slow
+def test_the_search_finds_what_is_defined_where_it_is_defined(site):
+    wanted = {'KD':'distill/core.html#kd', 'fit_budget':'models/measure.html#fit_budget', 'int8':'compress/quantize.html', 'learn.fit_blocks':'train/blocks.html#learner.fit_blocks',
+        'TeacherCache':'teacher/cache.html#teachercache', 'get started':'start.html', 'no layers to pair':'errors.html#no-layers-to-pair', 'resume a sweep':'howto/resume.html'}
+    best = [o[0] for o in found((site/'index.js').read_text(), (site/'search.js').read_text(), *wanted)]
+    assert [(q, o) for q,o in zip(wanted, best) if not o.startswith(wanted[q])]==[]
 
 # README
 

@@ -3,7 +3,7 @@
 Quarto makes the published site. This one has the same pages, sidebar and links, to be read and tested where Quarto is not."""
 import json, os, re, shutil, sys, warnings
 from argparse import ArgumentParser
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 import nbformat, yaml
 from latex2mathml.converter import convert
@@ -40,9 +40,13 @@ def llms():
     for section,pages in sidebar().items(): parts.append((f'## {section}\n\n' if section else '') + '\n'.join(map(line, pages)))
     return '\n\n'.join(parts) + '\n'
 
+def _known(tex):
+    "What latex2mathml gets wrong, in words that it knows"
+    return re.sub(r'\\math(bb|cal) (\w)', r'\\math\1{\2}', tex).replace(r'\big\|', r'\|')
+
 def _math(text):
     "Formulas as MathML, which browsers draw without a script; those in code stay"
-    def formula(m): return m[0] if m[1] else convert(m[2] or m[3], display='block' if m[2] else 'inline')
+    def formula(m): return m[0] if m[1] else convert(_known(m[2] or m[3]), display='block' if m[2] else 'inline')
     return re.sub(r'(```.*?```|`[^`\n]*`)|\$\$(.+?)\$\$|\$([^$\n]+)\$', formula, text, flags=re.S)
 
 class Prepared(Preprocessor):
@@ -57,7 +61,7 @@ class Prepared(Preprocessor):
         cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
         return cell,resources
 
-    def _plain(self, text): return re.sub(r'^:::.*$', '', re.sub(r'\)\{[^}\n]*="[^}\n]*\}', ')', text), flags=re.M)
+    def _plain(self, text): return re.sub(r'^:::.*$|\b__main__\.', '', re.sub(r'\)\{[^}\n]*="[^}\n]*\}', ')', text), flags=re.M)
 
 def slug(text):
     "The anchor that Quarto gives a heading"
@@ -68,6 +72,11 @@ def _anchored(html):
     def heading(m): return f'<h{m[1]} id="{slug(m[2])}">{m[2]}</h{m[1]}>'
     html = re.sub(r'<a class="anchor-link"[^>]*>.*?</a>', '', html)
     return re.sub(r'<h([1-6]) id="[^"]*">(.*?)</h\1>', heading, html, flags=re.S)
+
+def _tables(html):
+    "Short cells stay on one line"
+    def cell(m): return m[0] if len(re.sub('<[^>]+>', '', m[3]))>20 else f'<t{m[1]}{m[2]} class="short">{m[3]}</t{m[1]}>'
+    return re.sub(r'<t([dh])\b([^>]*)>(.*?)</t\1>', cell, html, flags=re.S)
 
 def _relative(html, page):
     "Links into the site, from the page `page`"
@@ -81,6 +90,14 @@ def _menu(page):
     part = lambda pages: '<ul>' + ''.join(f'<li><a href="{_to(page, url_of(p))}"{" aria-current=page" if url_of(p)==page else ""}>{escape(told(p)[0])}</a></li>' for p in pages) + '</ul>'
     return ''.join((f'<h2>{escape(section)}</h2>' if section else '') + part(pages) for section,pages in sidebar().items())
 
+def _text(html): return ' '.join(unescape(re.sub(r'<style.*?</style>|<[^>]+>', ' ', re.sub(r'</?(span|code|a|em|strong)\b[^>]*>', '', html), flags=re.S)).split())
+
+def _sections(page, title, sub, body):
+    "What the search finds on a page: address, page, heading and text of each section"
+    first,*parts = re.split(r'<h[1-6] id="([^"]*)">(.*?)</h[1-6]>', body, flags=re.S)
+    found = [(page, title, f'{sub} {first}'), *((f'{page}#{anchor}', head, text) for anchor,head,text in zip(*[iter(parts)]*3))]
+    return [[url, title, _text(head), _text(text)] for url,head,text in found]
+
 def _code(text): return re.sub('`([^`]+)`', r'<code>\1</code>', escape(text))
 
 def _page(page, title, sub, body, style):
@@ -89,19 +106,22 @@ def _page(page, title, sub, body, style):
 <title>{escape(title)} – kdfast</title><meta name="description" content="{escape(sub)}">
 <link rel="icon" href="{_to(page, 'favicon.svg')}"><link rel="stylesheet" href="{_to(page, 'site.css')}"><style>{style}</style>
 </head>
-<body><header><a href="{_to(page, 'index.html')}"><img src="{_to(page, 'favicon.svg')}" alt="">kdfast</a></header>
+<body><header><a href="{_to(page, 'index.html')}"><img src="{_to(page, 'favicon.svg')}" alt="">kdfast</a><input type="search" placeholder="Search (press /)" aria-label="Search"><div id="found" aria-live="polite"></div></header>
 <nav><details><summary>Pages</summary>{_menu(page)}</details></nav><main><h1>{escape(title)}</h1><p class="sub">{_code(sub)}</p>{body}</main>
-<script>document.querySelector('details').open = innerWidth>900</script></body></html>'''
+<script>document.querySelector('details').open = innerWidth>900</script><script src="{_to(page, 'search.js')}"></script></body></html>'''
 
 css = '''*{box-sizing:border-box}body{margin:0;font:17px/1.6 system-ui,sans-serif;color:#1d2733;background:#fff;display:grid;grid-template-columns:17rem minmax(0,1fr);grid-template-areas:"head head" "nav main"}
-header{grid-area:head;background:#0b3c5d;padding:.5rem 1rem}header a{color:#fff;text-decoration:none;font-weight:600;font-size:1.15rem;display:flex;gap:.6rem;align-items:center}header img{height:1.7rem}
+header{grid-area:head;background:#0b3c5d;padding:.5rem 1rem;display:flex;gap:1rem;align-items:center;justify-content:space-between;position:relative}header>a{flex:none;color:#fff;text-decoration:none;font-weight:600;font-size:1.15rem;display:flex;gap:.6rem;align-items:center}header img{height:1.7rem}
+header input{font:inherit;font-size:.92rem;color:#fff;background:#fff2;border:1px solid #fff6;border-radius:6px;padding:.15rem .6rem;width:20rem;min-width:0}header input::placeholder{color:#c8d6e0}
+#found{position:absolute;z-index:1;top:100%;right:1rem;width:min(36rem,100% - 2rem);max-height:75vh;overflow:auto;background:#fff;border-radius:0 0 8px 8px;font-size:.92rem}#found:not(:empty){padding:.4rem;box-shadow:0 6px 20px #0006}
+#found a{display:block;padding:.3rem .6rem;border-radius:6px;color:inherit;text-decoration:none;overflow-wrap:anywhere}#found a:is(:focus,:hover){background:#dcebf6;outline:none}#found small{display:block;color:#5b6b7b;overflow:hidden;white-space:nowrap;text-overflow:ellipsis}
 nav{grid-area:nav;padding:1rem;font-size:.92rem}nav h2{font-size:.92rem;margin:1.1rem 0 .2rem}nav ul{list-style:none;margin:0;padding:0}nav li{margin:.1rem 0}nav a[aria-current]{font-weight:700}summary{cursor:pointer;font-weight:600}
-main{grid-area:main;max-width:54rem;padding:1rem 1.5rem 5rem}h1{margin-bottom:0}.sub{color:#5b6b7b;margin-top:.2rem;font-size:1.1rem}a{color:#0b62a4}
-pre,.jp-RenderedMarkdown table,.jp-RenderedHTMLCommon table{overflow-x:auto}pre{padding:.6rem .8rem;border-radius:6px;font-size:.83rem;line-height:1.45;margin:.4rem 0}.highlight pre,:not(.highlight)>pre{background:#f4f6f8}
-.jp-OutputArea-output pre{background:none;border-left:3px solid #d7dee5;border-radius:0}.jp-InputPrompt,.jp-OutputPrompt,.jp-InputCollapser,.jp-OutputCollapser,.jp-Collapser{display:none}
-img,svg{max-width:100%;height:auto}.jp-RenderedImage img{background:#fff}table{border-collapse:collapse;font-size:.86rem;display:block;overflow-x:auto;max-width:100%}td,th{padding:.25rem .6rem;border-bottom:1px solid #d7dee5;text-align:left}code{font-size:.9em;overflow-wrap:anywhere}
+main{grid-area:main;max-width:57rem;padding:1rem 1.5rem 5rem;overflow-wrap:break-word}h1{margin-bottom:0}.sub{color:#5b6b7b;margin-top:.2rem;font-size:1.1rem}a{color:#0b62a4}
+pre{overflow-x:auto;padding:.6rem .8rem;border-radius:6px;font-size:.83rem;line-height:1.45;margin:.4rem 0;background:#f4f6f8}.output_area :not(.highlight)>pre{background:none;border-left:3px solid #d7dee5;border-radius:0}
+img,svg{max-width:100%;height:auto}.output_png img{background:#fff}table{border:0;border-collapse:collapse;font-size:.86rem;margin:.6rem 0}table td,table.dataframe thead th,th{padding:.25rem .5rem;border:0;border-bottom:1px solid #d7dee5;text-align:left}
+code{font-size:.9em;overflow-wrap:anywhere}.short{white-space:nowrap}td:not(.short){min-width:9rem}
 @media(max-width:900px){body{grid-template-columns:minmax(0,1fr);grid-template-areas:"head" "nav" "main"}main{padding:0 1rem 4rem}nav{padding:.6rem 1rem 0}}
-@media(prefers-color-scheme:dark){body{color:#d9e1e8;background:#12181f}.sub{color:#93a4b4}a{color:#6cb8f0}.highlight pre,:not(.highlight)>pre{background:#1b242e}td,th,.jp-OutputArea-output pre{border-color:#33414f}}
+@media(prefers-color-scheme:dark){body,#found{color:#d9e1e8;background:#12181f}#found:not(:empty){box-shadow:0 0 0 1px #33414f}#found a:is(:focus,:hover){background:#22405a}.sub,#found small{color:#93a4b4}a{color:#6cb8f0}pre{background:#1b242e}table td,table.dataframe thead th,th,.output_area :not(.highlight)>pre{border-color:#33414f}}
 '''
 
 def styles():
@@ -114,8 +134,10 @@ def build(out, proc=root/'_proc'):
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for o in ('favicon.svg','llms.txt'): shutil.copy(nbs/o, out/o)
-    (out/'site.css').write_text(css)
+    shutil.copy(root/'tools/search.js', out)
+    (out/'site.css').write_text(css + (nbs/'styles.css').read_text())
     exporter,style = HTMLExporter(template_name='basic', preprocessors=[Prepared()], exclude_input_prompt=True, exclude_output_prompt=True),styles()
+    index = []
     for path in (p for pages in sidebar().values() for p in pages):
         page,raw = url_of(path),json.loads((proc/path).read_text())
         for c in raw['cells']: c['metadata'].pop('execution', None)  # nbdev's, which nbformat does not know
@@ -123,10 +145,12 @@ def build(out, proc=root/'_proc'):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             body,_ = exporter.from_notebook_node(nb)
-        dest = out/page
+        body,dest = _relative(_tables(_anchored(body)), page),out/page
         dest.parent.mkdir(parents=True, exist_ok=True)
-        dest.write_text(_page(page, *told(path), _relative(_anchored(body), page), style))
+        dest.write_text(_page(page, *told(path), body, style))
+        index += _sections(page, *told(path), body)
         for pic in (nbs/path).parent.glob('*.svg'): shutil.copy(pic, dest.parent)
+    (out/'index.js').write_text(f'const sections = {json.dumps(index, ensure_ascii=False)}')
 
 def _fenced(text):
     "Markdown whose unnamed code blocks are Python"
