@@ -1,6 +1,6 @@
 """Runs every notebook in a process of its own, then prints which took longest and which failed: `python tools/notebooks.py`
 
-Those about precision run twice, the second time as if the processor were of the other kind: with native bfloat16 if it has none, and without if it has. `nbdev-test` runs several in one process, where what one of them has patched into a class stays for the next."""
+Those whose lessons are about precision run twice, the second time as if the processor were of the other kind: with native bfloat16 if it has none, and without if it has. `nbdev-test` runs several in one process, where what one of them has patched into a class stays for the next."""
 import json, multiprocessing, os, re, sys
 from argparse import ArgumentParser
 from multiprocessing.connection import wait
@@ -13,9 +13,12 @@ if not torch.cuda.device_count(): import fastai.vision.all  # its import claims 
 root = Path(__file__).absolute().parent.parent
 guides = 'howto','tutorials','explanation'
 
-def code_of(nb): return '\n'.join(''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type']=='code')
+def lessons_of(nb):
+    "The code that a notebook does not export"
+    cells = [''.join(c['source']) for c in json.loads(nb.read_text())['cells'] if c['cell_type']=='code']
+    return '\n'.join(o for o in cells if not o.startswith('#| export'))
 
-def about_precision(nb): return re.search(r'\bprecision\b|bf16|Frozen', code_of(nb))
+def about_precision(nb): return re.search(r'\bprecision\b|bf16|Frozen', lessons_of(nb))
 
 def one(nb, other):
     "Run `nb` in this process, if `other` on the other kind of processor"
