@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/cli.html.md"""
 __all__ = ['demo_arms', 'demo', 'distill', 'compress', 'table', 'tell_doctor', 'tell_methods', 'main']
 
 # %% ../nbs/cli.ipynb #248317bb
-import inspect, os, shlex, shutil, signal, sys, threading, warnings
+import inspect, json, os, shlex, shutil, signal, sys, threading, warnings
 from argparse import ArgumentParser
 from dataclasses import replace
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from .experiments.records import Records
 from .experiments.research import table_of
 from .experiments.results import arms_of, beside_control, by_arm, described, label_of, result_table, versus
 from .experiments.run import dls_of, network_at, pretrained_at, rehearse, Run, vocab_of
-from .experiments.spec import data_of, method_table, network_of, schedule_of, steps_of, terms_of
+from .experiments.spec import conv_of, data_of, method_table, network_of, runtime_of, schedule_of, steps_of, student_within, terms_of
 from .experiments.sweep import Sweep, with_controls
 from .experiments.tables import estimate
 from .learner import distill_learner
@@ -287,6 +287,33 @@ def _check(data, from_files, **numbers):
         f"The {data} images are not files: leave --from-files out")
     _check_numbers(**numbers)
 
+# %% ../nbs/cli.ipynb #c2b1bef2
+def _runtime(ms, params, spec, on):
+    "The `Runtime` of --ms, None without"
+    wrong = "--runtime and --on measure the milliseconds of --ms: pass --ms as well" if ms is None and (on or spec!='onnx') \
+        else '' if ms is None else "--ms and --params are both budgets of the student: leave one out" if params \
+        else f"--ms must be above 0, got {ms}" if not 0<ms<math.inf \
+        else "--ms measures in one process: run the command without a launcher, then pass the --params that it prints" if num_distrib()>1 else ''
+    if wrong: raise ValueError(wrong)
+    return ms and runtime_of(spec, on)
+
+def _within(control, path, out, ms, serves):
+    "Parameters and milliseconds of the widest student within the budget, as found before if there are results"
+    dls = dls_of(control, path)
+    asked = dict(ms=ms, student=control.student, conv=control.conv, shape=[*image_shape(dls)], classes=get_c(dls), **{k:getattr(serves, k) for k in ('form','int8','threads','on','python')})
+    note = Path(out)/'latency.txt'
+    known = json.loads(note.read_text()) if note.is_file() else {}
+    if known.get('asked')==asked: return known
+    arch,conv = network_of(control.student, min(image_shape(dls)[1:])),control.conv and conv_of(control.conv)
+    n,took = student_within(arch, conv, ms, image_shape(dls), get_c(dls) or 10, serves)
+    return dict(params=n, predicted=took, asked=asked)
+
+def _tell_latency(sweep, serves, found):
+    "Deploy the students, and print what one image takes there"
+    for run in (o for o in arms_of(sweep.results()) if not o.seed and sweep.file_of(o).exists()):
+        file = sweep.learner(run).deploy(f'{_stem(run)}{serves.form}', int8=serves.int8).file
+        say(f"{file}: {serves.of_file(file):.2f} ms, {found['predicted']:.2f} predicted, --params {found['params']}")
+
 # %% ../nbs/cli.ipynb #fe468519
 def distill(
     data:str='digits', # digits, cifar10, cifar100, imagenette or imagenet; or images: a folder, an archive, or a CSV with columns file and label
@@ -298,6 +325,9 @@ def distill(
     pretrained_student:bool=False, # Start the student from its pretrained weights and fine-tune it
     conv:str=None, # Kind of the student's convolutions, by default ordinary: separable, grouped:groups=4, ...
     params:int=None, # Parameter budget of the student, met by adjusting the ratio of its convolution if that has one, otherwise its width
+    ms:float=None, # Instead of --params: milliseconds for one image in --runtime, met by the width before training, measured again afterwards
+    runtime:str='onnx', # What will run the student: onnx, xml (OpenVINO) or pte (ExecuTorch); with options, onnx:int8:threads=4
+    on:str=None, # Where to measure: a command that runs a command line there, such as 'ssh pi'; by default here
     method:str=None, # From `kdfast methods`, or blocks, blocks-parallel, simultaneous; + joins, commas separate arms; default kd+at, or fitnet:standardize for other classes or none
     epochs:int=10, # Epochs of each student
     teacher_epochs:int=None, # Epochs of the teacher; by default the same
@@ -323,19 +353,26 @@ def distill(
     path = {data:path, **{o.name:o.path for o in (own,probed) if o}}
     _check(data, from_files, epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size, params=params)
     _check_numbers(0, wd=wd)
+    serves = _runtime(ms, params, runtime, on)
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files)
     how = dict(shared, student=student, conv=conv, params=params, pct=pct, epochs=epochs, wd=wd, wd_groups=wd_groups,
         pretrained=pretrained_student, probe=probed.name if probed else probe)
     control = Run(**how)
     if not teacher_file: network_of(teacher)  # before all images are opened
     notes = merge(*(_surveyed(o, out) for o in (own,probed) if o))
+    if ms:
+        found = _within(control, path, out, ms, serves)
+        how['params'],notes['latency'] = found['params'],json.dumps(found)
+        control = Run(**how)
     source,files = _source(teacher, teacher_file, path, teacher_weights, **shared, epochs=teacher_epochs or epochs, pretrained=pretrained)
     method = method or _default(control, files.get(source), path)
     _check_unlabelled(method, source, own)
     if pretrained_student: pretrained_at(control, dls_of(control, path))
     arms = [*([control] if own is None or own.labels else []), *(Run(**how, method=o, teacher=source) for o in _arms(method))]
     runs = [replace(o, seed=seed) for seed in range(seeds) for o in arms]
-    _report(_carry_out(distill, given, runs, files, path, notes, exports=True, controls=control in arms))
+    sweep = _carry_out(distill, given, runs, files, path, notes, exports=True, controls=control in arms)
+    _report(sweep)
+    if ms: _tell_latency(sweep, serves, found)
 
 # %% ../nbs/cli.ipynb #6a403408
 def _to_file(chain): return chain if chain.endswith('onnx') else f'{chain},onnx'

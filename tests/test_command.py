@@ -213,6 +213,17 @@ bad = {
     'low budget': (['--params','300'], 'The budget of 300 is out of reach'),
     'low ratio': (['--conv','hashed','--params','1000'], 'The budget of 1,000 is out of reach'),
     'empty': (['--conv',''], '--conv is empty: give it a value'),
+    'two budgets': (['--ms','5','--params','10000'], '--ms and --params are both budgets'),
+    'no time': (['--ms','0'], '--ms must be above 0, got 0'),
+    'nan': (['--ms','nan'], '--ms must be above 0, got nan'),
+    'no milliseconds': (['--on','ssh pi'], 'pass --ms as well'),
+    'another form': (['--ms','5','--runtime','tflite'], '.tflite'),
+    'an odd option': (['--ms','5','--runtime','onnx:cores=2'], 'The runtime onnx has no cores'),
+    'no threads': (['--ms','5','--runtime','onnx:threads=0'], 'threads must be at least 1'),
+    'int8 of what': (['--ms','5','--runtime','onnx:int8=4'], 'write onnx:int8'),
+    'a ratio': (['--ms','5','--conv','hashed'], 'not by the ratio of its convolutions'),
+    'no width': (['--ms','5','--student','resnet18','--conv','grouped:groups=4'], 'choose a wrn, mobile, a resnet without groups'),
+    'too fast': (['--ms','1e-6'], 'out of reach'),
     'empty method': (['--method',''], '--method is empty'),
     'endless seeds': (['--seeds','1'+'0'*20], '--seeds must be at least 1 and at most 1e9'),
     'huge batch': (['--bs','1'+'0'*20], '--bs must be at least 1 and at most 1e9'),
@@ -232,6 +243,24 @@ def test_bad_arguments(case, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as e: main(['distill', *args])
     assert str(e.value).startswith('kdfast: ') and message in str(e.value)
     assert not [*tmp_path.iterdir()]
+
+def test_a_budget_of_milliseconds(tmp_path, monkeypatch, capsys):
+    "Is met before training, by a width that is kept when the command is resumed"
+    asked = []
+    monkeypatch.setattr(Runtime, '__call__', lambda self,net,size: asked.append((count_params(net),size,self.threads)) or count_params(net)/1e4)
+    monkeypatch.setattr(Runtime, 'of_file', lambda self,file: 3.21 if file.suffix=='.onnx' and file.exists() else None)
+    command = f'distill --pct .2 --size 16 --teacher wrn-10-2 --student wrn-10-1 --method kd --epochs 1 --ms 2 --runtime onnx:threads=2 --out {tmp_path}/out'.split()
+    main(command)
+    ours = [o['parameters'] for o in arms_of(results_of(tmp_path/'out')).values()]
+    assert len({*ours})==1 and 16_000<ours[0]<=20_000 and max(n for n,*_ in asked)<50_000 and {tuple(o[1:]) for o in asked}=={((3,16,16),2)}
+    assert len({n for n,*_ in asked})==len(asked)
+    told = capsys.readouterr().out
+    assert f'student-kd.onnx: 3.21 ms, {ours[0]/1e4:.2f} predicted, --params {ours[0]}' in told
+    n = len(asked)
+    main(command)
+    assert len(asked)==n and len(results_of(tmp_path/'out'))==3
+    main([o if o!='2' else '3' for o in command])
+    assert len(asked)>n and len(results_of(tmp_path/'out'))==5
 
 @pytest.mark.parametrize('command', ['demo','distill','compress','table sanity --schedule smoke'])
 def test_a_place_that_may_not_be_written(command, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ Docs: https://kdfast.github.io/kdfast/experiments/spec.html.md"""
 
 # %% auto #0
 __all__ = ['schedules', 'methods', 'method_table', 'terms_of', 'as_published', 'schedule_of', 'conv_of', 'network_of',
-           'student_at', 'data_of', 'importances', 'step_of', 'steps_of']
+           'student_at', 'runtime_of', 'student_within', 'data_of', 'importances', 'step_of', 'steps_of']
 
 # %% ../../nbs/experiments/spec.ipynb #8a4d0ac3
 import ast, functools, inspect
@@ -18,13 +18,14 @@ from ..distill import activations, core, features, logits, online, relations, si
 from ..models import cifar, convs, nets, structured
 from ..compress.export import export_onnx, export_program
 from ..compress.factorize import CPDecomposition, SpatialSVD, Tucker2
+from ..compress.latency import Runtime
 from ..compress.pipeline import Step
 from ..compress.prune import import_pruning
 from ..core import image_shape
 from ..distill.core import phased
 from ..layers.adapters import bare_model
 from ..learner import student_of
-from ..models.measure import fit_budget
+from ..models.measure import count_params, fit_budget
 from ..models.swap import swap_convs
 from ..teacher.callback import DistillCallback
 from ..teacher.shares import equal
@@ -192,6 +193,14 @@ def _in_width(arch, conv):
         "choose a wrn, mobile, a resnet without groups, or a convolution with a ratio, such as hashed")
 
 # %% ../../nbs/experiments/spec.ipynb #037e09fb
+def _conv_in(arch, conv): return conv or getattr(inspect.signature(arch).parameters.get('conv'), 'default', convs.Full)
+
+def _fits_ratio(conv):
+    "Whether a budget is met by the ratio of the convolution, which is not given yet"
+    amounts,given = {'ratio','budget','rank'},{*getattr(conv, 'keywords', ())}
+    return bool(amounts & {*inspect.signature(conv).parameters}) and not amounts & given
+
+# %% ../../nbs/experiments/spec.ipynb #90c4479e
 def student_at(
     arch, # From `network_of`
     conv=None, # From `conv_of`
@@ -202,12 +211,46 @@ def student_at(
     if params is None and conv is None: return arch,{}
     if isinstance(arch, str): return student_at(lambda n_out: student_of(arch, SimpleNamespace(c=n_out)), conv, params, n_out)
     if params is None: return _in_full(arch, conv),{}
-    conv = conv or getattr(inspect.signature(arch).parameters.get('conv'), 'default', convs.Full)
-    amounts,given = {'ratio','budget','rank'},{*getattr(conv, 'keywords', ())}
-    by_ratio = amounts & {*inspect.signature(conv).parameters} and not amounts & given
+    conv = _conv_in(arch, conv)
+    by_ratio = _fits_ratio(conv)
     make = (lambda r: _in_full(arch, partial(conv, ratio=r))) if by_ratio else _in_width(arch, conv)
     setting = fit_budget(lambda s: make(s)(n_out=n_out), params=params, over=(1e-3,1.) if by_ratio else (1,4096)).setting
     return make(setting),dict(ratio=setting) if by_ratio else dict(width=setting/64)
+
+# %% ../../nbs/experiments/spec.ipynb #b414860c
+def runtime_of(
+    spec:str='onnx', # Suffix of the file, `onnx`, `xml` or `pte`, then options after colons: 'onnx:int8:threads=4'; raises `ValueError` for others
+    on:str=None # As for `Runtime`
+) -> Runtime:
+    "The runtime that `spec` stands for"
+    form,*args = spec.split(':')
+    given = {k:v if eq else 'True' for k,eq,v in (o.partition('=') for o in args)}
+    only(f'runtime {form}', given, ('int8','threads','python'))
+    if given.get('int8', 'True')!='True': raise ValueError(f"int8 takes no value, got {given['int8']}: write {form}:int8, or leave it out")
+    threads = _number('threads', given.get('threads', '1'), int)
+    if threads<1: raise ValueError(f"threads must be at least 1, got {threads}")
+    return Runtime(f'.{form}', 'int8' in given, threads, on, given.get('python', 'python3'))
+
+def student_within(
+    arch, # From `network_of`
+    conv, # From `conv_of`, or None
+    ms:float, # Budget of milliseconds for one image
+    size, # Of the images, as for `count_macs`
+    n_out:int, # Number of classes
+    timed # A `Runtime`
+) -> tuple: # Parameters of the widest student within the budget, for `student_at`, and its milliseconds; raises `ValueError` if the narrowest is too slow
+    "The widest student that is fast enough"
+    conv,known = _conv_in(arch, conv),{}
+    if _fits_ratio(conv): raise ValueError("--ms is met by the width of a network, not by the ratio of its convolutions: give the ratio, as in hashed:ratio=.25")
+    make = lambda s: _in_width(arch, conv)(s)(n_out=n_out)
+    def once(net, size):
+        if (n := count_params(net)) not in known: known[n] = timed(net, size)
+        return known[n]
+    octaves = [4*2**i for i in range(11)]
+    above = next((s for s in octaves if once(make(s), size)>ms), octaves[-1])
+    settings = [*dict.fromkeys(round(above/2**(i/16)) for i in range(16, -1, -1))]
+    fit = fit_budget(make, ms=ms, over=settings, size=size, runtime=once)
+    return count_params(fit.model),fit.count
 
 # %% ../../nbs/experiments/spec.ipynb #1d4e4a23
 @functools.lru_cache

@@ -143,6 +143,7 @@ def laid_out(
     order = torch.contiguous_format if trains_in_rows(model) else torch.channels_last
     return tuple(o.contiguous(memory_format=order) if o.ndim==4 and o.device.type=='cpu' else o for o in xb)
 
+# %% ../../nbs/layers/cut.ipynb #dc704847
 class PartOf(Adapted):
     "`model` with only some of its layers, and its adapters, ever in training mode"
     def __init__(self,
