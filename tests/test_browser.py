@@ -11,9 +11,11 @@ from threading import Thread
 root = Path(__file__).parent.parent
 html = root/'nbs/howto/classify.html'
 chromium = first(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))))
-ort = Path(os.environ.get('ONNXRUNTIME_WEB', root/'node_modules/onnxruntime-web'))/'dist'
+cdn,version = re.search(r"https://[^']*/onnxruntime-web@([\d.]+)", html.read_text()).group(0, 1)
+ort = Path(os.environ.get('ONNXRUNTIME_WEB', root/'node_modules/onnxruntime-web'))
+installed = ort.exists() and json.loads((ort/'package.json').read_text())['version']==version
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not chromium, reason='needs chromium'),
-    pytest.mark.skipif(not ort.exists(), reason='needs the npm package onnxruntime-web, in node_modules or where ONNXRUNTIME_WEB says')]
+    pytest.mark.skipif(not installed, reason=f'needs onnxruntime-web {version} from npm, in node_modules or where ONNXRUNTIME_WEB says')]
 
 class Browser:
     "Chromium's DevTools protocol, over pipes"
@@ -79,7 +81,7 @@ class Files(SimpleHTTPRequestHandler):
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     "A folder that a server on this machine serves, with the page, and its address"
-    folder,(cdn,) = tmp_path_factory.mktemp('site'),re.findall(r"'(https://[^']*/onnxruntime-web@[\d.]+/dist)/", html.read_text())
+    folder = tmp_path_factory.mktemp('site')
     (folder/'classify.html').write_text(html.read_text().replace(cdn, './ort'))
     (folder/'ort').symlink_to(ort.resolve())
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(Files, directory=folder)) as server:
@@ -127,7 +129,7 @@ def test_images_that_are_dropped_or_chosen(learn, dls, browser, site, tmp_path):
     assert sure>2 and browser.js("document.querySelector('img').naturalWidth")==135
 
 def test_images_of_every_kind(learn, browser, site, tmp_path):
-    "Pixel for pixel what Pillow reads; a photo with an orientation is turned upright"
+    "What Pillow reads, but what is transparent is black, and a photo with an orientation is turned upright"
     opened(browser, site, learn)
     net,rng,exif,gamma = site[0]/'student.onnx',np.random.default_rng(0),Image.Exif(),PngImagePlugin.PngInfo()
     exif[274] = 6
@@ -139,6 +141,11 @@ def test_images_of_every_kind(learn, browser, site, tmp_path):
         assert agree(browser.drop(tmp_path/name)[1], net, tmp_path/name), name
     rgb.save(tmp_path/'gamma.png', pnginfo=gamma)
     assert agree(browser.drop(tmp_path/'gamma.png')[1], net, rgb)
+    clear,black = rgb.convert('RGBA'),rgb.copy()
+    clear.putalpha(Image.fromarray(np.uint8(255)*(np.arange(61)>30)[None].repeat(43, 0).astype(np.uint8)))
+    black.paste(0, (0,0,31,43))
+    clear.save(tmp_path/'clear.png')
+    assert agree(browser.drop(tmp_path/'clear.png')[1], net, black)
     rgb.save(tmp_path/'turned.jpg', exif=exif)
     got,lying = browser.drop(tmp_path/'turned.jpg')[1],Image.open(tmp_path/'turned.jpg')
     assert agree(got, net, ImageOps.exif_transpose(lying)) and not agree(got, net, lying)
