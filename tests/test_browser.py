@@ -22,7 +22,8 @@ class Browser:
     def __init__(self, folder):
         (theirs,self.to),(self.back,ours) = os.pipe(),os.pipe()
         flags = '--headless','--no-sandbox','--disable-gpu','--disable-dev-shm-usage','--remote-debugging-pipe',f'--user-data-dir={folder}'
-        self.process = subprocess.Popen(['bash', '-c', f'exec "$0" "$@" 3<&{theirs} 4>&{ours}', chromium, *flags, 'about:blank'], pass_fds=(theirs,ours), stderr=subprocess.DEVNULL)
+        command = 'bash','-c',f'exec "$0" "$@" 3<&{theirs} 4>&{ours}',chromium,*flags,'about:blank'
+        self.process = subprocess.Popen(command, pass_fds=(theirs,ours), stderr=subprocess.DEVNULL)
         for o in (theirs,ours): os.close(o)
         self.n,self.rest,self.events,self.about = 0,b'',[],{}
         page = first(self('Target.getTargets')['targetInfos'], lambda o: o['type']=='page')
@@ -135,7 +136,8 @@ def test_images_of_every_kind(learn, browser, site, tmp_path):
     exif[274] = 6
     gamma.add(b'gAMA', (100000).to_bytes(4, 'big'))
     rgb = Image.fromarray(rng.integers(0, 256, (6,9,3), dtype=np.uint8)).resize((61,43))
-    kinds = {'color.jpg':rgb, 'grey.jpg':rgb.convert('L'), 'grey.png':rgb.convert('L'), 'palette.gif':rgb.quantize(16), 'opaque.png':rgb.convert('RGBA'), 'bits.png':rgb.convert('1'), 'lossy.webp':rgb}
+    kinds = {'color.jpg':rgb, 'grey.jpg':rgb.convert('L'), 'grey.png':rgb.convert('L'), 'palette.gif':rgb.quantize(16),
+        'opaque.png':rgb.convert('RGBA'), 'bits.png':rgb.convert('1'), 'lossy.webp':rgb}
     for name,image in kinds.items():
         image.save(tmp_path/name)
         assert agree(browser.drop(tmp_path/name)[1], net, tmp_path/name), name
@@ -156,7 +158,8 @@ class Grey(nn.Sequential):
 def test_grey_students_logits_and_names(browser, site, tmp_path):
     names,rng = ['café','<b>"bold"</b>'],np.random.default_rng(0)
     for i in range(8): Image.fromarray(rng.integers(0, 256, (30,20+i,3), dtype=np.uint8)).save(tmp_path/f'{i}.png')
-    dls = ImageDataLoaders.from_lists(tmp_path, get_image_files(tmp_path), names*4, item_tfms=Resize(24), batch_tfms=Normalize.from_stats([.5],[.3]), img_cls=PILImageBW, bs=2, num_workers=0, valid_pct=.5)
+    kwargs = dict(item_tfms=Resize(24), batch_tfms=Normalize.from_stats([.5],[.3]), img_cls=PILImageBW, bs=2, num_workers=0, valid_pct=.5)
+    dls = ImageDataLoaders.from_lists(tmp_path, get_image_files(tmp_path), names*4, **kwargs)
     opened(browser, site, distill_learner(dls, None, Grey, path=tmp_path), softmax=False)
     for i in range(3):
         got = browser.drop(tmp_path/f'{i}.png')[1]
