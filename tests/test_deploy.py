@@ -1,5 +1,5 @@
 "Files that take pixels, and run without fastai and torch"
-import json, os, shutil, subprocess, sys, onnx, pytest
+import json, onnx, onnxruntime, os, pytest, shutil, subprocess, sys
 from conftest import few_digits
 from fastai.vision.all import *
 from kdfast.all import *
@@ -165,6 +165,27 @@ def test_every_runtime(runtime, int8, trained, dls, photos, tmp_path):
     want = probabilities(learn, np.asarray(right))
     assert np.abs(np.array([predict_file(report.file, file, 10)[str(i)] for i in range(10)])-want).max()<(.3 if int8 else .03)
     assert net.size==[16,16] and net.resize=='crop' and (net.shape[1] is None)==(runtime=='onnx')
+
+places = [Path(o) for o in (os.environ.get('ONNXRUNTIME_INCLUDE', ''),'/usr/include/onnxruntime','/usr/include/stb','/usr/local/include','/usr/include') if o]
+lacking = [o for o in ('onnxruntime_cxx_api.h','stb_image.h','nlohmann/json.hpp') if not any((p/o).exists() for p in places)]
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs g++')
+@pytest.mark.skipif(bool(lacking), reason=f"needs the headers {', '.join(lacking)}, in /usr/include or where ONNXRUNTIME_INCLUDE says")
+def test_the_program_in_cpp(trained, dls, photos, tmp_path):
+    "Compiled, and linked with the library that the wheel of onnxruntime holds"
+    learn = distill_learner(dls, None, trained, metrics=accuracy, path=tmp_path)
+    learn.deploy()
+    library, = (Path(onnxruntime.__file__).parent/'capi').glob('libonnxruntime.so.*')
+    (tmp_path/'libonnxruntime.so.1').symlink_to(library)
+    source = Path(__file__).parent.parent/'nbs/howto/classify.cpp'
+    options = *(f'-I{o}' for o in places),library,f'-Wl,-rpath,{tmp_path}','-o',tmp_path/'classify'
+    subprocess.run(['g++', '-std=c++17', source, *options], check=True, timeout=300)
+    for i,image in enumerate([dls.valid_ds[0][0],dls.valid_ds[1][0],*map(Image.open, get_image_files(photos)[:2])]):
+        file = tmp_path/f'{i}.png'
+        (Image.fromarray(image.permute(1,2,0).numpy()).resize((40,30)) if isinstance(image, Tensor) else image).save(file)
+        name,p = subprocess.check_output([tmp_path/'classify', 'student.onnx', file], cwd=tmp_path, text=True, timeout=60).split()
+        assert {name:float(p)}==pytest.approx(predict_file(tmp_path/'student.onnx', file, 1), abs=1e-4)
 
 def test_a_runtime_that_is_missing(dls, tmp_path, monkeypatch):
     learn = distill_learner(dls, None, wrn(10, .5), path=tmp_path)
