@@ -11,6 +11,7 @@ __all__ = ['demo_arms', 'demo', 'distill', 'compress', 'table', 'tell_doctor', '
 import inspect, json, os, shlex, shutil, signal, sys, threading, warnings
 from argparse import ArgumentParser
 from dataclasses import replace
+from contextlib import suppress
 from importlib.metadata import version
 warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated')  # fastai's import, nothing that a user could fix
 warnings.filterwarnings('ignore', message='load_learner')  # printed once, by _from_file
@@ -72,7 +73,8 @@ def _carry_out(f, given, runs, files=None, path=None, notes={}, **kwargs):
     learners = {r:f for r,f in files.items() if isinstance(f, Teacher) or Path(f).suffix=='.pkl'}
     for o in dict.fromkeys(replace(o, seed=0) for o in runs): rehearse(o, path, learners.get(first(o.needs)))
     sweep = Sweep(f.__name__, runs, given['out'], path, files, command=_command(f, given), **kwargs)
-    for name,text in ({} if rank_distrib() else notes).items(): (sweep.folder/f'{name}.txt').write_text(text)
+    for name,text in ({} if rank_distrib() else notes).items():
+        with whole_file(sweep.folder/f'{name}.txt') as f: f.write_text(text)
     say(f"{sweep} in {sweep.folder}")
     _sweep(sweep, quiet=f is demo)
     return sweep
@@ -297,22 +299,30 @@ def _runtime(ms, params, spec, on):
     if wrong: raise ValueError(wrong)
     return ms and runtime_of(spec, on)
 
+# %% ../nbs/cli.ipynb #ad9754f1
+def _measured(f, *args):
+    "What `f` measures; a machine that cannot be reached is the user's to mend"
+    try: return f(*args)
+    except RuntimeError as e: raise ValueError(str(e)) from e
+
 def _within(control, path, out, ms, serves):
-    "Parameters and milliseconds of the widest student within the budget, as found before if there are results"
+    "Parameters and milliseconds of the widest student within the budget, as found before if there are results, and a text that remembers them"
+    found = []
     dls = dls_of(control, path)
     asked = dict(ms=ms, student=control.student, conv=control.conv, shape=[*image_shape(dls)], classes=get_c(dls), **{k:getattr(serves, k) for k in ('form','int8','threads','on','python')})
     note = Path(out)/'latency.txt'
-    known = json.loads(note.read_text()) if note.is_file() else {}
-    if known.get('asked')==asked: return known
+    with suppress(OSError,ValueError): found = [*map(json.loads, note.read_text().splitlines())]
+    if known := first(o for o in found if o['asked']==asked): return known,note.read_text()
     arch,conv = network_of(control.student, min(image_shape(dls)[1:])),control.conv and conv_of(control.conv)
-    n,took = student_within(arch, conv, ms, image_shape(dls), get_c(dls) or 10, serves)
-    return dict(params=n, predicted=took, asked=asked)
+    n,took = _measured(student_within, arch, conv, ms, image_shape(dls), get_c(dls) or 10, serves)
+    known = dict(params=n, predicted=took, asked=asked)
+    return known,'\n'.join(map(json.dumps, [*found, known]))
 
 def _tell_latency(sweep, serves, found):
     "Deploy the students, and print what one image takes there"
     for run in (o for o in arms_of(sweep.results()) if not o.seed and sweep.file_of(o).exists()):
         file = sweep.learner(run).deploy(f'{_stem(run)}{serves.form}', int8=serves.int8).file
-        say(f"{file}: {serves.of_file(file):.2f} ms, {found['predicted']:.2f} predicted, --params {found['params']}")
+        say(f"{file}: {_measured(serves.of_file, file):.2f} ms, {found['predicted']:.2f} predicted, --params {found['params']}")
 
 # %% ../nbs/cli.ipynb #fe468519
 def distill(
@@ -361,8 +371,8 @@ def distill(
     if not teacher_file: network_of(teacher)  # before all images are opened
     notes = merge(*(_surveyed(o, out) for o in (own,probed) if o))
     if ms:
-        found = _within(control, path, out, ms, serves)
-        how['params'],notes['latency'] = found['params'],json.dumps(found)
+        found,notes['latency'] = _within(control, path, out, ms, serves)
+        how['params'] = found['params']
         control = Run(**how)
     source,files = _source(teacher, teacher_file, path, teacher_weights, **shared, epochs=teacher_epochs or epochs, pretrained=pretrained)
     method = method or _default(control, files.get(source), path)

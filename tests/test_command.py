@@ -224,6 +224,8 @@ bad = {
     'a ratio': (['--ms','5','--conv','hashed'], 'not by the ratio of its convolutions'),
     'no width': (['--ms','5','--student','resnet18','--conv','grouped:groups=4'], 'choose a wrn, mobile, a resnet without groups'),
     'too fast': (['--ms','1e-6'], 'out of reach'),
+    'another student': (['--ms','5','--student','timm:resnet10t'], 'choose a wrn, mobile, a resnet without groups'),
+    'no machine': (['--ms','5','--on','false'], "could not be timed by 'false'"),
     'empty method': (['--method',''], '--method is empty'),
     'endless seeds': (['--seeds','1'+'0'*20], '--seeds must be at least 1 and at most 1e9'),
     'huge batch': (['--bs','1'+'0'*20], '--bs must be at least 1 and at most 1e9'),
@@ -244,6 +246,7 @@ def test_bad_arguments(case, tmp_path, monkeypatch):
     assert str(e.value).startswith('kdfast: ') and message in str(e.value)
     assert not [*tmp_path.iterdir()]
 
+@pytest.mark.slow
 def test_a_budget_of_milliseconds(tmp_path, monkeypatch, capsys):
     "Is met before training, by a width that is kept when the command is resumed"
     asked = []
@@ -260,6 +263,12 @@ def test_a_budget_of_milliseconds(tmp_path, monkeypatch, capsys):
     main(command)
     assert len(asked)==n and len(results_of(tmp_path/'out'))==3
     main([o if o!='2' else '3' for o in command])
+    assert len(asked)>n and len(results_of(tmp_path/'out'))==5
+    n = len(asked)
+    main(command)
+    assert len(asked)==n
+    (tmp_path/'out/latency.txt').write_text('{"params":')
+    main(command)
     assert len(asked)>n and len(results_of(tmp_path/'out'))==5
 
 @pytest.mark.parametrize('command', ['demo','distill','compress','table sanity --schedule smoke'])

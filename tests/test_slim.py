@@ -139,6 +139,7 @@ def test_budgets(slimmed):
     timed = lambda net,size: count_params(net)/1000 if size==(3,16,16) else 1e9
     assert 14<count_params(slimmed.narrow(ms=20, runtime=timed))/1000<=20
     with pytest.raises(ValueError, match='out of reach'): slimmed.narrow(params=100)
+    assert count_params(slimmed.narrow(params=10**6))==count_params(slimmed.narrow(ms=1e6, runtime=timed))==count_params(whole)
 
 def test_one_width_is_an_ordinary_network(slimmed, tmp_path):
     net = slimmed.narrow(.5)
@@ -171,12 +172,79 @@ def test_what_cannot_be_trained_is_refused_first(cbs, match, dls, teacher, quiet
     learn.remove_cb(Slimmable)
     quiet(learn, 1)
 
-def test_outputs_that_are_no_classes(quiet):
+def numbers(n=1):
     x = torch.randn(40,3,16,16)
-    dls = DataLoaders.from_dsets(*[[*zip(x, x.mean((1,2,3))[:,None])]]*2, bs=10)
-    with pytest.raises(ValueError, match='add SigmoidKD'): quiet(Learner(dls, wrn(10, 1, n_out=1), MSELossFlat(), cbs=Slimmable()), 1)
-    learn = distill_learner(dls, wrn(10, 1, n_out=1), wrn(10, 1, n_out=1), loss_func=MSELossFlat(), cbs=[Logits(), Slimmable()])
-    assert count_params(quiet(learn, 1).narrow(.5))<count_params(learn.student)/3
+    return DataLoaders.from_dsets(*[[*zip(x, x.mean((1,2,3))[:,None].expand(-1,n))]]*2, bs=10)
+
+@pytest.mark.parametrize('cbs', [[], [Logits()]])
+def test_outputs_that_are_no_classes_learn_from_labels(cbs, quiet):
+    "Softmax of one output would be constant"
+    for t in cbs: t.weight = phased(1., until=.4)
+    learn = distill_learner(numbers(), wrn(10, 1, n_out=1) if cbs else None, wrn(10, 1, n_out=1), loss_func=MSELossFlat(), cbs=[*cbs, Slimmable()])
+    losses = []
+    learn.slimmable.loss_at = lambda w: losses.append((learn.pct_train, Slimmable.loss_at(learn.slimmable, w))) or losses[-1][1]
+    assert count_params(quiet(learn, 2).narrow(.5))<count_params(learn.student)/3
+    assert all(o>1e-6 for _,o in losses) and len(losses)==24
+
+def test_classes_along_another_axis(quiet):
+    class Seq(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(4, 16),nn.Linear(16, 5)
+        def forward(self, x): return self.b(F.relu(self.a(x)))
+    x = torch.randn(40,7,4)
+    dls = DataLoaders.from_dsets(*[[*zip(x, torch.randint(5, (40,7)))]]*2, bs=10)
+    learn = Learner(dls, Seq(), CrossEntropyLossFlat(), cbs=Slimmable())
+    seen = []
+    learn.slimmable.loss_at = lambda w: seen.append((Slimmable.loss_at(learn.slimmable, w), learn.pred, learn.slimmable.parts[w](learn.student, *learn.xb))) or seen[-1][0]
+    loss,whole,part = first(quiet(learn, 1) and seen)
+    assert loss.item()==pytest.approx(7*F.kl_div(part.log_softmax(2), whole.softmax(2), reduction='batchmean').item()/7, rel=1e-4) or loss.item()==pytest.approx(F.kl_div(part.log_softmax(2), whole.softmax(2), reduction='batchmean').item()/7, rel=1e-4)
+
+def test_parts_follow_changed_layers(dls, teacher, quiet):
+    "Layers, settings or device may change between fits, and no parameter with them"
+    slim = Slimmable()
+    learn = quiet(distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(), slim]), 1)
+    kept = slim.parts
+    assert quiet(learn, 1).slimmable.parts is kept
+    learn.student.act = nn.Tanh()
+    assert quiet(learn, 1).slimmable.parts is not kept and isinstance(slim.parts[.25].net.act, nn.Tanh)
+    slim.keep = ['stem']
+    assert quiet(learn, 1).narrow(.25).stem.out_channels==16==slim.parts[.25].net.stem.out_channels
+    assert all(p.is_meta for p in slim.parts[.25].net.parameters())
+
+def test_the_first_of_two_stages_is_the_whole_students(dls, teacher, quiet):
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(), FitNet(), Slimmable()])
+    before,called = learn.student.fc.weight.clone(),[]
+    learn.slimmable.loss_at = lambda w: called.append(learn.fitnet.stage) or Slimmable.loss_at(learn.slimmable, w)
+    quiet(learn, 1, 1, how='fit_two_stages')
+    assert {*called}=={2} and not torch.equal(before, learn.student.fc.weight)
+
+def test_block_by_block_is_refused(dls, teacher, quiet):
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(), Slimmable()])
+    with pytest.raises(ValueError, match='not block by block'): quiet(learn, 1, how='fit_blocks')
+    assert n_hooks(learn.student)==0 and all(p.requires_grad for p in learn.student.parameters())
+
+def test_labels_count_as_in_the_whole(dls, teacher, quiet):
+    "SimKD takes them out"
+    learn = distill_learner(dls, teacher, wrn(10, 1), cbs=[SimKD(), KD(alpha=.5), Slimmable()])
+    seen = []
+    def both(w):
+        if learn.iter==0: seen.append([Slimmable.loss_at(learn.slimmable, w) for learn.yb in (learn.yb,((learn.y+1)%10,))])
+        return Slimmable.loss_at(learn.slimmable, w)
+    learn.slimmable.loss_at = both
+    quiet(learn, 1)
+    assert seen and all(a.item()==pytest.approx(b.item(), rel=1e-4) for a,b in seen)
+
+def test_several_inputs(quiet):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.c = nn.Linear(8, 16),nn.Linear(8, 16),nn.Linear(16, 3)
+        def forward(self, x, z): return self.c(F.relu(self.a(x)+self.b(z)))
+    x = torch.randn(40, 8)
+    dls = DataLoaders.from_dsets(*[[*zip(x, -x, torch.randint(3, (40,)))]]*2, bs=10)
+    learn = quiet(Learner(dls, Two(), CrossEntropyLossFlat(), cbs=Slimmable()), 1)
+    assert count_macs(learn.narrow(macs=200), tuple(o[:1] for o in dls.one_batch()[:2]))<=200
 
 @pytest.mark.parametrize('kwargs,match', [(dict(width=.1),'choose one of these'), (dict(width=1.5),'choose one of these'), (dict(),'exactly one'), (dict(width=.5, params=10),'exactly one'), (dict(width=.5, n=0),'no training batch')])
 def test_bad_widths(slimmed, kwargs, match):

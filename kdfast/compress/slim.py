@@ -11,16 +11,16 @@ __all__ = ['Slimmable']
 from random import Random
 from fastai.vision.all import *
 from torch.func import functional_call
-from ..core import fresh_norms, image_shape, keep_rng, PlainErrors, probe_batch, probing, split_batch
+from ..core import fresh_norms, keep_rng, PlainErrors, probe_batch, probing, split_batch
 from .prune import positions_left, prune_copy, zeros_of
 from ..distill.core import LogitKD
 from ..layers.adapters import bare_model
-from ..layers.cut import laid_out
+from ..layers.cut import laid_out, trains_in_rows
 from ..losses.core import kd_loss
 from ..models.convs import check_one
-from ..models.measure import fit_budget
+from ..models.measure import count_macs, count_params, fit_budget, milliseconds
 from ..teacher.callback import DistillCallback
-from ..teacher.task import task_of
+from ..teacher.task import Task, task_of
 
 # %% ../../nbs/compress/slim.ipynb #70a6fa32
 def first_channels(group, **_):
@@ -40,22 +40,28 @@ def _without_statistics(net):
     for m in _norms(net): m.track_running_stats,m.running_mean,m.running_var,m.num_batches_tracked = False,None,None,None
     return net
 
+def _without_weights(net):
+    for m in net.modules(): m._parameters.update({n:nn.Parameter(p.to('meta')) for n,p in m._parameters.items() if p is not None})
+
 # %% ../../nbs/compress/slim.ipynb #b476958a
 class Part:
     "The part of a student that has a fraction `width` of the channels of each layer"
     def __init__(self, student, xb, width, keep, options):
         self.net,_,history = prune_copy(student, xb, 1-width, None, None, first_channels, keep, None, options)
         left = positions_left(student, xb, history)
-        self.views = {n: _view_of(p, left[n]) for n,p in student.named_parameters()}
+        self.views,self.rows = {n: _view_of(p, left[n]) for n,p in student.named_parameters()},trains_in_rows(self.net)
 
     def __call__(self, student, *xb):
         "Output of the part with the weights that `student` has now"
-        return functional_call(self.net, {n:view(student.get_parameter(n)) for n,view in self.views.items()}, laid_out(xb, self.net))
+        weights = {n:view(student.get_parameter(n)) for n,view in self.views.items()}
+        if self.rows: weights = {n:o.contiguous() for n,o in weights.items()}
+        return functional_call(self.net, weights, laid_out(xb, self.net))
 
 # %% ../../nbs/compress/slim.ipynb #c9cde780
 class Slimmable(PlainErrors):
     "Also trains narrower versions of the student, which share its weights (arXiv:1903.05134)"
-    order,run_valid,_stateattrs,parts,key,n_widths = DistillCallback.order+1,False,('parts','key'),None,None,12
+    order,run_valid,_stateattrs = DistillCallback.order+1,False,('parts','key')
+    parts,key,n_widths = None,None,12
     def __init__(self,
         smallest:float=.25, # Fraction of each layer's channels at the narrowest width; raises `ValueError` unless between 0 and 1
         n:int=2, # Other widths in each step, drawn from twelve up to the whole student's
@@ -68,10 +74,15 @@ class Slimmable(PlainErrors):
         self.options = kwargs
 
     def before_train(self):
-        self.check()
-        self.find_parts()
+        student = bare_model(self.learn.model)
+        shapes = [(n,p.shape,p.device) for n,p in student.named_parameters()]
+        key = student,repr(student),shapes,self.dls,[*self.terms],self.smallest,L(self.keep),self.options
+        if not (self.key and all(a is b or a==b for a,b in zip(self.key, key))):
+            self.find_parts(student)
+            self.key = key
 
     def after_loss(self):
+        if any(isinstance(t, DistillCallback) and t.stage==1 for t in self.learn.cbs): return
         for w in self.drawn(): self.learn.loss_grad = self.learn.loss_grad + self.loss_at(w)
 
 # %% ../../nbs/compress/slim.ipynb #77b58383
@@ -84,14 +95,11 @@ def drawn(self:Slimmable) -> list:
     return [self.smallest, *Random(self.train_iter).sample(self.widths[1:], self.n)]
 
 @patch
-def find_parts(self:Slimmable):
-    "Cut the student at all widths, unless it is the one that was cut before; raises `ValueError` if that is impossible"
-    student,xb = bare_model(self.learn.model),zeros_of(self.learn)
-    key = id(student),[p.shape for p in student.parameters()]
-    if self.key==key: return
-    self.key,self.parts = None,{w: Part(student, xb, w, self.keep, self.options) for w in self.widths}
-    for o in self.parts.values(): _without_statistics(o.net).train()
-    self.key = key
+def find_parts(self:Slimmable, student):
+    "Cut the student at all widths; raises `ValueError` if that is impossible"
+    self.key,self.task,xb = None,self.checked(),zeros_of(self.learn)
+    self.parts = {w: Part(student, xb, w, self.keep, self.options) for w in self.widths}
+    for o in self.parts.values(): _without_weights(_without_statistics(o.net).train())
 
 # %% ../../nbs/compress/slim.ipynb #88972167
 @patch(as_prop=True)
@@ -100,15 +108,16 @@ def terms(self:Slimmable):
     return [t for t in self.learn.cbs if isinstance(t, LogitKD) and t.taught and not t.layers]
 
 @patch
-def check(self:Slimmable):
-    "Raise `ValueError` if the narrower networks would have no loss"
-    if num_distrib()>1: raise ValueError("Slimmable does not support several processes: train in one")
-    if shared := [t for t in self.terms if t.share]: raise ValueError(
-        f"Slimmable computes {shared[0].label} at each width, for which there is no share: pass a weight")
-    if self.terms: return
-    student,(xb,yb) = bare_model(self.learn.model),probe_batch(self.dls)
-    with keep_rng(), probing(student): kind = task_of(self.learn.loss_func, first(yb), student(*to_device(xb, next(student.parameters()).device))).kind
-    if kind!='classes': raise ValueError("Slimmable without a term on outputs compares softmax outputs, which these are not: add SigmoidKD() or Logits()")
+def checked(self:Slimmable) -> Task: # Raises `ValueError` if narrower networks cannot be trained
+    "What the outputs mean"
+    model,(xb,yb),loss = self.learn.model,probe_batch(self.dls),self.learn.loss_func
+    with keep_rng(), probing(model): pred = model(*to_device(xb, next(model.parameters()).device))
+    shared = [t.label for t in self.terms if t.share]
+    wrong = "does not support several processes: train in one" if num_distrib()>1 \
+        else f"needs a network that returns a tensor, got a {type(pred).__name__}: train with fit, not block by block" if not isinstance(pred, Tensor) \
+        else f"computes {shared[0]} at each width, for which there is no share: pass a weight" if shared else ''
+    if wrong: raise ValueError(f"Slimmable {wrong}")
+    return task_of(getattr(getattr(loss, '__self__', None), 'old_lf', loss), first(yb), pred)  # MixUp wraps the loss function
 
 # %% ../../nbs/compress/slim.ipynb #fb3ffb8e
 _replaced = contextmanager(replacing_yield)
@@ -118,9 +127,10 @@ def loss_at(self:Slimmable, width):
     "Loss of the part of the student that has `width`"
     whole,pred = self.learn.pred,self.parts[width](bare_model(self.learn.model), *self.xb)
     terms = [t for t in self.terms if t.acts(t.now)]
-    if not terms: return kd_loss(pred, whole.detach(), T=1.)
+    if not terms and self.task.kind=='classes': return kd_loss(*(o.movedim(self.task.axis, 1) for o in (pred,whole.detach())), T=1.)
     with _replaced(self.learn, 'pred', pred), _replaced(self.learn, 'loss', self.learn.loss_func(pred, *self.yb)):
-        return sum([o for t in terms for o in (t.now*t.term(), *t.extras())], start=self.learn.loss)
+        without_labels = [o for t in self.learn.cbs if hasattr(t, 'build') and t.acts(t.now) for o in t.extras()]
+        return sum([*without_labels, *(o for t in terms for o in (t.now*t.term(), *t.extras()))], start=self.learn.loss)
 
 # %% ../../nbs/compress/slim.ipynb #32c7e294
 def _cut(learn, slim, width):
@@ -130,13 +140,24 @@ def _cut(learn, slim, width):
 def _renew(net, dls, n):
     "Statistics of batch norms on `n` training batches"
     norms = _norms(net.eval())
+    if not norms: return net
     for m in norms: m.train()
     with torch.no_grad(), keep_rng(dls.train), fresh_norms(norms):
         for b in itertools.islice(dls.train, n): net(*to_device(split_batch(dls, b)[0], next(net.parameters()).device))
-    if norms and not norms[0].num_batches_tracked: raise ValueError(
+    if not norms[0].num_batches_tracked: raise ValueError(
         "There is no training batch for the statistics of batch norms: call learn.narrow where the training data is, and export its result")
     return net.eval()
 
+def _within(learn, slim, params, macs, ms, runtime):
+    "The largest of 64 widths within a budget"
+    xb = zeros_of(learn)
+    size = tuple(xb[0].shape[1:]) if len(xb)==1 else xb
+    cost = count_params if params is not None else lambda m: count_macs(m, size) if macs is not None else (runtime or milliseconds)(m, size)
+    if cost(bare_model(learn.model))<=next(o for o in (params,macs,ms) if o is not None): return 1.
+    widths = [slim.smallest + (1-slim.smallest)*i/63 for i in range(64)]
+    return fit_budget(partial(_cut, learn, slim), params, macs, ms, widths, size, runtime).setting
+
+# %% ../../nbs/compress/slim.ipynb #d05c5634
 @patch
 def narrow(self:Learner,
     width:float=None, # Fraction of each layer's channels, from the `smallest` of `Slimmable` to 1
@@ -145,14 +166,12 @@ def narrow(self:Learner,
     ms:float=None, # Instead of `width`: budget of measured milliseconds for one image
     runtime=None, # With `ms`, as for `fit_budget`
     n:int=64 # Training batches for the statistics of batch norms
-) -> nn.Module: # In eval mode; raises `ValueError` if the student was not trained with `Slimmable`, or the width is out of reach
+) -> nn.Module: # In eval mode; raises `ValueError` if the learner has no `Slimmable`, or the width is out of reach
     "A copy of the student at a smaller width, as an ordinary network"
     slim = first(cb for cb in self.cbs if isinstance(cb, Slimmable))
     if not slim: raise ValueError("Only a student trained with Slimmable() has other widths: use learn.prune, or train with it")
     check_one(width=width, params=params, macs=macs, ms=ms)
-    if width is None:
-        widths = [slim.smallest + (1-slim.smallest)*i/63 for i in range(64)]
-        width = fit_budget(partial(_cut, self, slim), params, macs, ms, widths, image_shape(self.dls), runtime).setting
+    if width is None: width = _within(self, slim, params, macs, ms, runtime)
     if not slim.smallest<=width<=1: raise ValueError(f"This student was trained at widths from {slim.smallest} to 1, not at {width}: choose one of these")
-    net = _cut(self, slim, width)
+    net = _cut(self, slim, width).requires_grad_()
     return _renew(net, self.dls, n) if width<1 else net.eval()

@@ -189,8 +189,8 @@ def _in_width(arch, conv):
     if func is nets.wrn: return lambda s: partial(func, arch.args[0], s/64, conv=conv, divisor=divisor)
     if func is nets.resnet and divisor==1: return lambda s: partial(arch, width=s/64, conv=conv)
     if arch is nets.mobile: return lambda s: partial(arch, width=s/64, conv=conv, divisor=divisor)
-    raise ValueError("--params cannot fit the width of this student or the ratio of its convolutions: "
-        "choose a wrn, mobile, a resnet without groups, or a convolution with a ratio, such as hashed")
+    raise ValueError("The width of this student cannot be fitted to a budget: "
+        "choose a wrn, mobile, a resnet without groups, or for --params a convolution with a ratio, such as hashed")
 
 # %% ../../nbs/experiments/spec.ipynb #037e09fb
 def _conv_in(arch, conv): return conv or getattr(inspect.signature(arch).parameters.get('conv'), 'default', convs.Full)
@@ -240,6 +240,7 @@ def student_within(
     timed # A `Runtime`
 ) -> tuple: # Parameters of the widest student within the budget, for `student_at`, and its milliseconds; raises `ValueError` if the narrowest is too slow
     "The widest student that is fast enough"
+    if isinstance(arch, str): return student_within(lambda n_out: student_of(arch, SimpleNamespace(c=n_out)), conv, ms, size, n_out, timed)
     conv,known = _conv_in(arch, conv),{}
     if _fits_ratio(conv): raise ValueError("--ms is met by the width of a network, not by the ratio of its convolutions: give the ratio, as in hashed:ratio=.25")
     make = lambda s: _in_width(arch, conv)(s)(n_out=n_out)

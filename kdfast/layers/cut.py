@@ -139,8 +139,10 @@ def laid_out(
     xb:tuple, # A batch, or features
     model:nn.Module # The network that trains on them
 ) -> tuple: # The same values
-    "Images in the fastest memory format for convolutions on their device, if `model` can train in it"
-    order = torch.contiguous_format if trains_in_rows(model) else torch.channels_last
+    "Images in the fastest memory format for convolutions on their device, if `model` can train in it; if not, its weights are laid out in rows as well"
+    rows = trains_in_rows(model)
+    order = torch.contiguous_format if rows else torch.channels_last
+    if rows and xb[0].device.type=='cpu': model.to(memory_format=order)  # or its first layer would change the format back
     return tuple(o.contiguous(memory_format=order) if o.ndim==4 and o.device.type=='cpu' else o for o in xb)
 
 # %% ../../nbs/layers/cut.ipynb #dc704847

@@ -109,7 +109,7 @@ def _built(make, setting):
         with torch.device('meta'): return make(setting)
     except (RuntimeError,TypeError,ValueError): return make(setting)  # it reads its weights, or fails anyway
 
-def _milliseconds(model, size, reps=10):
+def milliseconds(model, size, reps=10):
     xb = zeros_for(model, size)
     with probing(model): return 1e3*median([_seconds(model, xb) for _ in range(reps+1)][1:])
 
@@ -135,7 +135,7 @@ def fit_budget(
     if runtime and ms is None: raise ValueError("A runtime measures milliseconds: pass ms= in place of params= or macs=")
     n,at = _settings(over, 2**20 if ms is None else 64)
     build = make if ms is not None else lambda s: _built(make, s)
-    timed = runtime or _milliseconds
+    timed = runtime or milliseconds
     count = count_params if params is not None else lambda m: count_macs(m, size) if macs is not None else timed(m, size)
     cost = cache(lambda i: count(build(at(i))))
     best = bisect(cost, n, next(o for o in (params,macs,ms) if o is not None))
