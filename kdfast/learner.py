@@ -191,6 +191,7 @@ def _body_and_head(name, net):
 def classifier_learner(
     dls:DataLoaders, # Labelled images
     student, # A network, or the learner that distilled it; a copy is trained
+    cbs=None, # `Callback`s
     **kwargs
 ) -> Learner: # With two parameter groups, body and head, for `fine_tune` and discriminative learning rates
     "A `Learner` on the labels of `dls`, which starts from a distilled student with a new head"
@@ -199,7 +200,7 @@ def classifier_learner(
     try: name = to_classifier(net, xb)[1]
     except ValueError: net,name = Headed(net, _outputs(xb, net, net).shape[1], n_out),'head'
     else: net.set_submodule(name, nn.Linear(net.get_submodule(name).in_features, n_out))
-    return Learner(dls, net, splitter=partial(_body_and_head, name), **kwargs)
+    return Learner(dls, net, splitter=partial(_body_and_head, name), cbs=L(ImageLayout())+L(cbs), **kwargs)
 
 # %% ../nbs/learner.ipynb #de5f482c
 @patch(as_prop=True)

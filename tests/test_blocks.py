@@ -577,11 +577,12 @@ def test_a_narrow_student_gets_images_in_rows(quiet):
     class Sees(Callback):
         order = 101
         def before_batch(self): seen.setdefault((self.learn.k,self.training), self.xb[0].is_contiguous(memory_format=torch.channels_last))
-    for k in (1,.25):
-        learn = distill_learner(few_digits(), wrn(10, 2), wrn(10, k), cbs=[KD(), Columns(), Sees()])
+    learners = {k: distill_learner(few_digits(), wrn(10, 2), wrn(10, k), cbs=[KD(), Columns(), Sees()]) for k in (1,.25)}
+    learners['labels'] = classifier_learner(few_digits(), wrn(10, .25), cbs=[Columns(), Sees()])
+    for k,learn in learners.items():
         learn.k = k
         quiet(learn, 1)
-    assert seen=={(1,True):True, (1,False):True, (.25,True):False, (.25,False):True}
+    assert seen=={(1,True):True, (1,False):True, (.25,True):False, (.25,False):True, ('labels',True):False, ('labels',False):True}
 
 @pytest.mark.slow
 def test_a_narrow_student_is_trained():
