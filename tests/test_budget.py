@@ -96,6 +96,6 @@ def test_the_students_of_the_command():
     assert any(isinstance(m, Separable) for m in make(n_out=10).modules())
 
 @pytest.mark.parametrize('student,spec,params,message', [('wrn-16-2', 'sparable', None, "Unknown convolution 'sparable': choose from full, "), ('wrn-16-2', 'grouped:group=4', None, 'grouped has no group: it takes bias, groups, group_size'),
-    ('torchvision.resnet18', 'separable', 10_000, 'cannot fit the width'), ('wrn-16-2', 'lowrank', 100_000, 'out of reach'), ('residual_cnn', 'separable', 10_000, 'cannot fit the width')])
+    ('torchvision.resnet18', 'separable', 10_000, 'cannot be fitted'), ('wrn-16-2', 'lowrank', 100_000, 'out of reach'), ('residual_cnn', 'separable', 10_000, 'cannot be fitted')])
 def test_what_the_command_refuses(student, spec, params, message):
     with pytest.raises(ValueError, match=message): words.student_at(words.network_of(student), words.conv_of(spec), params)
