@@ -165,7 +165,7 @@ def sanity(args):
             if any(run in o.needs for o in whole.runs): shutil.copy(whole.file_of(run), args.out)
             yield dict(what=str(run), value=f"{result['accuracy']:.2%} in {result['seconds']:.0f} s")
 
-parts = {f.__name__:(f,seconds) for f,seconds in ((machine,90), (tests,150), (step,120), (methods,120), (loader,30), (compiled,120), (sanity,480))}  # at most so many seconds
+parts = {f.__name__:(f,seconds) for f,seconds in ((machine,90), (tests,150), (step,120), (methods,120), (loader,90), (compiled,120), (sanity,480))}  # at most so many seconds
 
 # The record
 
