@@ -18,8 +18,8 @@ from ..layers.adapters import bare_model
 from ..layers.cut import laid_out, trains_in_rows
 from ..losses.core import kd_loss
 from ..models.convs import check_one
-from ..models.measure import count_macs, count_params, fit_budget, milliseconds
-from ..teacher.callback import DistillCallback
+from ..models.measure import counted, fit_budget
+from ..teacher.callback import DistillCallback, TeacherCallback
 from ..teacher.task import Task, task_of
 
 # %% ../../nbs/compress/slim.ipynb #70a6fa32
@@ -117,7 +117,9 @@ def checked(self:Slimmable) -> Task: # Raises `ValueError` if narrower networks 
         else f"needs a network that returns a tensor, got a {type(pred).__name__}: train with fit, not block by block" if not isinstance(pred, Tensor) \
         else f"computes {shared[0]} at each width, for which there is no share: pass a weight" if shared else ''
     if wrong: raise ValueError(f"Slimmable {wrong}")
-    return task_of(getattr(getattr(loss, '__self__', None), 'old_lf', loss), first(yb), pred)  # MixUp wraps the loss function
+    source = first(o for o in self.learn.cbs if isinstance(o, TeacherCallback))
+    known = (source.outputs,source.axis) if source else ()
+    return task_of(getattr(getattr(loss, '__self__', None), 'old_lf', loss), first(yb), pred, *known)  # MixUp wraps the loss function
 
 # %% ../../nbs/compress/slim.ipynb #fb3ffb8e
 _replaced = contextmanager(replacing_yield)
@@ -129,7 +131,7 @@ def loss_at(self:Slimmable, width):
     terms = [t for t in self.terms if t.acts(t.now)]
     if not terms and self.task.kind=='classes': return kd_loss(*(o.movedim(self.task.axis, 1) for o in (pred,whole.detach())), T=1.)
     with _replaced(self.learn, 'pred', pred), _replaced(self.learn, 'loss', self.learn.loss_func(pred, *self.yb)):
-        without_labels = [o for t in self.learn.cbs if hasattr(t, 'build') and t.acts(t.now) for o in t.extras()]
+        without_labels = [o for t in self.learn.cbs if isinstance(t, DistillCallback) and hasattr(t, 'build') and t.acts(t.now) for o in t.extras()]
         return sum([*without_labels, *(o for t in terms for o in (t.now*t.term(), *t.extras()))], start=self.learn.loss)
 
 # %% ../../nbs/compress/slim.ipynb #32c7e294
@@ -152,8 +154,8 @@ def _within(learn, slim, params, macs, ms, runtime):
     "The largest of 64 widths within a budget"
     xb = zeros_of(learn)
     size = tuple(xb[0].shape[1:]) if len(xb)==1 else xb
-    cost = count_params if params is not None else lambda m: count_macs(m, size) if macs is not None else (runtime or milliseconds)(m, size)
-    if cost(bare_model(learn.model))<=next(o for o in (params,macs,ms) if o is not None): return 1.
+    cost,budget = counted(params, macs, ms, size, runtime)
+    if cost(bare_model(learn.model))<=budget: return 1.
     widths = [slim.smallest + (1-slim.smallest)*i/63 for i in range(64)]
     return fit_budget(partial(_cut, learn, slim), params, macs, ms, widths, size, runtime).setting
 

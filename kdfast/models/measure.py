@@ -109,10 +109,16 @@ def _built(make, setting):
         with torch.device('meta'): return make(setting)
     except (RuntimeError,TypeError,ValueError): return make(setting)  # it reads its weights, or fails anyway
 
-def milliseconds(model, size, reps=10):
+def _milliseconds(model, size, reps=10):
     xb = zeros_for(model, size)
     with probing(model): return 1e3*median([_seconds(model, xb) for _ in range(reps+1)][1:])
 
+def counted(params, macs, ms, size, runtime):
+    "A function from a network to its cost, in the unit of the one budget that is given, and that budget"
+    if params is not None: return count_params,params
+    return ((lambda m: count_macs(m, size)),macs) if macs is not None else ((lambda m: (runtime or _milliseconds)(m, size)),ms)
+
+# %% ../../nbs/models/measure.ipynb #8017e38e
 def _settings(over, steps):
     "Number of settings after the first, and a function from index to setting"
     if isinstance(over, list): return len(over)-1,over.__getitem__
@@ -120,7 +126,7 @@ def _settings(over, steps):
     if isinstance(lo, int) and isinstance(hi, int): return hi-lo,lambda i: lo+i
     return steps,lambda i: lo+(hi-lo)*i/steps
 
-# %% ../../nbs/models/measure.ipynb #8017e38e
+# %% ../../nbs/models/measure.ipynb #cea01645
 def fit_budget(
     make, # Called with a setting, returns a network whose cost rises or falls with it
     params:int=None, # Budget of parameters
@@ -135,10 +141,9 @@ def fit_budget(
     if runtime and ms is None: raise ValueError("A runtime measures milliseconds: pass ms= in place of params= or macs=")
     n,at = _settings(over, 2**20 if ms is None else 64)
     build = make if ms is not None else lambda s: _built(make, s)
-    timed = runtime or milliseconds
-    count = count_params if params is not None else lambda m: count_macs(m, size) if macs is not None else timed(m, size)
+    count,budget = counted(params, macs, ms, size, runtime)
     cost = cache(lambda i: count(build(at(i))))
-    best = bisect(cost, n, next(o for o in (params,macs,ms) if o is not None))
+    best = bisect(cost, n, budget)
     return Fit(at(best), make(at(best)), cost(best))
 
 # %% ../../nbs/models/measure.ipynb #3d6f1ec4
