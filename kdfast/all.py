@@ -1,4 +1,4 @@
-"The public API: `from kdfast.all import *`, after `from fastai.vision.all import *`. Losses, layers and experiments export more from their own `all`"
+"The public API: `from kdfast.all import *`, after `from fastai.vision.all import *`. Folders export more from their own `all`"
 from .core import probing  # chkstyle: ignore
 from .data.all import *
 from .devices import BF16, all_processes  # chkstyle: ignore
@@ -10,3 +10,6 @@ from .learner import *
 from .train.all import *
 from .compress.all import *
 from .look.all import *
+
+# Parts of what is above; who extends kdfast finds them in their folders' own `all`
+del calibration_error, Composite, init_he, layer_similarity, Structured

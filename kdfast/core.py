@@ -194,7 +194,7 @@ def whole_folder(
     part.mkdir(parents=True)
     try:
         yield part
-        for f in part.iterdir():
+        for f in filter(Path.is_file, part.rglob('*')):
             with f.open('rb+') as o: os.fsync(o.fileno())
         os.replace(part, dest)
     finally: shutil.rmtree(part, ignore_errors=True)

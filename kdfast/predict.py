@@ -77,8 +77,22 @@ def _executorch(file, threads):
     run = lambda x: np.concatenate([net.execute([torch.from_numpy(x[i:i+most])])[0].numpy() for i in range(0, len(x), most)])
     return run,about,[None,*shape]
 
+# %% ../nbs/predict.ipynb #a0d2d0be
+def runs_here(file): return file.suffix!='.mlpackage' or sys.platform=='darwin'
+
+def _coreml(file, threads):
+    if not runs_here(file): raise ImportError(f"{file} runs in Core ML, which macOS and iOS alone have")
+    model = _import('coremltools').models.MLModel(str(file))
+    about,image = model.user_defined_metadata,model.get_spec().description.input[0].type.imageType
+    c = 1 if image.ColorSpace.Name(image.colorSpace)=='GRAYSCALE' else 3
+    def one(x):
+        out = model.predict({'image':_pillow().fromarray(x.squeeze(-1) if c==1 else x)})
+        if about['outputs']=='logits': return out['logits'][0]
+        return [out['classLabel_probs'][o] for o in json.loads(about['classes'])]
+    return lambda x: np.array([one(o) for o in x], np.float32),about,[None,image.height,image.width,c]
+
 # %% ../nbs/predict.ipynb #86ec87c6
-_runtimes = {'.onnx':_onnx, '.xml':_openvino, '.pte':_executorch}
+_runtimes = {'.onnx':_onnx, '.xml':_openvino, '.pte':_executorch, '.mlpackage':_coreml}
 
 class DeployedModel:
     "A file that `learn.deploy` wrote, opened in its own runtime"

@@ -4,6 +4,7 @@ from math import log2
 import functools, math, torchvision.models as tvm
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.models.convs import init_he
 from kinds import kinds
 
 each = pytest.mark.parametrize('conv', kinds.values(), ids=kinds)

@@ -166,6 +166,60 @@ def test_every_runtime(runtime, int8, trained, dls, photos, tmp_path):
     assert np.abs(np.array([predict_file(report.file, file, 10)[str(i)] for i in range(10)])-want).max()<(.3 if int8 else .03)
     assert net.size==[16,16] and net.resize=='crop' and (net.shape[1] is None)==(runtime=='onnx')
 
+# Core ML runs on macOS alone; here its file is read instead, operator by operator
+
+def _padded(x, weight, pad, strides, dilations, groups, pad_type=None, bias=None):
+    return F.conv2d(F.pad(x, [*map(int, pad.roll(2))]), weight, bias, [*map(int, strides)], 0, [*map(int, dilations)], int(groups))
+
+operators = {'cast':lambda x, dtype: x, 'mul':lambda x, y: x*y, 'add':lambda x, y: x+y, 'sub':lambda x, y: x-y, 'relu':lambda x: x.relu(), 'conv':_padded,
+    'batch_norm':lambda x, mean, variance, gamma, beta, epsilon: F.batch_norm(x, mean, variance, gamma, beta, eps=float(epsilon)),
+    'reduce_mean':lambda x, axes, keep_dims: x.mean([*map(int, axes)], bool(keep_dims)), 'reshape':lambda x, shape: x.reshape([*map(int, shape)]),
+    'linear':F.linear, 'softmax':lambda x, axis: x.softmax(int(axis)), 'classify':lambda probabilities, classes: probabilities}
+
+def as_the_file_says(model, inputs):
+    from coremltools.converters.mil.frontend.milproto.load import load
+    spec = model.get_spec()
+    main = load(spec, specification_version=spec.specificationVersion, file_weights_dir=model.weights_dir).functions['main']
+    takes = spec.description.input[0].type.imageType
+    assert inputs['image'].size==(takes.width,takes.height) and inputs['image'].mode==dict(GRAYSCALE='L', RGB='RGB')[takes.ColorSpace.Name(takes.colorSpace)]
+    pixels = torch.from_numpy(np.array(inputs['image'], np.float32).reshape(takes.height, takes.width, -1))
+    known = {'image':pixels.permute(2,0,1)[None]}
+    def value(o):
+        x = np.asarray(o.val)
+        return known[o.name] if o.val is None else torch.from_numpy(x.astype(np.float32)) if x.dtype.kind in 'fiub' else o.val
+    for o in main.operations:
+        if o.op_type!='const': out = known[o.outputs[-1].name] = operators[o.op_type](**{k:value(v) for k,v in o.inputs.items() if not isinstance(v, (list,tuple))})
+    ends = spec.description
+    if not ends.predictedProbabilitiesName: return {ends.output[0].name:out.numpy()}
+    names = [*main.find_ops(op_type='classify')[0].inputs['classes'].val]
+    return {ends.predictedProbabilitiesName:dict(zip(names, out[0].tolist()))}
+
+@pytest.mark.slow
+@pytest.mark.parametrize('grey,softmax', [(False,True),(True,True),(False,False)])
+def test_core_ml_as_its_file_says(grey, softmax, photos, tmp_path, monkeypatch):
+    "Colours, normalization, classes and half precision, as a Mac would get them"
+    import coremltools
+    monkeypatch.setattr(coremltools.models.MLModel, 'predict', as_the_file_says, raising=False)
+    for o in ('kdfast.predict.runs_here','kdfast.compress.deploy.runs_here'): monkeypatch.setattr(o, lambda file: True)
+    stats = ([.5],[.3]) if grey else ([.7,.5,.3],[.2,.3,.4])
+    learn = student_on(photos, tmp_path, Resize((24,16)), batch_tfms=[Normalize.from_stats(*stats)], net=Grey if grey else None, img_cls=PILImageBW if grey else PILImage)
+    (tmp_path/'student.mlpackage').mkdir()
+    (tmp_path/'student.mlpackage/old').touch()
+    report = learn.deploy('student.mlpackage', softmax=softmax)
+    net,file = DeployedModel(report.file),get_image_files(photos)[0]
+    assert report.agreement==1 and report.images==20 and report.difference<.03 and report.student==report.deployed
+    assert [*tmp_path.iterdir()]==[report.file] and not (report.file/'old').exists() and report.MB==sum(o.stat().st_size for o in report.file.rglob('*') if o.is_file())/1e6
+    assert net.shape==[None,24,16,1 if grey else 3] and net.classes==['bright','dark'] and net.outputs==('probabilities' if softmax else 'logits')
+    if softmax: assert predict_file(report.file, file)['dark']==pytest.approx(probabilities(learn, file)[1], abs=.03)
+
+def test_core_ml_elsewhere_is_written_unchecked(dls, tmp_path):
+    if sys.platform=='darwin': pytest.skip('it is checked there')
+    learn = distill_learner(dls, None, wrn(10, .5), path=tmp_path)
+    with pytest.warns(UserWarning, match='written but not checked, since Core ML runs on macOS alone'): report = learn.deploy('student.mlpackage')
+    assert [*report.index]==['file','MB'] and [*tmp_path.iterdir()]==[report.file]
+    with pytest.raises(ImportError, match='which macOS and iOS alone have'): DeployedModel(report.file)
+    with pytest.raises(ValueError, match='Core ML files are written in floating point'): learn.deploy('student.mlpackage', int8=True)
+
 places = [Path(o) for o in (os.environ.get('ONNXRUNTIME_INCLUDE', ''),'/usr/include/onnxruntime','/usr/include/stb','/usr/local/include','/usr/include') if o]
 lacking = [o for o in ('onnxruntime_cxx_api.h','stb_image.h','nlohmann/json.hpp') if not any((p/o).exists() for p in places)]
 

@@ -12,10 +12,10 @@ import json
 from fastai.vision.all import *
 from .export import exportable, onnx_program, writing
 from .quantize import Int8
-from ..core import first_batches, import_extra, keep_rng, probe_batch, probing, split_batch, whole_file
+from ..core import first_batches, import_extra, keep_rng, probe_batch, probing, split_batch, whole_file, whole_folder
 from ..data.memory import FromMemory
 from ..layers.adapters import bare_model
-from ..predict import DeployedModel
+from ..predict import DeployedModel, runs_here
 from ..teacher.source import normalizer
 
 # %% ../../nbs/compress/deploy.ipynb #9d379e4e
@@ -133,8 +133,11 @@ def _to_onnx(net, x, about, file, batches):
 _in_integers = 'Conv Gemm MatMul Add Relu Clip MaxPool AveragePool GlobalAveragePool Concat'.split()
 
 # %% ../../nbs/compress/deploy.ipynb #fa4394ca
+def _no_integers(form, batches):
+    if batches: raise ValueError(f"{form} files are written in floating point: deploy to .onnx or .pte for int8")
+
 def _to_openvino(net, x, about, file, batches):
-    if batches: raise ValueError("OpenVINO files are written in floating point: deploy to .onnx or .pte for int8")
+    _no_integers('OpenVINO', batches)
     ov = import_extra('openvino', 'openvino')
     with writing('OpenVINO', net): made = ov.convert_model(torch.export.export(net, (x,), dynamic_shapes=({0:torch.export.Dim.DYNAMIC},)))
     made.reshape([-1, *x.shape[1:]])
@@ -172,7 +175,31 @@ def _to_executorch(net, x, about, file, batches):
         made = exir.to_edge_transform_and_lower(program, partitioner=[xnnpack.XnnpackPartitioner()], constant_methods=about).to_executorch()
     file.write_bytes(made.buffer)
 
-_forms = {'.onnx':_to_onnx, '.xml':_to_openvino, '.pte':_to_executorch}
+# %% ../../nbs/compress/deploy.ipynb #1ed0e8d2
+class _OfImage(nn.Module):
+    "Pixels from `(1,c,h,w)` floating point numbers between 0 and 255"
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image): return self.net(image.permute(0,2,3,1))
+
+def _to_coreml(net, x, about, file, batches):
+    _no_integers('Core ML', batches)
+    _,h,w,c = x.shape
+    image,reads = torch.zeros(1, c, h, w),_OfImage(deepcopy(net)).eval()
+    for o in (*reads.parameters(),*reads.buffers()): o.data = o.data.clone(memory_format=torch.contiguous_format)  # it refuses any other
+    with writing('Core ML', reads):
+        ct = import_extra('coreml', 'coremltools')
+        takes = ct.ImageType(name='image', shape=image.shape, color_layout='RGB' if c==3 else 'G')
+        ends = dict(classifier_config=ct.ClassifierConfig(json.loads(about['classes']))) if net.softmax else dict(outputs=[ct.TensorType(name='logits')])
+        program = torch.export.export(reads, (image,)).run_decompositions({})
+        made = ct.convert(program, inputs=[takes], **ends)
+        made.user_defined_metadata.update(about)
+        made.save(str(file))
+
+# %% ../../nbs/compress/deploy.ipynb #cd4ce707
+_forms = {'.onnx':_to_onnx, '.xml':_to_openvino, '.pte':_to_executorch, '.mlpackage':_to_coreml}
 
 def form_of(file):
     "What writes a file with this suffix"
@@ -213,10 +240,16 @@ def _probabilities(outs, loss):
 def _put(folder, file):
     "Give whatever a form has written its final name; returns its size"
     made = sorted(Path(folder).iterdir(), key=lambda o: o.suffix==file.suffix)  # what the file refers to comes first
+    size = sum(o.stat().st_size for o in Path(folder).rglob('*') if o.is_file())
+    if made[0].is_dir():
+        with whole_folder(file) as part:
+            shutil.copytree(made[0], part, dirs_exist_ok=True)
+            shutil.rmtree(file, ignore_errors=True)
+        return size
     if len(made)>1: file.unlink(missing_ok=True)  # of half a pair, nothing can be opened
     for o in made:
         with whole_file(file.with_suffix(o.suffix)) as part: shutil.copyfile(o, part)
-    return sum(o.stat().st_size for o in made)
+    return size
 
 def _example(net, c):
     "Pixels to trace `net` with: of another size than its own, where it takes any"
@@ -247,7 +280,7 @@ def deploy(self:Learner,
     resize:str=None, # How images get the size of the network: 'crop' to the middle, 'squish', or 'none'; as in validation by default
     n:int=500, # Number of validation images to check it on
     agree:float=.99 # Fraction of them with the same first class that is enough; without int8, no output may differ by more than .1 either; 0 accepts anything
-) -> pd.Series: # What the check has found
+) -> pd.Series: # What the check has found; for Core ML anywhere but on macOS, a warning and the file alone
     "Write the student as one file that takes pixels; raises `ValueError`, and keeps the file under another name, if it disagrees with the student"
     if rank_distrib(): return
     file,model,norm,resize = self.path/fname,bare_model(self.model),normalizer(self.dls),resize or _resize_of(self.dls.valid)
@@ -263,6 +296,9 @@ def deploy(self:Learner,
         made = Path(folder)/file.name
         batches = [_pixels_of(split_batch(self.dls, b)[0][0], norm) for b in first_batches(self.dls)] if int8 else None
         write_pixels(net, c, vocab, made, resize, batches)
+        if not runs_here(file):
+            warnings.warn(f"{file.name} is written but not checked, since Core ML runs on macOS alone: there, compare predict_file({file.name!r}, image) with the student")
+            return pd.Series(dict(file=file, MB=_put(folder, file)/1e6))
         deployed = DeployedModel(made, torch.get_num_threads())
         found = _found(ours.numpy(), _answers(deployed, (_served(dl, i, resize) for i in idxs)), labels)
         fits = found['agreement']>=agree and (int8 or not agree or found['difference']<=.1*max(1, ours.abs().max()))
