@@ -96,6 +96,7 @@ def test_files_loaded_by_workers(moved, files, exact):
     cached = fit(moved, TeacherCache(files/'c'), dls=file_dls(files))
     assert apart(cached, fit(moved, dls=file_dls(files)))<1e-5
 
+@pytest.mark.slow
 @pytest.mark.parametrize('item,batch', [(RandomResizedCrop(32, min_scale=.5),None), (None,aug_transforms())], ids=['item','batch'])
 def test_fastai_augmentation(item, batch, moved, files, exact):
     "Refused without views, which keep whatever it does"

@@ -28,6 +28,7 @@ def done(tmp_path_factory):
     main(['compress', *quick, '--steps', chains, '--out', str(out)])
     return out
 
+@pytest.mark.slow
 def test_what_it_leaves(done):
     arms,start = told(done)
     first,second = arms.values()
@@ -52,6 +53,7 @@ def test_what_it_leaves(done):
     table = result_table(results_of(done))
     assert [*table.index]==['teacher',*chains.split(';')] and 'against control (points)' not in table
 
+@pytest.mark.slow
 def test_what_it_leaves_predicts(done):
     (arms,_),dls = told(done),digits_dls(size=16)
     for stem,run in zip(stems, arms.values()):
@@ -162,7 +164,8 @@ def test_bad_steps(steps, tmp_path, monkeypatch):
     assert bad[steps] in str(e.value)
 
 @pytest.mark.parametrize('args,message', [(['--method','blocks'], 'trains block by block'), (['--method','magic'], 'Unknown method magic'), (['--epochs','0'], '--epochs must be at least 1'), (['--method','fitnet'], 'use one step per chain')])
-def test_bad_arguments(args, message, done, tmp_path, monkeypatch):
+def test_bad_arguments(args, message, tmp_path, monkeypatch):
     monkeypatch.setattr(Learner, 'fit', lambda *args, **kwargs: pytest.fail('trained'))
-    with pytest.raises(SystemExit) as e: main(['compress', '--teacher', 'wrn-10-1', '--teacher-file', str(network_of(done)), '--out', str(tmp_path/'out'), *args])
+    torch.save(wrn(10, 1).state_dict(), tmp_path/'weights.pth')
+    with pytest.raises(SystemExit) as e: main(['compress', '--teacher', 'wrn-10-1', '--teacher-file', str(tmp_path/'weights.pth'), '--out', str(tmp_path/'out'), *args])
     assert message in str(e.value)

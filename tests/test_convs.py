@@ -181,6 +181,7 @@ def test_hashed_signs_and_places_look_random():
     assert abs(sign.float().mean()-.5)<.01 and place.bincount(minlength=n).min()>=10 and place.bincount().max()<=11
     assert abs(np.corrcoef(place, np.arange(len(place)))[0,1])<.02 and abs(np.corrcoef(place[1:], place[:-1])[0,1])<.02
 
+@pytest.mark.slow
 def test_the_research_counts():
     assert count_params(wrn(28, 10, conv=partial(Hashed, ratio=.1)))==3_902_938
     assert count_params(wrn(28, 10, conv=partial(Hashed, ratio=.1, bias=True)))==3_911_898

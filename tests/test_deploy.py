@@ -42,6 +42,7 @@ def test_a_file_does_what_validation_does(tfm, photos, tmp_path):
         said = predict_file(report.file, file)
         assert [*said]==[net.classes[i] for i in net(net.pixels(file))[0].argsort()[::-1]] and sum(said.values())==pytest.approx(1, abs=1e-4)
 
+@pytest.mark.slow
 def test_a_stretched_image_is_no_cropped_one(photos, tmp_path):
     "What the other tests could not tell apart"
     learn = student_on(photos, tmp_path, Resize(24))
@@ -75,6 +76,7 @@ class Gamma(Transform):
     order = 2
     def encodes(self, x:PILImage): return PILImage(x.point([int(255*(i/255)**.3) for i in range(256)]*3))
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tfms', [dict(tfm=Resize(24), batch_tfms=[Inverted()]), dict(tfm=[Resize(24),Gamma()])], ids=['Inverted','Gamma'])
 def test_a_file_that_disagrees_is_kept_apart(tfms, photos, tmp_path):
     learn,name = student_on(photos, tmp_path, **tfms),'Gamma' if isinstance(tfms['tfm'], list) else 'Inverted'
@@ -83,6 +85,7 @@ def test_a_file_that_disagrees_is_kept_apart(tfms, photos, tmp_path):
     assert (tmp_path/'student.onnx').read_text()=='before' and {o.name for o in tmp_path.iterdir()}=={'student.onnx','student-disagrees.onnx'}
     assert DeployedModel(tmp_path/'student-disagrees.onnx').classes==['bright','dark']
 
+@pytest.mark.slow
 def test_images_of_one_size_are_checked_as_well(photos, tmp_path):
     "Without a Resize, too, the file gets what is served, not what the student sees"
     folder = tmp_path/'same'
@@ -108,6 +111,7 @@ def test_random_states_and_order(photos, tmp_path):
     assert learn.deploy().agreement==1
     assert random.getstate()==before[0] and torch.equal(torch.get_rng_state(), before[1])
 
+@pytest.mark.slow
 def test_images_in_memory(dls, teacher, quiet, tmp_path):
     "The student of a distillation, as it stands: bare, and in the mode it was in"
     learn = quiet(distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(),FitNet()], metrics=accuracy, path=tmp_path), 2, 1e-2)
@@ -270,6 +274,7 @@ def test_a_convolution_that_two_layers_read(dls):
     with torch.no_grad(): rounded,right = _in_int8(net, pixels[:2], [pixels.numpy()])(pixels),net(pixels)
     assert (rounded-right).norm()<.1*right.norm()
 
+@pytest.mark.slow
 def test_what_is_no_classifier(dls, photos, tmp_path):
     blocks = dict(several_labels=dict(blocks=(ImageBlock,MultiCategoryBlock), get_y=lambda o: ['a']), numbers=dict(blocks=(ImageBlock,RegressionBlock), get_y=lambda o: 1.),
         two_labels=dict(blocks=(ImageBlock,CategoryBlock,CategoryBlock), n_inp=1, get_y=[lambda o: 'a', lambda o: 'b']))
@@ -285,6 +290,7 @@ def test_what_is_no_classifier(dls, photos, tmp_path):
         assert learn.deploy(softmax=False).agreement==1
     assert [o.name for o in tmp_path.iterdir()]==['student.onnx']
 
+@pytest.mark.slow
 def test_of_an_int8_student(dls, quiet, tmp_path):
     learn = quiet(distill_learner(dls, None, wrn(10, .5), path=tmp_path), 1)
     with pytest.raises(ValueError, match='deploy to .onnx or .pte for int8'): learn.deploy('a.xml', int8=True)
@@ -297,6 +303,7 @@ class PerBatch(nn.Sequential):
     "Reads the mean of the batch"
     def forward(self, x): return super().forward(x-x.mean(0))
 
+@pytest.mark.slow
 def test_bad_input(dls, quiet, tmp_path):
     learn = distill_learner(dls, None, wrn(10, .5), path=tmp_path)
     with pytest.raises(ValueError, match='No form for student.bin: its suffix must be .onnx or .xml or .pte'): learn.deploy('student.bin')

@@ -29,6 +29,7 @@ def test_files_are_the_network(name, in_int8, dls, tmp_path):
             assert compare({'file':model}, 32, reps=1).loc['file','MB on disk']==round(model.file.stat().st_size/1e6, 2)
     assert {o.name for o in tmp_path.iterdir()}=={'net.onnx','net.pt2'}
 
+@pytest.mark.slow
 def test_an_int8_file_is_a_quarter(dls, tmp_path):
     net = wrn(16, 2).eval()
     full,small = export_onnx(net, tmp_path/'full.onnx', 32),export_onnx(quantize(net, dls)[0], tmp_path/'int8.onnx', 32)
@@ -77,6 +78,7 @@ def test_without_the_extra():
     res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert 'pip install kdfast[onnx]' in res.stderr
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float64,torch.bfloat16])
 def test_other_precisions_are_written_as_float32(dtype, tmp_path):
     net = wrn(10, 1).eval().to(dtype)
@@ -99,6 +101,7 @@ def test_logging_is_as_it_was(tmp_path):
         assert logging.root.manager.disable==logging.CRITICAL
     finally: logging.disable(logging.NOTSET)
 
+@pytest.mark.slow
 def test_fastais_unet(tmp_path):
     "It ends in a layer that changes a tensor's type, which cannot be traced"
     net,x = DynamicUnet(create_body(wrn(10, .25), pretrained=False), 4, (32,32)),torch.rand(2, 3, 32, 32)

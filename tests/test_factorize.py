@@ -73,7 +73,7 @@ def falling(net):
         if isinstance(m, (nn.Conv2d,nn.Linear)): m.weight.data *= torch.logspace(0, -2, m.weight.shape[1]).view(1,-1,*[1]*(m.weight.dim()-2))
     return net
 
-@pytest.mark.parametrize('make,size', [(lambda: wrn(10, 2), 32), (lambda: torchvision.models.resnet18(num_classes=10), 64), (lambda: torchvision.models.mobilenet_v2(num_classes=10), 64),
+@pytest.mark.parametrize('make,size', [(lambda: wrn(10, 2), 32), pytest.param(lambda: torchvision.models.resnet18(num_classes=10), 64, marks=pytest.mark.slow), (lambda: torchvision.models.mobilenet_v2(num_classes=10), 64),
     (lambda: torchvision.models.VisionTransformer(64, 16, 2, 4, 64, 128, num_classes=10), 64)])
 def test_any_network(make, size):
     torch.manual_seed(0)

@@ -76,6 +76,7 @@ def test_lr_find(dls, teacher):
     assert len(calls) in (8,9) and n_hooks(teacher, learn.student)==0
     assert teacher.training
 
+@pytest.mark.slow
 def test_fine_tune_and_flat_cos(dls, teacher, quiet):
     "A vision_learner with its splitter, to which distillation is added after its optimizer was made"
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy)
@@ -255,6 +256,7 @@ def test_a_compiled_student_is_tapped(dls, teacher, quiet):
     assert 1<=counter.frame_count<=5 and n_hooks(learn.student)==0
     assert learn.recorder.history.values==pytest.approx(same.recorder.history.values, rel=1e-3)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('term', [AT,FitNet])
 def test_a_network_that_has_run_compiled_is_tapped(term, dls, teacher, quiet):
     "torch takes for granted that what it has compiled gets no hooks later; in training mode, and in eval mode, which this student does not tell from it"

@@ -171,7 +171,7 @@ def distilled(*args, out):
 
 def labels(results): return [label_of(o) for o in arms_of(results)]
 
-@pytest.mark.parametrize('from_files', [False,True])
+@pytest.mark.parametrize('from_files', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_folder_on_the_command_line(from_files, tmp_path, capsys):
     "What is there is told, records have no absolute path, a rerun goes on, and a changed image is another run"
     path,args = classes(tmp_path/'pets'),['--teacher','wrn-10-2','--method','kd',*['--from-files']*from_files]
@@ -196,6 +196,7 @@ def test_a_broken_file_that_comes_later_is_found(tmp_path):
     with pytest.raises(SystemExit, match='1 of 31 images'): distilled(*args, out=tmp_path/'out')
     assert read_results(tmp_path/'out/records.jsonl')==before
 
+@pytest.mark.slow
 def test_a_network_of_timm_teaches_as_it_is(tmp_path, weights, capsys):
     "With its own weights, normalization and size; its classes are others, so features teach"
     path = classes(tmp_path/'pets')
@@ -223,6 +224,7 @@ def test_students_of_timm(tmp_path, weights):
     net = load_learner(tmp_path/'out/student-fitnet-standardize.pkl').model
     assert count_params(net)==first(arms_of(results).values())['parameters'] and net(torch.zeros(2,3,32,32)).shape==(2,3)
 
+@pytest.mark.slow
 def test_pretrained_students(tmp_path, weights, monkeypatch):
     "Both arms begin with the weights that are on file where torch.hub keeps them"
     set_seed(3)  # a run with seed 0 would have the same random weights

@@ -219,6 +219,7 @@ def test_int8_reads_the_layer_that_is_named(dls, quiet):
     gaps = {n:far(ours[n], theirs[n]) for n in names}
     assert len(names)==6 and max(gaps.values())<.5<min(far(theirs[f'{n}.0'], theirs[n]) for n in ('group2','group3')), gaps
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', ['stagewise','parallel'])
 def test_int8_gives_hints_to_blocks(mode, dls, teacher, quiet):
     learn = distill_learner(dls, teacher, wrn(10, 1), precision=int8_teacher)
@@ -277,6 +278,7 @@ def said(dls, n=2):
         learn.fit(1, 1e-3)
     return [str(o.message) for o in w if 'waits for its images' in str(o.message)]
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0,1])
 def test_a_slow_loader_is_named_once(workers):
     dls = Datasets([*range(64)], [Slow(), [lambda i: tensor(i%2)]]).dataloaders(bs=8, num_workers=workers, device='cpu')

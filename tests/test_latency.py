@@ -7,11 +7,13 @@ from kdfast.predict import main
 
 elsewhere = dict(on='sh -c', python=sys.executable)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form,int8', [('.onnx',False), pytest.param('.onnx', True, marks=pytest.mark.slow), pytest.param('.xml', False, marks=pytest.mark.slow), pytest.param('.pte', False, marks=pytest.mark.slow), pytest.param('.pte', True, marks=pytest.mark.slow)])
 def test_a_larger_network_takes_longer(form, int8):
     runtime = Runtime(form, int8)
     assert 0<runtime(wrn(10, .25), 16)<runtime(wrn(10, 1), 32)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('form', ['.onnx', pytest.param('.xml', marks=pytest.mark.slow), pytest.param('.pte', marks=pytest.mark.slow)])
 def test_another_machine(form, tmp_path, monkeypatch):
     "With other temporary files, of which nothing is left"
@@ -28,6 +30,7 @@ def test_the_budget_is_met_in_the_runtime():
     assert len(asked)<=9 and {s for _,s in asked}=={16} and fit.count==count_params(fit.model)/1e4<=10
     assert count_params(wrn(10, fit.setting+3.75/64))>1e5
 
+@pytest.mark.slow
 def test_grey_images_and_what_is_left_of_the_network():
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).train()
     before = {k:v.clone() for k,v in net.state_dict().items()}

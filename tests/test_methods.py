@@ -804,6 +804,7 @@ def test_images_alone_with_their_class(quiet):
 
 # Before the ReLU, and two stages
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['ab','ofd'])
 @pytest.mark.parametrize('student,teacher', [('resnet18','resnet34'),('resnet18','resnet50'),('resnet18','vgg11_bn')])
 def test_other_networks_before_the_relu(name, student, teacher):
@@ -860,7 +861,7 @@ def test_the_paraphraser_learns_first(trained):
 
 # Other learners
 
-@pytest.mark.parametrize('names', ['kd+at','fitnet+dkd','vid+ickd+nst','ab','fsp+sp'])
+@pytest.mark.parametrize('names', ['kd+at', *(pytest.param(o, marks=pytest.mark.slow) for o in ('fitnet+dkd','vid+ickd+nst','ab','fsp+sp'))])
 def test_unets(names, quiet):
     "A U-Net with a small body from one with a larger body"
     data = [(torch.randn(3,32,32), torch.randint(4, (32,32))) for _ in range(8)]
@@ -1146,13 +1147,20 @@ def traced_stages(net):
         def is_leaf_module(self, m, n): return n.startswith(('group','layer')) or super().is_leaf_module(m, n)
     return torch.fx.GraphModule(net, Stages().trace(net))
 
+def zeros(make):
+    "A network whose values do not matter: a VGG takes a second to initialize"
+    with torch.device('meta'): net = make()
+    net = net.to_empty(device='cpu')
+    for o in net.state_dict().values(): o.zero_()
+    return net
+
 @pytest.mark.parametrize('side', ['student','teacher','both'])
 @pytest.mark.parametrize('trace', [torch.fx.symbolic_trace, traced_stages, lambda net: nn.Sequential(torch.fx.symbolic_trace(net))], ids=['traced','stages kept','inside'])
 @pytest.mark.parametrize('make', [partial(wrn, 16, 1), models.resnet18, models.vgg11_bn, models.mobilenet_v2, models.alexnet, models.efficientnet_b0, partial(resnet, 10)],
     ids='wrn resnet18 vgg mobilenet alexnet efficientnet ours'.split())
 def test_traced_networks_have_the_pairs_of_untraced_ones_or_none(make, trace, side):
-    s,x = make(),torch.zeros(2,3,64,64)
-    t,traced = deepcopy(s),trace(s)  # copied: a VGG takes a second to initialize
+    s,x = zeros(make),torch.zeros(2,3,64,64)
+    t,traced = deepcopy(s),trace(s)
     right = pair_layers(s, t, x)
     called = {n for n,*_ in calls_of(traced, x)}
     s,t,start = traced if side!='teacher' else s,trace(t) if side!='student' else t,'0.' if isinstance(traced, nn.Sequential) else ''
@@ -1176,7 +1184,7 @@ def skipping_dls(how, workers=0, bad=3, n=10):
     kwargs = dict(bs=4, num_workers=workers, after_item=after_item, **(dict(before_batch=before_batch) if how=='batch' else {}))
     return DataLoaders(DataLoader(Data(data), **kwargs), DataLoader(data, bs=4, after_item=lambda o: o[:2]))
 
-@pytest.mark.parametrize('workers', [0,2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('how', ['item','dataset','batch'])
 @pytest.mark.parametrize('cbs', [lambda path: [CRD()], lambda path: [KD(), TeacherCache(path)], lambda path: [CRD(), TeacherCache(path)]], ids=['crd','cache','both'])
 def test_a_loader_that_skips_a_sample(cbs, how, workers, trained, tmp_path, quiet):

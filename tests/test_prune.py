@@ -18,7 +18,7 @@ def lively(net):
             for o,low in ((m.weight.data,.5),(m.running_var,.5),(m.running_mean,-1),(m.bias.data,-1)): o.uniform_(low, 1.5)
     return net.eval()
 
-@pytest.mark.parametrize('name', networks)
+@pytest.mark.parametrize('name', [o if o!='densenet121' else pytest.param(o, marks=pytest.mark.slow) for o in networks])
 def test_outputs_are_those_of_the_masked_network(name):
     torch.manual_seed(0)
     make,size = networks[name]
@@ -53,6 +53,7 @@ def test_the_least_important_go():
     left = [*range(3),*range(11,16)]
     assert torch.equal(small.group1[0].conv1.weight[:,:], net.group1[0].conv1.weight[left][:,[i for i in range(16) if any(torch.equal(small.stem.weight[j], net.stem.weight[i]) for j in range(8))]])
 
+@pytest.mark.slow
 @pytest.mark.parametrize('unit,budgets', [('params', (20_000,60_000,200_000)), ('macs', (3_000_000,20_000_000))])
 def test_budgets(unit, budgets):
     net,cost = wrn(10, 2),dict(params=count_params, macs=lambda m: count_macs(m, 32))[unit]

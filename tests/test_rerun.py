@@ -31,6 +31,7 @@ def test_a_cell_trained_anew_is_compared_with_its_record(rerun, tmp_path, monkey
     assert [o['state'] for o in found]==['agrees','not run','differs'] and found[0]['now']==pytest.approx(found[0]['recorded'])
     assert 'about' in capsys.readouterr().out and {'device','commit','finished'} <= {*found[0]}
 
+@pytest.mark.slow
 def test_random_is_a_cell_of_each_committed_table(rerun, tmp_path, monkeypatch):
     "Chosen by the seed, one run on record each"
     monkeypatch.setattr(rerun, 'again', lambda table, run, known, *args: 100*known[run]['accuracy'])

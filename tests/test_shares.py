@@ -175,6 +175,7 @@ def loud(teacher, quiet, *cbs, n=2, **kwargs):
         quiet(learn, n, 1e-4)
     return [str(o.message) for o in found if 'of the gradient' in str(o.message)]
 
+@pytest.mark.slow
 def test_a_term_that_takes_nearly_everything_warns_once(teacher, quiet):
     said, = loud(teacher, quiet, AT(weight=1e6))
     assert re.search(r'^at has (99|100)% of the gradient in epoch 0, .*pass AT\(share=.5\)', said)

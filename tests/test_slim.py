@@ -113,6 +113,7 @@ def slimmed(trained):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(8, 1e-2)
     return learn
 
+@pytest.mark.slow
 def test_every_width_learns(slimmed):
     accs = {w: accuracy_of(slimmed.narrow(w), slimmed.dls) for w in (.25,.5,.75,1)}
     assert accs[.5]>.4 and accs[.75]>.4 and accs[.25]>.2 and accs[1]==pytest.approx(slimmed.validate()[1])
@@ -176,6 +177,7 @@ def numbers():
     x = torch.randn(40,3,16,16)
     return DataLoaders.from_dsets(*[[*zip(x, x.mean((1,2,3))[:,None])]]*2, bs=10)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cbs', [[], [Logits()]])
 def test_outputs_that_are_no_classes_learn_from_labels(cbs, quiet):
     "Softmax of one output would be constant"

@@ -376,6 +376,7 @@ def test_a_terminal_shows_a_bar_in_a_bar(tmp_path):
     shown = shown.decode()
     assert p.wait(timeout=60)==0 and '3/3' in shown and '[14/14' in shown and shown.count('% in ')==3
 
+@pytest.mark.slow
 def test_a_damaged_teacher_teaches_nobody(tmp_path, capsys):
     "One bit of its file is enough: it is kept beside, and trained again"
     sweep = Sweep('flip', [kd], tmp_path)

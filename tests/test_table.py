@@ -87,6 +87,7 @@ def test_every_budget_can_be_met(schedule):
     for student,conv,params in wanted: assert student_at(network_of(student, 32), conv and conv_of(conv), params)[1]
     assert len(wanted)>10
 
+@pytest.mark.slow
 def test_estimates_are_of_the_right_size():
     "Against a run of this process; both are noisy"
     run = Run(student='wrn-16-2', epochs=1, pct=.5)

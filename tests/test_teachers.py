@@ -51,7 +51,7 @@ class Gradients(Callback):
 @pytest.fixture(scope='module')
 def nets(): return {k:{c:f(c) for c in (0,10)} for k,f in teachers.items()}
 
-@pytest.mark.parametrize('method', methods)
+@pytest.mark.parametrize('method', [pytest.param(o, marks=[] if o in ('kd','default') else pytest.mark.slow) for o in methods])
 @pytest.mark.parametrize('student', [pytest.param(o, marks=[] if o in ('wrn','vit_tiny') else pytest.mark.slow) for o in students])
 @pytest.mark.parametrize('teacher', teachers)
 def test_any_teacher_and_any_student(teacher, student, method, nets, tmp_path, quiet):

@@ -11,7 +11,7 @@ import pandas, sklearn.datasets, torch, torchvision  # once, before the forks
 if not torch.cuda.device_count(): import fastai.vision.all  # its import claims a GPU, which no fork could use then
 
 root = Path(__file__).absolute().parent.parent
-guides = 'howto','tutorials','explanation'
+guides = 'howto','tutorials','explanation','start'
 
 def lessons_of(nb):
     "The code that a notebook does not export"
@@ -49,7 +49,7 @@ def main():
     parser.add_argument('--library', action='store_true', help=f"Each once, and without the guides, {', '.join(guides)}")
     args = parser.parse_args()
     # Tutorials, the longest, come first, so that no core waits for the last one
-    books = [o for o in sorted((root/'nbs').rglob('*.ipynb'), reverse=True) if '.ipynb_checkpoints' not in o.parts and not (args.library and o.parent.name in guides)]
+    books = [o for o in sorted((root/'nbs').rglob('*.ipynb'), reverse=True) if '.ipynb_checkpoints' not in o.parts and not (args.library and {o.parent.name,o.stem} & {*guides})]
     again = set() if args.library else {*filter(about_precision, books)}
     done = run([(o,other) for o in books for other in ([False,True] if o in again else [False])], os.cpu_count())
     for seconds,_,name in sorted(done, reverse=True)[:10]: print(f'{seconds:3.0f} s  {name}')

@@ -30,6 +30,9 @@ from ..train.decay import wd_groups as scale_decay
 from ..train.stages import first_terms
 
 # %% ../../nbs/experiments/run.ipynb #e16eea08
+@functools.cache
+def _builds(method): return any(hasattr(t, 'build') for t in terms_of(method))  # once, and not for each of hundreds of records
+
 def _given(run): return {f.name:getattr(run, f.name) for f in dataclasses.fields(run) if getattr(run, f.name)!=f.default}
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Run:
         theirs = self.student if self.student.startswith('timm:') else f"torchvision.{self.student.removeprefix('torchvision.')}"
         if self.pretrained: object.__setattr__(self, 'student', theirs)
         if not self.weights: network_of(self.student)
-        terms_of(self.method),schedule_of(self.method),self.conv and conv_of(self.conv)
+        _builds(self.method),schedule_of(self.method),self.conv and conv_of(self.conv)
         remedy = 'has no teacher: leave it out' if self.teacher else 'needs a teacher: pass a Run'
         if (self.method=='control')!=(self.teacher is None): raise ValueError(f"The method {self.method} {remedy}")
         for o in filter(None, (self.teacher,self.start)):
@@ -127,7 +130,7 @@ def control(self:Run) -> Run:
 @patch(as_prop=True)
 def remade(self:Run) -> bool: # True with a compression chain, or a term such as SimKD
     "Whether the run changes its network's architecture"
-    return bool(self.chain) or any(hasattr(t, 'build') for t in terms_of(self.method))
+    return bool(self.chain) or _builds(self.method)
 
 @patch(as_prop=True)
 def needs(self:Run) -> list: # `Run`s
