@@ -27,6 +27,10 @@ def _seed():
     yield
     plt.close('all')
 
+def slow_but(*quick, of):
+    "Parameters `of` a test, of which `make test` runs those in `quick`, and `make test-all` all"
+    return [o if o in quick else pytest.param(o, marks=pytest.mark.slow) for o in of]
+
 def few_digits(bs=20, per_class=8, size=16, valid=60, **kwargs):
     "Few small digits to train on, and to validate on: all 599 at 32 px would take longer than the training"
     return digits_dls(bs, per_class=per_class, size=size, valid=valid, **kwargs)

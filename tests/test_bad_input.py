@@ -1,6 +1,6 @@
 "Every mistake is answered at once, names its remedy, and leaves learner and networks as they were"
 import importlib.util, pytest
-from conftest import few_digits, n_hooks
+from conftest import few_digits, n_hooks, slow_but
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.teacher.source import teacher_of
@@ -136,7 +136,7 @@ def test_nan_later(dls, quiet):
 events = ['before_train','before_batch','after_pred','after_loss','before_step','after_batch','before_validate','after_epoch']
 
 @pytest.mark.parametrize('exc', [KeyboardInterrupt, RuntimeError, CancelFitException, CancelTrainException, CancelEpochException])
-@pytest.mark.parametrize('event', events)
+@pytest.mark.parametrize('event', slow_but('before_train', 'after_loss', 'before_validate', of=events))
 def test_however_a_fit_ends(event, exc, dls, quiet):
     class Stop(Callback):
         order = 3

@@ -1,6 +1,6 @@
 "A cached fit is the fit without a cache, or is refused"
 import errno, json, shutil, pytest, timm
-from conftest import few_digits, n_hooks
+from conftest import few_digits, n_hooks, slow_but
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.losses.core import hint_loss
@@ -45,7 +45,7 @@ def exact(monkeypatch):
     monkeypatch.setattr(TeacherCache, '_arrays', lambda *a: {k:(shape, 'float32' if dtype=='float16' else dtype) for k,(shape,dtype) in half(*a).items()})
 
 @pytest.mark.parametrize('terms', [(KD,), (AT,), (KD,AT), (KD,AT,FitNet), (partial(FeatureKD, hint_loss, {'fc':'fc'}),)], ids=['KD','AT','KD+AT','KD+AT+FitNet','FeatureKD'])
-@pytest.mark.parametrize('views', [0,2])
+@pytest.mark.parametrize('views', slow_but(2, of=[0,2]))
 def test_a_cached_fit_is_the_fit_without(terms, views, moved, tmp_path, exact):
     "Shuffled, with augmentation where there are views"
     calls,pad = counted(moved.stem),4*bool(views)

@@ -1,5 +1,6 @@
 "`kdfast distill`, as a process and in this one"
 import itertools, json, os, signal, subprocess, sys, tarfile, time, pytest, torchvision, warm
+from conftest import slow_but
 from contextlib import suppress
 from test_processes import launch
 from fastai.vision.all import *
@@ -241,7 +242,7 @@ bad = {
     'out': (['--out','/proc/nothing/here'], '/proc/nothing'),
     'out is a file': (['--out',__file__], 'File exists')}
 
-@pytest.mark.parametrize('case', [o if o not in ('too fast','no machine') else pytest.param(o, marks=pytest.mark.slow) for o in bad])
+@pytest.mark.parametrize('case', slow_but(*{*bad}-{'too fast','no machine'}, of=bad))
 def test_bad_arguments(case, tmp_path, monkeypatch):
     "Each is found before anything is trained"
     args,message = bad[case]

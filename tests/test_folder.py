@@ -1,5 +1,6 @@
 "`kdfast distill` on any folder of images, and what is read from one"
 import shutil, timm, torchvision, pytest
+from conftest import slow_but
 from dataclasses import replace
 from urllib.error import URLError
 from fastai.vision.all import *
@@ -171,7 +172,7 @@ def distilled(*args, out):
 
 def labels(results): return [label_of(o) for o in arms_of(results)]
 
-@pytest.mark.parametrize('from_files', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('from_files', slow_but(False, of=[False,True]))
 def test_a_folder_on_the_command_line(from_files, tmp_path, capsys):
     "What is there is told, records have no absolute path, a rerun goes on, and a changed image is another run"
     path,args = classes(tmp_path/'pets'),['--teacher','wrn-10-2','--method','kd',*['--from-files']*from_files]

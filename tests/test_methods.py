@@ -1,7 +1,7 @@
 "Every loss against an independent computation, and every method alone and together"
 import pytest, torchvision
 from torch.autograd import gradcheck
-from conftest import few_digits, n_hooks, waits_of
+from conftest import few_digits, n_hooks, slow_but, waits_of
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.distill.features import Reuse
@@ -349,7 +349,7 @@ def test_each_teaches_something(name, alone):
     assert far(grads, labels)>1e-3 and all(g.isfinite().all() for g in grads.values())
     assert all(p.grad is None for p in both.teacher.parameters())
 
-@pytest.mark.parametrize('name', apart)
+@pytest.mark.parametrize('name', slow_but(*apart[1::3], of=apart))
 def test_it_combines_with_each_other(name, alone):
     "One teacher forward, and each adds what it adds alone"
     both,(labels,*_),single = alone
@@ -606,7 +606,7 @@ def test_an_interrupt_without_labels(trained, quiet):
 
 # With what else there is
 
-@pytest.mark.parametrize('name', apart)
+@pytest.mark.parametrize('name', slow_but(*apart[::3], of=apart))
 def test_a_cache_gives_the_same(name, trained, tmp_path, monkeypatch, quiet):
     "In float32, so that nothing is left to rounding"
     half = TeacherCache._arrays
@@ -861,7 +861,7 @@ def test_the_paraphraser_learns_first(trained):
 
 # Other learners
 
-@pytest.mark.parametrize('names', ['kd+at', *(pytest.param(o, marks=pytest.mark.slow) for o in ('fitnet+dkd','vid+ickd+nst','ab','fsp+sp'))])
+@pytest.mark.parametrize('names', slow_but('kd+at', of=('kd+at','fitnet+dkd','vid+ickd+nst','ab','fsp+sp')))
 def test_unets(names, quiet):
     "A U-Net with a small body from one with a larger body"
     data = [(torch.randn(3,32,32), torch.randint(4, (32,32))) for _ in range(8)]
@@ -1154,7 +1154,7 @@ def zeros(make):
     for o in net.state_dict().values(): o.zero_()
     return net
 
-@pytest.mark.parametrize('side', ['student','teacher','both'])
+@pytest.mark.parametrize('side', slow_but('both', of=['student','teacher','both']))
 @pytest.mark.parametrize('trace', [torch.fx.symbolic_trace, traced_stages, lambda net: nn.Sequential(torch.fx.symbolic_trace(net))], ids=['traced','stages kept','inside'])
 @pytest.mark.parametrize('make', [partial(wrn, 16, 1), models.resnet18, models.vgg11_bn, models.mobilenet_v2, models.alexnet, models.efficientnet_b0, partial(resnet, 10)],
     ids='wrn resnet18 vgg mobilenet alexnet efficientnet ours'.split())
@@ -1184,7 +1184,7 @@ def skipping_dls(how, workers=0, bad=3, n=10):
     kwargs = dict(bs=4, num_workers=workers, after_item=after_item, **(dict(before_batch=before_batch) if how=='batch' else {}))
     return DataLoaders(DataLoader(Data(data), **kwargs), DataLoader(data, bs=4, after_item=lambda o: o[:2]))
 
-@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('workers', slow_but(0, of=[0,2]))
 @pytest.mark.parametrize('how', ['item','dataset','batch'])
 @pytest.mark.parametrize('cbs', [lambda path: [CRD()], lambda path: [KD(), TeacherCache(path)], lambda path: [CRD(), TeacherCache(path)]], ids=['crd','cache','both'])
 def test_a_loader_that_skips_a_sample(cbs, how, workers, trained, tmp_path, quiet):

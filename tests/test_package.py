@@ -4,7 +4,6 @@ from configparser import ConfigParser
 from pathlib import Path
 
 root = Path(__file__).parent.parent
-kdfast_command = Path(sys.executable).parent/'kdfast'
 
 def run(*args, **kwargs): return subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=300, **kwargs)
 
@@ -67,10 +66,12 @@ def test_agents_find_the_skill():
         keys = [o.partition('=')[0] for o in given if '=' in o]
         inspect.signature(found(name)).bind_partial(*given[len(keys):], **dict.fromkeys(keys))
 
-def test_one_version():
+def test_one_version(capsys):
     import kdfast
     assert '\nversion =' not in (root/'pyproject.toml').read_text().split('[tool.')[0]
-    assert run(kdfast_command, '--version').stdout.strip()==f'kdfast {kdfast.__version__}'
+    from kdfast.cli import main
+    with pytest.raises(SystemExit): main(['--version'])
+    assert capsys.readouterr().out.strip()==f'kdfast {kdfast.__version__}'
 
 def test_command_line(capsys):
     "Each subcommand has its own help, an unknown option or command ends with code 2"

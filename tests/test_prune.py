@@ -5,7 +5,7 @@ from torch.ao.quantization import quantize_dynamic
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.compress.prune import positions_left, prune_copy
-from conftest import n_hooks
+from conftest import n_hooks, slow_but
 
 importances = dict(L1=tp.importance.GroupMagnitudeImportance(p=1), L2=None, Taylor=tp.importance.GroupTaylorImportance(), scale=tp.importance.BNScaleImportance(), random=tp.importance.RandomImportance())
 networks = {'wrn': (lambda: wrn(16, 1), 32), 'wrn separable': (lambda: wrn(10, 2, conv=Separable), 32), 'resnet18': (lambda: torchvision.models.resnet18(num_classes=10), 64),
@@ -18,7 +18,7 @@ def lively(net):
             for o,low in ((m.weight.data,.5),(m.running_var,.5),(m.running_mean,-1),(m.bias.data,-1)): o.uniform_(low, 1.5)
     return net.eval()
 
-@pytest.mark.parametrize('name', [o if o!='densenet121' else pytest.param(o, marks=pytest.mark.slow) for o in networks])
+@pytest.mark.parametrize('name', slow_but(*{*networks}-{'densenet121'}, of=networks))
 def test_outputs_are_those_of_the_masked_network(name):
     torch.manual_seed(0)
     make,size = networks[name]

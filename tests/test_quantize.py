@@ -3,7 +3,7 @@ import io, pickle, pytest, torchvision
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.compress.quantize import _Rounding
-from conftest import few_digits, n_hooks
+from conftest import few_digits, n_hooks, slow_but
 from test_benchmarks import int8_cost
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def images(dls): return torch.cat([b[0] for b in dls.valid]).as_subclass(Tensor)
 nets = {'wrn': lambda: wrn(16, 1), 'separable': lambda: wrn(10, 1, conv=Separable), 'shuffle': lambda: wrn(10, 1, conv=Shuffle), 'dilated': lambda: wrn(10, 1, conv=Dilated2x2), 'grouped': lambda: wrn(10, 1, conv=partial(Grouped, groups=2)),
     'resnet': lambda: resnet(10, stem='small'), 'residual_cnn': residual_cnn, 'plain': lambda: plain_cnn(32), 'mobile': mobile, 'torchvision': lambda: torchvision.models.resnet18(num_classes=10), 'mobilenet_v2': lambda: torchvision.models.mobilenet_v2(num_classes=10)}
 
-@pytest.mark.parametrize('name', [o if o in ('wrn','mobile') else pytest.param(o, marks=pytest.mark.slow) for o in nets])
+@pytest.mark.parametrize('name', slow_but('wrn', 'mobile', of=nets))
 def test_outputs_are_near(name, dls):
     net = settled(nets[name](), dls)
     before,x = {k:v.clone() for k,v in net.state_dict().items()},images(dls)

@@ -1,6 +1,6 @@
 "Terms that take a share of the gradient: the share is what was asked for, and nothing else changes"
 import pytest
-from conftest import few_digits, n_hooks, waits_of
+from conftest import few_digits, n_hooks, slow_but, waits_of
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.experiments.spec import as_published, method_table, methods, terms_of
@@ -315,7 +315,9 @@ def test_what_a_term_trains_beside_the_student_learns_with_a_share(teacher, quie
         quiet(learn, 1, 1e-2, wd=0.)
         assert all(not torch.equal(o, before[k]) for k,o in net.named_parameters() if o.requires_grad)
 
-@pytest.mark.parametrize('name', [k for k,c in methods().items() if k!='sigmoidkd' and not hasattr(c, 'build')])
+named = [k for k,c in methods().items() if k!='sigmoidkd' and not hasattr(c, 'build')]
+
+@pytest.mark.parametrize('name', slow_but(*named[::3], of=named))
 def test_every_method_is_measured(name, teacher, quiet):
     "With its default weight and with half of the gradient"
     for term in terms_of(name)+terms_of(f'{name}:share=.5'):

@@ -4,7 +4,7 @@ from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.compress.slim import Part
 from kdfast.learner import accuracy_of
-from conftest import few_digits, n_hooks
+from conftest import few_digits, n_hooks, slow_but
 from test_prune import lively
 
 networks = {'wrn': (lambda: wrn(10, 1), 16), 'separable': (lambda: wrn(10, 2, conv=Separable), 16), 'resnet': (lambda: resnet(10, width=.25, stem='small'), 16),
@@ -16,7 +16,7 @@ def train_mode(net):
     for m in net.eval().modules(): m.training = isinstance(m, nn.BatchNorm2d)
     return net
 
-@pytest.mark.parametrize('name', [*networks, *(pytest.param(o, marks=pytest.mark.slow) for o in slow)])
+@pytest.mark.parametrize('name', slow_but(*networks, of=[*networks,*slow]))
 def test_a_part_is_the_network_that_is_cut_out(name):
     make,size = {**networks,**slow}[name]
     net = lively(make())
@@ -158,7 +158,9 @@ def test_a_learner_with_it_is_exported(slimmed, tmp_path):
     loaded = load_learner(tmp_path/'whole.pkl')
     with pytest.raises(ValueError, match='any batches'): loaded.narrow(.5)
     loaded.dls = slimmed.dls
-    assert count_params(loaded.narrow(.5))==count_params(slimmed.narrow(.5))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', message='Slimmable')
+        assert count_params(loaded.narrow(.5))==count_params(slimmed.narrow(.5))
 
 @pytest.mark.parametrize('kwargs,match', [(dict(smallest=0),'between 0 and 1'), (dict(smallest=1.),'between 0 and 1'), (dict(smallest=float('nan')),'between 0 and 1'), (dict(n=12),'0 to 11'), (dict(n=-1),'0 to 11')])
 def test_bad_settings(kwargs, match):
@@ -255,6 +257,13 @@ def test_bad_widths(slimmed, kwargs, match):
 
 def test_other_students_have_no_widths(dls):
     with pytest.raises(ValueError, match='learn.prune'): Learner(dls, wrn(10, 1)).narrow(.5)
+
+def test_widths_that_nothing_has_trained(dls, quiet, recwarn):
+    learn = distill_learner(dls, None, wrn(10, .5), cbs=Slimmable())
+    with pytest.warns(UserWarning, match='trained nothing in this learner: fit it first'): learn.narrow(.5)
+    recwarn.clear()
+    quiet(learn, 1).narrow(.5)
+    assert not [o for o in recwarn if 'trained nothing' in str(o.message)]
 
 def test_a_student_that_is_pruned_between_fits(dls, teacher, quiet):
     learn = quiet(distill_learner(dls, teacher, wrn(10, 1), cbs=[KD(), Slimmable()]), 1)

@@ -1,5 +1,6 @@
 "Runs, records and sweeps: killed, broken, shared"
 import functools, importlib.util, json, multiprocessing, os, resource, shutil, signal, sqlite3, subprocess, sys, time, pytest, torchvision, warm
+from conftest import slow_but
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -143,9 +144,7 @@ def uninterrupted(kind):
     assert without[1]==result and all(torch.equal(a, b) for a,b in zip(weights, without[0]))
     return weights,result
 
-longer = 'pruned','pretrained'
-
-@pytest.mark.parametrize('kind', [*(o for o in kinds if o not in longer), *(pytest.param(o, marks=pytest.mark.slow) for o in longer)])
+@pytest.mark.parametrize('kind', slow_but('fitnet', 'bf16', 'blocks', of=kinds))
 @pytest.mark.parametrize('at', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_goes_on_as_if_nothing_had_happened(kind, at, tmp_path, monkeypatch):
     if kind=='pruned': pytest.importorskip('torch_pruning')

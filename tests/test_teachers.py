@@ -9,7 +9,7 @@ from kdfast.look.probe import features_of, knn_accuracy
 from kdfast.teacher.callback import TeacherCallback
 from transformers import ConvNextConfig, ConvNextForImageClassification, ConvNextModel, ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
 import pytest
-from conftest import few_digits
+from conftest import few_digits, slow_but
 
 class Data(list):
     loss_func = CrossEntropyLossFlat()
@@ -51,8 +51,8 @@ class Gradients(Callback):
 @pytest.fixture(scope='module')
 def nets(): return {k:{c:f(c) for c in (0,10)} for k,f in teachers.items()}
 
-@pytest.mark.parametrize('method', [pytest.param(o, marks=[] if o in ('kd','default') else pytest.mark.slow) for o in methods])
-@pytest.mark.parametrize('student', [pytest.param(o, marks=[] if o in ('wrn','vit_tiny') else pytest.mark.slow) for o in students])
+@pytest.mark.parametrize('method', slow_but('kd', 'default', of=methods))
+@pytest.mark.parametrize('student', slow_but('wrn', 'vit_tiny', of=students))
 @pytest.mark.parametrize('teacher', teachers)
 def test_any_teacher_and_any_student(teacher, student, method, nets, tmp_path, quiet):
     "Two batches; the gradient of the term alone reaches the student, is finite and is not zero; the student is exported"

@@ -61,7 +61,7 @@ class Part:
 class Slimmable(PlainErrors):
     "Also trains narrower versions of the student, which share its weights (arXiv:1903.05134)"
     order,run_valid,_stateattrs = DistillCallback.order+1,False,('parts','key')
-    parts,key,n_widths = None,None,12
+    parts,key,trained,n_widths = None,None,False,12
     def __init__(self,
         smallest:float=.25, # Fraction of each layer's channels at the narrowest width; raises `ValueError` unless between 0 and 1
         n:int=2, # Other widths in each step, drawn from twelve up to the whole student's
@@ -80,6 +80,7 @@ class Slimmable(PlainErrors):
         if not (self.key and all(a is b or a==b for a,b in zip(self.key, key))):
             self.find_parts(student)
             self.key = key
+        self.trained = True
 
     def after_loss(self):
         if any(isinstance(t, DistillCallback) and t.stage==1 for t in self.learn.cbs): return
@@ -173,6 +174,7 @@ def narrow(self:Learner,
     slim = first(cb for cb in self.cbs if isinstance(cb, Slimmable))
     if not slim: raise ValueError("Only a student trained with Slimmable() has other widths: use learn.prune, or train with it")
     check_one(width=width, params=params, macs=macs, ms=ms)
+    if not slim.trained: warnings.warn("Slimmable has trained nothing in this learner: fit it first, unless these weights were loaded after such a fit")
     if width is None: width = _within(self, slim, params, macs, ms, runtime)
     if not slim.smallest<=width<=1: raise ValueError(f"This student was trained at widths from {slim.smallest} to 1, not at {width}: choose one of these")
     net = _cut(self, slim, width).requires_grad_()

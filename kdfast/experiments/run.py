@@ -30,9 +30,6 @@ from ..train.decay import wd_groups as scale_decay
 from ..train.stages import first_terms
 
 # %% ../../nbs/experiments/run.ipynb #e16eea08
-@functools.cache
-def _builds(method): return any(hasattr(t, 'build') for t in terms_of(method))  # once, and not for each of hundreds of records
-
 def _given(run): return {f.name:getattr(run, f.name) for f in dataclasses.fields(run) if getattr(run, f.name)!=f.default}
 
 @dataclass(frozen=True)
@@ -127,6 +124,9 @@ def control(self:Run) -> Run:
     return replace(self, method='control', teacher=None)
 
 # %% ../../nbs/experiments/run.ipynb #4b1a9e3e
+@functools.cache
+def _builds(method): return any(hasattr(t, 'build') for t in terms_of(method))  # once, and not for each of hundreds of records
+
 @patch(as_prop=True)
 def remade(self:Run) -> bool: # True with a compression chain, or a term such as SimKD
     "Whether the run changes its network's architecture"
