@@ -66,6 +66,10 @@ def test_no_page_has_an_error_or_a_warning():
             assert o['output_type']!='error', p
             assert not (o.get('name')=='stderr' and re.search('Warning|Traceback', ''.join(o['text']))), p
 
+def test_what_a_cell_prints_is_one_box():
+    kinds = lambda c: [(o['output_type'], o.get('name')) for o in c.get('outputs', [])]
+    assert [(p, c['id']) for p,found in cells.items() for c in found if any(a==b and a[0]=='stream' for a,b in zip(kinds(c), kinds(c)[1:]))]==[]
+
 def test_pages_that_teach_show_what_they_teach():
     "Every page of a guide has saved outputs and asserts something"
     for p in (p for p in notebooks if p.split('/')[0] in ('howto','tutorials','explanation','start.ipynb')):
