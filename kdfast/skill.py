@@ -62,7 +62,7 @@ print(taught.show_distill())
 
 ## Afterwards
 
-`learn.export_student()` writes a learner for `load_learner`, `learn.deploy('student.onnx')` a file from pixels to probabilities for onnxruntime (`.xml` for OpenVINO, `.pte` for ExecuTorch, `.mlpackage` for Core ML, `int8=True`), checked on validation images and run by `python -m kdfast.predict FILE IMAGE` without torch; `learn.export_onnx()` writes the network alone; `net,report = quantize(learn.student, dls)` gives an int8 network; `ChannelPruning`, `Sparsify` and `factorize` make networks smaller, and `pipeline` chains them with training. `compare` tabulates parameters, MACs and milliseconds.
+`learn.export_student()` writes a learner for `load_learner`, `learn.deploy('student.onnx')` a file from pixels to probabilities for onnxruntime (`.xml` for OpenVINO; `.pte` for ExecuTorch; `int8=True` for `.onnx` and `.pte`), checked on validation images and run by `python -m kdfast.predict FILE IMAGE` without torch (`.mlpackage` for Core ML, which macOS alone runs); `learn.export_onnx()` writes the network alone; `net,report = quantize(learn.student, dls)` gives an int8 network; `ChannelPruning`, `Sparsify` and `factorize` make networks smaller, and `pipeline` chains them with training. `compare` tabulates parameters, MACs and milliseconds.
 
 On the command line: `kdfast distill --data FOLDER --teacher timm:NAME --student resnet10`, `kdfast compress`, `kdfast doctor`.
 

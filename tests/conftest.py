@@ -29,6 +29,7 @@ def _seed():
 
 def slow_but(*quick, of):
     "Parameters `of` a test, of which `make test` runs those in `quick`, and `make test-all` all"
+    assert {*quick}<={*of}
     return [o if o in quick else pytest.param(o, marks=pytest.mark.slow) for o in of]
 
 def few_digits(bs=20, per_class=8, size=16, valid=60, **kwargs):

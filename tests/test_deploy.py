@@ -150,14 +150,15 @@ def test_without_labels(teacher, tmp_path):
     report = learn.deploy()
     assert report.agreement==1 and 'student' not in report and DeployedModel(report.file).classes==[*map(str, range(10))]
 
-runtimes = {'onnx':'student.onnx', 'openvino':'student.xml', 'executorch':'student.pte'}
+runtimes = {'onnx':'student.onnx', 'openvino':'student.xml', 'executorch':'student.pte', 'coreml':'student.mlpackage'}
 
 @pytest.mark.slow
-@pytest.mark.parametrize('runtime,int8', [('onnx',True),('openvino',False),('executorch',False),('executorch',True)])
+@pytest.mark.parametrize('runtime,int8', [('onnx',True),('openvino',False),('executorch',False),('executorch',True),
+    pytest.param('coreml', False, marks=pytest.mark.skipif(sys.platform!='darwin', reason='Core ML runs on macOS alone'))])
 def test_every_runtime(runtime, int8, trained, dls, photos, tmp_path):
     "The same answers as the student's, alone and in a batch that is larger than one run of ExecuTorch takes, and for an image of another size"
     learn = distill_learner(dls, None, trained, metrics=accuracy, path=tmp_path)
-    report,tol = learn.deploy(runtimes[runtime], int8=int8, agree=.95 if int8 else .99),.15 if int8 else 1e-4
+    report,tol = learn.deploy(runtimes[runtime], int8=int8, agree=.95 if int8 else .99),.15 if int8 else .02 if runtime=='coreml' else 1e-4
     assert report.difference<tol and abs(report.student-report.deployed)<.04 and report.images==60
     assert {o.suffix for o in tmp_path.iterdir()}=={report.file.suffix, *(['.bin'] if runtime=='openvino' else [])}
     assert report.MB==sum(o.stat().st_size for o in tmp_path.iterdir())/1e6 and (report.MB<.5)==int8
@@ -201,7 +202,7 @@ def as_the_file_says(model, inputs):
 @pytest.mark.slow
 @pytest.mark.parametrize('grey,softmax', [(False,True),(True,True),(False,False)])
 def test_core_ml_as_its_file_says(grey, softmax, photos, tmp_path, monkeypatch):
-    "Colours, normalization, classes and half precision, as a Mac would get them"
+    "Colours, normalization, classes and weights in half precision, as a Mac would get them"
     import coremltools
     monkeypatch.setattr(coremltools.models.MLModel, 'predict', as_the_file_says, raising=False)
     for o in ('kdfast.predict.runs_here','kdfast.compress.deploy.runs_here'): monkeypatch.setattr(o, lambda file: True)
@@ -216,13 +217,39 @@ def test_core_ml_as_its_file_says(grey, softmax, photos, tmp_path, monkeypatch):
     assert net.shape==[None,24,16,1 if grey else 3] and net.classes==['bright','dark'] and net.outputs==('probabilities' if softmax else 'logits')
     if softmax: assert predict_file(report.file, file)['dark']==pytest.approx(probabilities(learn, file)[1], abs=.03)
 
-def test_core_ml_elsewhere_is_written_unchecked(dls, tmp_path):
-    if sys.platform=='darwin': pytest.skip('it is checked there')
-    learn = distill_learner(dls, None, wrn(10, .5), path=tmp_path)
-    with pytest.warns(UserWarning, match='written but not checked, since Core ML runs on macOS alone'): report = learn.deploy('student.mlpackage')
-    assert [*report.index]==['file','MB'] and [*tmp_path.iterdir()]==[report.file]
+elsewhere = pytest.mark.skipif(sys.platform=='darwin', reason='the file itself is checked there')
+
+@elsewhere
+def test_core_ml_elsewhere_is_checked_before_its_conversion(trained, dls, tmp_path):
+    learn = distill_learner(dls, None, trained, metrics=accuracy, path=tmp_path)
+    with pytest.warns(UserWarning, match='checked before its conversion to Core ML, which runs on macOS alone'): report = learn.deploy('student.mlpackage')
+    assert report.agreement==1 and report.difference<1e-4 and report.student==report.deployed and 'ms' not in report
+    assert [*tmp_path.iterdir()]==[report.file] and all(o.stat().st_mode&0o444==0o444 for o in report.file.rglob('*'))
     with pytest.raises(ImportError, match='which macOS and iOS alone have'): DeployedModel(report.file)
     with pytest.raises(ValueError, match='Core ML files are written in floating point'): learn.deploy('student.mlpackage', int8=True)
+
+class OneVector(nn.Sequential):
+    def forward(self, x): return super().forward(x).squeeze()
+
+class MeanOff(nn.Sequential):
+    def forward(self, x): return super().forward(x)-super().forward(x).mean(0)
+
+class Bessel(nn.Sequential):
+    def forward(self, x): return super().forward(torch.special.i0(x))
+
+@pytest.mark.slow
+@elsewhere
+@pytest.mark.parametrize('kind,match', [(OneVector,'one image has not one output a class'), (MeanOff,'disagrees with the student on'), (Bessel,'it has no special_i0'), (None,'an output is not finite')])
+def test_core_ml_of_what_cannot_be_served(kind, match, dls, tmp_path):
+    net = wrn(10, .5)
+    if not kind: nn.init.constant_(net.fc.bias, float('nan'))
+    learn = distill_learner(dls, None, kind(net) if kind else net, path=tmp_path)
+    with pytest.raises(ValueError, match=match): learn.deploy('student.mlpackage', softmax=False)
+    assert not (tmp_path/'student.mlpackage').exists()
+
+def test_a_file_in_the_place_of_a_folder(dls, tmp_path):
+    (tmp_path/'student.mlpackage').touch()
+    with pytest.raises(ValueError, match='student.mlpackage is in the way: choose another name'): distill_learner(dls, None, wrn(10, .5), path=tmp_path).deploy('student.mlpackage')
 
 places = [Path(o) for o in (os.environ.get('ONNXRUNTIME_INCLUDE', ''),'/usr/include/onnxruntime','/usr/include/stb','/usr/local/include','/usr/include') if o]
 lacking = [o for o in ('onnxruntime_cxx_api.h','stb_image.h','nlohmann/json.hpp') if not any((p/o).exists() for p in places)]

@@ -60,3 +60,8 @@ def test_what_is_timed_is_what_is_deployed(form, dls, tmp_path, monkeypatch):
     size,shape = timed[0]
     file = tmp_path/f'student{form}'
     assert shape==predict.DeployedModel(file).shape and size==pytest.approx(file.stat().st_size, rel=.05)
+
+@pytest.mark.skipif(sys.platform=='darwin', reason='it runs there')
+def test_core_ml_is_timed_on_a_mac():
+    with pytest.raises(ValueError, match='runs on macOS alone: pass on= with a command'): Runtime('.mlpackage')
+    assert Runtime('.mlpackage', on='ssh mac').form=='.mlpackage'

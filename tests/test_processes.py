@@ -49,6 +49,13 @@ def test_both_processes_end_with_the_same_student_and_adapters(tmp_path):
     assert a['kept']==b['kept']=='Adapted'
     assert a['history']['kd']==b['history']['kd'] and a['history']['fitnet']==b['history']['fitnet']
 
+def test_a_term_that_was_added_later(tmp_path):
+    "Its adapters are there before the model is wrapped"
+    a,b = trained('added', 2, tmp_path)
+    adapters = [k for k in a['after'] if k.startswith('adapters.')]
+    assert adapters and a['kept']==b['kept']=='Adapted' and a['history']['fitnet'][0]>0
+    for k,v in learnt(a['after']).items(): assert torch.equal(v, b['after'][k]), k
+
 def test_two_halves_are_the_whole(tmp_path):
     two,_ = trained('norms', 2, tmp_path)
     (tmp_path/'one').mkdir()

@@ -261,6 +261,8 @@ def test_other_students_have_no_widths(dls):
 def test_widths_that_nothing_has_trained(dls, quiet, recwarn):
     learn = distill_learner(dls, None, wrn(10, .5), cbs=Slimmable())
     with pytest.warns(UserWarning, match='trained nothing in this learner: fit it first'): learn.narrow(.5)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=12, show_plot=False)
+    with pytest.warns(UserWarning, match='trained nothing'): learn.narrow(.5)
     recwarn.clear()
     quiet(learn, 1).narrow(.5)
     assert not [o for o in recwarn if 'trained nothing' in str(o.message)]

@@ -35,8 +35,9 @@ def main(how, file):
     dls = digits_dls(64//n, per_class=40, seed=1, size=16, valid=64, pad=0 if whole else None, device='cpu' if how=='synced' else None)  # a string, as users give it
     if whole: dls = tensor_dls(*((first64(dls)),)*2, bs=64//n, stats=digits_stats)
     teacher = wrn(10, 2)
-    terms = {'beside':[CRD(), DML(), FactorTransfer()], 'two-stages':[FactorTransfer(), FitNet(), KD()], 'shared':[KD(share=.3), FitNet(share=.2)], 'equal':[KD(), AT(), FitNet()]}.get(how, [KD(), AT(weight=1e3), FitNet(weight=100.)])
+    terms = {'beside':[CRD(), DML(), FactorTransfer()], 'two-stages':[FactorTransfer(), FitNet(), KD()], 'shared':[KD(share=.3), FitNet(share=.2)], 'equal':[KD(), AT(), FitNet()], 'added':[KD()]}.get(how, [KD(), AT(weight=1e3), FitNet(weight=100.)])
     learn = Learner(dls, wrn(10, 1)) if how=='plain' else distill_learner(dls, teacher, wrn(10, 1), cbs=terms, opt_func=SGD, metrics=accuracy)
+    if how=='added': learn.add_cb(FitNet(weight=100.))
     if whole: learn.add_cb(FreezeNorms())
     if how=='alone': learn.add_cb(Alone())
     learn.add_cb(CountSynced())

@@ -112,6 +112,15 @@ def _remedy(dl, found, int8):
     if odd: return f"it has no {' or '.join(odd)}, which validation images go through; set split_idx=0 there if they are for training"
     return 'train with learn.quantize_aware(), or pass a smaller agree=' if int8 else 'pass agree=0 to accept it'
 
+# %% ../../nbs/compress/deploy.ipynb #23a37674
+class _Unconverted(DeployedModel):
+    "What a file computes whose runtime this machine lacks, by the network that was converted"
+    def __init__(self, net, c, resize, vocab):
+        self.net,self.shape,self.size,self.resize,self.classes = net,[None,*net.size,c],net.size,resize,vocab
+
+    def _run(self, images):
+        with probing(self.net): return np.concatenate([self.net(o[None]).numpy() for o in torch.from_numpy(images)])
+
 # %% ../../nbs/compress/deploy.ipynb #66e3e340
 def _pixels_of(x, norm):
     "Pixels `(n,h,w,c)` of a batch as the network gets it"
@@ -189,12 +198,13 @@ class _OfImage(nn.Module):
 def _to_coreml(net, x, about, file, batches):
     _no_integers('Core ML', batches)
     _,h,w,c = x.shape
-    image,reads = torch.zeros(1, c, h, w),_OfImage(deepcopy(net)).eval()
+    image,reads,classes = torch.zeros(1, c, h, w),_OfImage(deepcopy(net)).eval(),json.loads(about['classes'])
     for o in (*reads.parameters(),*reads.buffers()): o.data = o.data.clone(memory_format=torch.contiguous_format)  # it refuses any other
     with writing('Core ML', reads):
         ct = import_extra('coreml', 'coremltools')
         takes = ct.ImageType(name='image', shape=image.shape, color_layout='RGB' if c==3 else 'G')
-        ends = dict(classifier_config=ct.ClassifierConfig(json.loads(about['classes']))) if net.softmax else dict(outputs=[ct.TensorType(name='logits')])
+        ends = dict(classifier_config=ct.ClassifierConfig(classes)) if net.softmax else dict(outputs=[ct.TensorType(name='logits')])
+        if reads(image).shape!=(1,len(classes)): raise ValueError("one image has not one output a class")
         program = torch.export.export(reads, (image,)).run_decompositions({})
         made = ct.convert(program, inputs=[takes], **ends)
         made.user_defined_metadata.update(about)
@@ -218,7 +228,8 @@ def _check_request(file, model, int8, resize, dl, n):
         "This student is int8 already: deploy it to .onnx without int8=True, or deploy the floating-point student")
     if not (n and len(dl.dataset)): raise ValueError("No validation image to check the file on: set learn.dls to DataLoaders with a validation set")
     weights = file.with_suffix('.bin')
-    if file.suffix=='.xml' and weights.exists() and not file.exists(): raise ValueError(f"{weights} is in the way: choose another name")
+    odd = file if file.suffix=='.mlpackage' and (file.is_symlink() or file.is_file()) else weights if file.suffix=='.xml' and weights.exists() and not file.exists() else None
+    if odd: raise ValueError(f"{odd} is in the way: choose another name")
 
 def _image_shape(dls, student):
     "`(c,h,w)` of the images, and the names of the classes; raises `ValueError` for anything but a classifier of images"
@@ -239,20 +250,31 @@ def _probabilities(outs, loss):
     return probs
 
 # %% ../../nbs/compress/deploy.ipynb #8cc3135c
+def _put_folder(made, file):
+    "Copy what a folder contains, with the usual permissions, to one that is replaced as a whole"
+    new,old = (file.with_name(f'.{file.name}.{o}') for o in ('new','old'))
+    for o in (new,old): shutil.rmtree(o, ignore_errors=True)
+    with whole_folder(new) as part:
+        for o in filter(Path.is_file, made.rglob('*')):
+            (to := part/o.relative_to(made)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(o, to)
+    if file.exists(): os.replace(file, old)
+    os.replace(new, file)
+    shutil.rmtree(old, ignore_errors=True)
+
 def _put(folder, file):
     "Give whatever a form has written its final name; returns its size"
     made = sorted(Path(folder).iterdir(), key=lambda o: o.suffix==file.suffix)  # what the file refers to comes first
     size = sum(o.stat().st_size for o in Path(folder).rglob('*') if o.is_file())
     if made[0].is_dir():
-        with whole_folder(file) as part:
-            shutil.copytree(made[0], part, dirs_exist_ok=True)
-            shutil.rmtree(file, ignore_errors=True)
+        _put_folder(made[0], file)
         return size
     if len(made)>1: file.unlink(missing_ok=True)  # of half a pair, nothing can be opened
     for o in made:
         with whole_file(file.with_suffix(o.suffix)) as part: shutil.copyfile(o, part)
     return size
 
+# %% ../../nbs/compress/deploy.ipynb #eec7fad3
 def _example(net, c):
     "Pixels to trace `net` with: of another size than its own, where it takes any"
     return torch.zeros(2, *(net.size if net.resize=='none' else (2*o+i for i,o in enumerate(net.size))), c, dtype=torch.uint8)
@@ -261,7 +283,6 @@ def _about(net, vocab, resize):
     stats = {k:[round(o, 6) for o in getattr(net, k).flatten().tolist()] for k in ('mean','std')}
     return dict(classes=json.dumps(vocab), pixels=json.dumps(net.size), resize=resize, normalization=json.dumps(stats), outputs='probabilities' if net.softmax else 'logits')
 
-# %% ../../nbs/compress/deploy.ipynb #eec7fad3
 def write_pixels(
     net:Pixels, # In eval mode
     c:int, # Channels of the images
@@ -282,7 +303,7 @@ def deploy(self:Learner,
     resize:str=None, # How images get the size of the network: 'crop' to the middle, 'squish', or 'none'; as in validation by default
     n:int=500, # Number of validation images to check it on
     agree:float=.99 # Fraction of them with the same first class that is enough; without int8, no output may differ by more than .1 either; 0 accepts anything
-) -> pd.Series: # What the check has found; for Core ML anywhere but on macOS, a warning and the file alone
+) -> pd.Series: # What the check has found; for Core ML anywhere but on macOS, before the conversion
     "Write the student as one file that takes pixels; raises `ValueError`, and keeps the file under another name, if it disagrees with the student"
     if rank_distrib(): return
     file,model,norm,resize = self.path/fname,bare_model(self.model),normalizer(self.dls),resize or _resize_of(self.dls.valid)
@@ -298,14 +319,13 @@ def deploy(self:Learner,
         made = Path(folder)/file.name
         batches = [_pixels_of(split_batch(self.dls, b)[0][0], norm) for b in first_batches(self.dls)] if int8 else None
         write_pixels(net, c, vocab, made, resize, batches)
-        if not runs_here(file):
-            warnings.warn(f"{file.name} is written but not checked, since Core ML runs on macOS alone: there, compare predict_file({file.name!r}, image) with the student")
-            return pd.Series(dict(file=file, MB=_put(folder, file)/1e6))
-        deployed = DeployedModel(made, torch.get_num_threads())
+        runs = runs_here(file)
+        deployed = DeployedModel(made, torch.get_num_threads()) if runs else _Unconverted(net, c, resize, vocab)
         found = _found(ours.numpy(), _answers(deployed, (_served(dl, i, resize) for i in idxs)), labels)
         fits = found['agreement']>=agree and (int8 or not agree or found['difference']<=.1*max(1, ours.abs().max()))
         if not fits: file = file.with_stem(f'{file.stem}-disagrees')
-        found = dict(file=file, MB=_put(folder, file)/1e6, ms=deployed.ms(), **found)
+        found = dict(file=file, MB=_put(folder, file)/1e6, **(dict(ms=deployed.ms()) if runs else {}), **found)
     if not fits: raise ValueError(f"{fname} disagrees with the student on {1-found['agreement']:.1%} of {found['images']} validation images, "
         f"by up to {found['difference']:.2g}, and is kept as {file.name}: {_remedy(dl, found, int8)}")
+    if not runs: warnings.warn(f"{file} was checked before its conversion to Core ML, which runs on macOS alone: there, run predict_file on some images before you ship it")
     return pd.Series(found)

@@ -62,7 +62,8 @@ def _silent():
 def _why(e):
     "What has gone wrong in the end, and a remedy; a runtime's name for an operator that it lacks"
     while e.__cause__ is not None: e = e.__cause__
-    lacks = re.search(r"OpOverload\(op='([\w.]+)'|Operator torch\._ops\.([\w.]+)|operations: (\S.*)|Lowering not found: ([\w.]+)", str(e))
+    lacks = re.search(r"OpOverload\(op='([\w.]+)'|Operator torch\._ops\.([\w.]+)|operations: (\S.*)|Lowering not found: ([\w.]+)"
+        r"|Unsupported fx node ([\w.]+)|convert function for op '([\w.]+)'", str(e))
     if lacks: return f"it has no {first(filter(None, lacks.groups()))}","replace that operator, or write another kind of file"
     return (str(e).strip() or type(e).__name__).splitlines()[0],"its forward must take one batch, without branches on tensor values"
 

@@ -57,7 +57,8 @@ class Runtime:
         on:str=None, # Command that runs a command line elsewhere, such as 'ssh pi'; by default this process
         python:str='python3' # The interpreter there
     ):
-        form_of(Path(f'student{form}'))
+        form_of(file := Path(f'student{form}'))
+        if not (on or predict.runs_here(file)): raise ValueError(f"{form} runs on macOS alone: pass on= with a command that runs a command line there")
         store_attr()
 
     def of_file(self,

@@ -80,10 +80,10 @@ class Slimmable(PlainErrors):
         if not (self.key and all(a is b or a==b for a,b in zip(self.key, key))):
             self.find_parts(student)
             self.key = key
-        self.trained = True
 
     def after_loss(self):
         if any(isinstance(t, DistillCallback) and t.stage==1 for t in self.learn.cbs): return
+        self.trained = self.trained or not hasattr(self.learn, 'lr_finder')
         for w in self.drawn(): self.learn.loss_grad = self.learn.loss_grad + self.loss_at(w)
 
 # %% ../../nbs/compress/slim.ipynb #77b58383

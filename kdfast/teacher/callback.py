@@ -45,10 +45,7 @@ class TeacherCallback(PlainErrors):
         self.picks,self.n_out,self.about,self.outputs,self.axis = picks,n_out,about,outputs,axis
 
     def after_create(self): self.setup()
-    def before_fit(self):
-        self.setup()
-        self._name_columns()
-
+    def before_fit(self): self._name_columns()
     def before_epoch(self): self.learn._do_epoch_train = self._epoch
     def before_train(self): self._watch()
 
@@ -290,7 +287,9 @@ class DistillCallback(PlainErrors, metaclass=TakesShare):
     def _check_scalar(self, x):
         if x.numel()!=1: raise ValueError(f"{self.column} returned shape {tuple(x.shape)}, not a scalar: end its function with .mean()")
 
-    def before_fit(self): self.total,self.count,self.shares = 0.,0,[]
+    def before_fit(self):
+        self.total,self.count,self.shares = 0.,0,[]
+        if self.source and self is self.source.terms[0]: self.source.setup()
 
     def before_train(self): check_source(self, 'teacher' if self.taught else 'NoTeacher()')
 
