@@ -12,6 +12,7 @@ from time import perf_counter
 warnings.filterwarnings('ignore')
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.models.convs import init_he
 
 kinds = {'Dilated2x2':Dilated2x2, 'Grouped(groups=4)':partial(Grouped, groups=4), 'Separable':Separable, 'Separable(linear=True)':partial(Separable, linear=True), 'SeparableGrouped(group_size=4)':partial(SeparableGrouped, group_size=4),
     'Bottleneck(b=4)':Bottleneck, 'SeparableChannelwise':SeparableChannelwise, 'Shuffle(groups=4)':Shuffle, 'LowRank(ratio=.5)':partial(LowRank, ratio=.5), 'Hashed(ratio=.1)':partial(Hashed, ratio=.1),
