@@ -279,6 +279,9 @@ def test_a_runtime_that_is_missing(dls, tmp_path, monkeypatch):
     (tmp_path/'theirs.xml').write_text('')
     with pytest.raises(ImportError, match='pip install openvino'): DeployedModel(tmp_path/'theirs.xml')
     assert [o.name for o in tmp_path.iterdir()]==['theirs.xml']
+    monkeypatch.setitem(sys.modules, 'coremltools', None)
+    with pytest.raises(ImportError, match=r'pip install kdfast\[coreml\]'): learn.deploy('student.mlpackage')
+    assert [o.name for o in tmp_path.iterdir()]==['theirs.xml']
 
 class Odd(nn.Sequential):
     def forward(self, x): return super().forward(x) + torch.linalg.svdvals(x.mean(1))[:,:1]

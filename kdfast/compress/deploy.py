@@ -228,7 +228,7 @@ def _check_request(file, model, int8, resize, dl, n):
         "This student is int8 already: deploy it to .onnx without int8=True, or deploy the floating-point student")
     if not (n and len(dl.dataset)): raise ValueError("No validation image to check the file on: set learn.dls to DataLoaders with a validation set")
     weights = file.with_suffix('.bin')
-    odd = file if file.suffix=='.mlpackage' and (file.is_symlink() or file.is_file()) else weights if file.suffix=='.xml' and weights.exists() and not file.exists() else None
+    odd = {'.xml':weights.exists() and not file.exists() and weights, '.mlpackage':(file.is_symlink() or file.is_file()) and file}.get(file.suffix)
     if odd: raise ValueError(f"{odd} is in the way: choose another name")
 
 def _image_shape(dls, student):
