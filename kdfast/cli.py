@@ -452,7 +452,7 @@ def _tell_table(research, records, schedule, out):
 
 # %% ../nbs/cli.ipynb #919fcb59
 def table(
-    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, cifar100, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares, shares-cifar10, shares-imagenette, temperature or temperature-cifar10; or several, comma-separated
+    name:str, # methods, methods-cifar10, moonshine, best-teacher, sanity, taps, cifar100, imagenet, substitutions, stagewise, compression, teachers, budget-1mb, pruning, shares, shares-cifar10, shares-imagenette, temperature, temperature-cifar10, hints or hints-cifar10; or several, comma-separated
     schedule:str='short', # full: as published; short: 15 epochs; cpu: 12 to 20 epochs on a fifth of the images; smoke: minutes on digits
     rows:str=None, # Rows, separated by commas without spaces; by default all
     arms:str=None, # Columns, separated in the same way; by default all; the controls are always run

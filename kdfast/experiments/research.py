@@ -133,16 +133,21 @@ _shares_nette = _table('shares-imagenette', "Nine methods with their published w
 
 # %% ../../nbs/experiments/research.ipynb #aee86e5d
 _temperatures = {'T=1':'kd:T=1', 'T=2':'kd:T=2', 'T=4':'kd', 'T=8':'kd:T=8'}
-_temperature = _table('temperature', "Soft labels at several temperatures: six scikit-learn digits per class, or a fifth of all; the teachers saw all", 'digits',
-    {'six a class, from 16-2':_few, 'six a class, from 10-2':dict(_few, teacher=dict(student='wrn-10-2', bs=64, epochs=10)),
-        'a fifth, three epochs, from 16-2':dict(_by_16_2, pct=.2, epochs=3)}, _temperatures)
+_strengths = {'half':'fitnet:share=.5', 'nine tenths':'fitnet:share=.9', 'published weight':'fitnet'}
+_few_digits = "six scikit-learn digits per class, or a fifth of all; the teachers saw all"
+_fits = {'six a class, from 16-2':_few, 'six a class, from 10-2':dict(_few, teacher=dict(student='wrn-10-2', bs=64, epochs=10)),
+    'a fifth, three epochs, from 16-2':dict(_by_16_2, pct=.2, epochs=3)}
+_temperature = _table('temperature', f"Soft labels at several temperatures: {_few_digits}", 'digits', _fits, _temperatures)
+_hints = _table('hints', f"Hints with a share of the gradient, and with their published weight: {_few_digits}", 'digits', _fits, _strengths)
 _by_two = {f'16-1 from {t}':_taught('16-1', t, small=_shortly) for t in ('16-2','40-2')}
 _temperature_cifar = _table('temperature-cifar10', "Soft labels at several temperatures", 'cifar10', _by_two, _temperatures,
     small='A tenth of the images, four epochs in float32')
+_hints_cifar = _table('hints-cifar10', "Hints with a share of the gradient, and with their published weight", 'cifar10',
+    {f'{s} from {t}':_taught(s, t) for s,t in (*_pairs,('16-1','40-2'))}, _strengths)
 
 # %% ../../nbs/experiments/research.ipynb #a0f5d1b5
 _tables = (_methods,_methods_cifar,_moonshine,_best_teacher,_sanity,_taps,_cifar100,_imagenet,_substitutions,
-    _stagewise,_compression,_teachers,_megabyte,_pruning,_shares,_shares_cifar,_shares_nette,_temperature,_temperature_cifar)
+    _stagewise,_compression,_teachers,_megabyte,_pruning,_shares,_shares_cifar,_shares_nette,_temperature,_temperature_cifar,_hints,_hints_cifar)
 research = {o.name:o for o in _tables}
 
 def table_of(
