@@ -1,5 +1,5 @@
 "The benchmarks compare equal work, and say nothing where it is not"
-import math, importlib.util, json, subprocess, sys, pytest
+import math, importlib.util, json, shlex, signal, sys, pytest, warm
 from argparse import Namespace
 from pathlib import Path
 from fastai.vision.all import *
@@ -176,32 +176,42 @@ def test_the_committed_hours_are_of_every_table(): assert {*pd.read_csv(results/
 
 # The script for a GPU
 
-def gpu_script(out, *args):
-    "Its exit code, its record and what it printed"
-    command = [sys.executable, results.parent/'benchmarks/gpu.py', '--device', 'cpu', '--tiny', '--out', out, *args]
-    res = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=500)
-    return res.returncode,json.loads((out/'gpu.json').read_text()),res.stdout
+@pytest.fixture
+def gpu_script(tmp_path, monkeypatch, capsys):
+    "Runs it, its parts in processes that have imported everything: its exit code, its record and what it printed"
+    gpu,python,ended = script('gpu'),tmp_path/'python',signal.getsignal(signal.SIGTERM)
+    python.write_text(f'#!/bin/sh\nexec {shlex.join(warm.command())} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(python))
+    def run(*args):
+        code,out = 0,tmp_path/'out'
+        try: gpu.main(['--device','cpu','--tiny','--out',str(out),*args])
+        except SystemExit as e: code = e.code
+        return code,json.loads((out/'gpu.json').read_text()),capsys.readouterr().out
+    yield run
+    signal.signal(signal.SIGTERM, ended)
 
 @pytest.mark.slow
-def test_the_gpu_script_leaves_one_record(tmp_path):
-    code,record,printed = gpu_script(tmp_path)
+def test_the_gpu_script_leaves_one_record(gpu_script, tmp_path):
+    code,record,printed = gpu_script()
+    out = tmp_path/'out'
     assert code==0, printed
     rows = {o['name']:{' '.join(str(r[k]) for k in ('who','what') if k in r):r for r in o['rows']} for o in record['parts']}
     assert {o['state'] for o in record['parts']}=={'done'} and [*rows]==['environment','machine','tests','step','methods','loader','compiled','sanity']
     assert len(rows['tests'])>3 and {o['value'] for o in rows['tests'].values()}=={'passed'}
     assert {'kdfast','loop by hand','torchdistill','fasterai'} <= {*rows['step']} and 'kdfast, compiled' in rows['compiled'] and all(math.isfinite(o['ms']) for o in rows['step'].values() if 'ms' in o)  # between one step and three, less than nothing beside other work
     assert all(r['waits']==rows['methods']['plain learner']['waits'] for r in rows['methods'].values()) and rows['methods']['crd']['mb']>0
-    assert printed.strip() in (tmp_path/'gpu.md').read_text() and '| tests | passed | ' in printed
-    assert [*rows['sanity']]==[*map(str, read_results(tmp_path/'sanity.jsonl'))] and len(rows['sanity'])==3 and len([*tmp_path.glob('*.pth')])==1
+    assert printed.strip() in (out/'gpu.md').read_text() and '| tests | passed | ' in printed
+    assert [*rows['sanity']]==[*map(str, read_results(out/'sanity.jsonl'))] and len(rows['sanity'])==3 and len([*out.glob('*.pth')])==1
 
 @pytest.mark.slow
-def test_the_gpu_script_tells_what_it_has_not_done(tmp_path, monkeypatch):
+def test_the_gpu_script_tells_what_it_has_not_done(gpu_script, tmp_path):
     "A part that fails, one that hangs, one for which no time is left, a test that is red"
     gpu,rows,args = script('gpu'),[],Namespace(device='cpu', tiny=True, out=tmp_path, cifar=None)
     state,error = gpu.run('no such part', args, 60, gpu.environment(args), rows.append)
     assert state.startswith('failed') and 'no such part' in error and not rows
     assert gpu.run('step', args, .5, gpu.environment(args), rows.append)==('out of time',None)
-    code,record,printed = gpu_script(tmp_path, '--minutes', '.01', '--parts', 'machine,step')
+    code,record,printed = gpu_script('--minutes', '.01', '--parts', 'machine,step')
     assert code and record['parts'][2]['state']=='not run, no time left' and '| step | not run, no time left | 0 s |' in printed
     seen = []
     gpu.Told(seen.append).pytest_runtest_logreport(Namespace(outcome='failed', failed=True, when='setup', longreprtext='why', nodeid='a.py::b'))

@@ -2,7 +2,7 @@
 
 `command(*args)` is for `subprocess` what `[sys.executable, *args]` is. A server, one for each process of pytest, has imported everything and forks for each command. What subprocess starts is a client: it hands over its files, folder and
 environment, passes signals on, and ends as the command ends, which ends with it. Tests about how Python starts or ends do without."""
-import json, os, select, shutil, signal, socket, subprocess, sys
+import fcntl, json, os, select, shutil, signal, socket, subprocess, sys
 from contextlib import suppress
 
 passed_on = signal.SIGINT,signal.SIGTERM,signal.SIGHUP
@@ -26,7 +26,7 @@ def _run(args):
 def _become(request, files):
     "Be the command, in a fork of the server"
     import atexit, random, threading, numpy, torch, traceback, warnings
-    for i,f in enumerate(files): os.dup2(f, i)
+    for i,f in zip(request['files'], [fcntl.fcntl(o, fcntl.F_DUPFD, 200) for o in files]): os.dup2(f, i)  # none onto one that is still to be read
     for o in passed_on: signal.signal(o, signal.default_int_handler if o==signal.SIGINT else signal.SIG_DFL)
     sys.stdin,sys.stdout,sys.stderr = open(0, closefd=False),open(1, 'w', closefd=False),open(2, 'w', 1, closefd=False)
     os.chdir(request['folder'])
@@ -50,7 +50,7 @@ def _become(request, files):
     os._exit(code)
 
 def _fork(conn, running):
-    request,files,*_ = socket.recv_fds(conn, 2**20, 3)
+    request,files,*_ = socket.recv_fds(conn, 2**20, 16)
     pid = os.fork()
     if not pid:
         for o in running.values(): o.close()
@@ -80,7 +80,8 @@ def ask(path, *args):
     "What `subprocess` starts"
     conn = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     conn.connect(path)
-    socket.send_fds(conn, [json.dumps(dict(args=args, folder=os.getcwd(), env=dict(os.environ))).encode()], [0,1,2])
+    files = [int(o) for o in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{o}') and os.get_inheritable(int(o))]  # with those of `pass_fds`
+    socket.send_fds(conn, [json.dumps(dict(args=args, folder=os.getcwd(), env=dict(os.environ), files=files)).encode()], files)
     pid = int(conn.recv(64))
     for o in passed_on: signal.signal(o, lambda n,_: os.kill(pid, n))
     code = os.waitstatus_to_exitcode(int(conn.recv(64)))

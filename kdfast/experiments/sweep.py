@@ -390,7 +390,8 @@ def run(self:Sweep,
 
 @patch
 def _beside(self:Sweep, workers, retry):
-    context = multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('forkserver' if sys.platform=='linux' and not torch.cuda.is_available() else 'spawn')  # a fork can use no GPU
+    context.set_forkserver_preload(['__main__',__name__])  # imported once for all of them
     processes = [context.Process(target=_one_of, args=(self, i, workers, retry, default_device().type)) for i in range(workers)]
     try:
         for o in processes: o.start()
