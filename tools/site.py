@@ -176,8 +176,10 @@ def process():
     os.chdir(root)
     warnings.simplefilter('ignore')
     os.environ['PYTHONWARNINGS'] = 'ignore'
+    from IPython.core.interactiveshell import InteractiveShell
     from nbdev.serve import proc_nbs
-    proc_nbs(force=True, n_workers=2)
+    InteractiveShell.atexit_operations = lambda self: None  # each notebook has a shell, and each would collect garbage for a third of a second
+    proc_nbs(force=True, n_workers=0)
 
 if __name__=='__main__':
     parser = ArgumentParser(description=__doc__)
