@@ -34,8 +34,9 @@ check: .venv/developing
 
 # The library is what the notebooks export; where it is not, it is left as it was
 sync: .venv/developing
-	rm -rf .venv/before && cp -r kdfast .venv/before
+	rm -rf .venv/before && cp -r kdfast .venv/before && cp -p pyproject.toml .venv
 	$(BIN)/nbdev-export
+	if cmp -s pyproject.toml .venv/pyproject.toml; then touch -r .venv/pyproject.toml pyproject.toml; fi  # or make would install anew
 	diff -r -x __pycache__ .venv/before kdfast || { rm -rf kdfast && mv .venv/before kdfast; exit 1; }
 
 # README.md and its pictures, from nbs/index.ipynb

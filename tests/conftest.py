@@ -1,10 +1,13 @@
 "Small networks and data that the tests share"
-import matplotlib, pytest, warnings
+import functools, matplotlib, pytest, warnings
 matplotlib.use('Agg')
 from contextlib import ExitStack
 from fastai.vision.all import *
 from kdfast.all import *
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils._python_dispatch import TorchDispatchMode
+
+ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # read anew for each export, half a second
 
 def pytest_collection_modifyitems(items):
     "fastai's star import brings fastcore's `test_eq` and the like, which are no tests"

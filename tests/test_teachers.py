@@ -40,7 +40,7 @@ teachers = {'resnet18':of_timm('resnet18'), 'convnext_atto':of_timm('convnext_at
     'hf_vit':as_hf(ViTConfig, ViTModel, ViTForImageClassification, **hf_vit),
     'hf_convnext':as_hf(ConvNextConfig, ConvNextModel, ConvNextForImageClassification, **hf_convnext)}
 students = {'wrn':partial(wrn, 10, 1), 'resnet':partial(resnet, 10, width=.25), 'mobilenetv3':lambda: timm.create_model('mobilenetv3_small_050', num_classes=10),
-    'vit_tiny':lambda: timm.create_model('vit_tiny_patch16_224', img_size=64, depth=4, num_classes=10), 'tv_resnet18':partial(tvm.resnet18, num_classes=10)}
+    'vit_tiny':lambda: timm.create_model('vit_tiny_patch16_224', img_size=64, depth=4, num_classes=10), 'tv_shufflenet':partial(tvm.shufflenet_v2_x0_5, num_classes=10)}
 methods = {'kd':KD, 'default':None, 'fitnet':FitNet, 'at':AT, 'rkd':RKD}
 
 class Gradients(Callback):
