@@ -4,7 +4,7 @@ from conftest import few_digits
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.core import first_batches
-from kdfast.look.outlook import _trained, expected, fractions, Outlook
+from kdfast.look.outlook import _trained, expected, fractions, Outlook, widest
 from kdfast.teacher.source import normalizer
 
 few = partial(few_digits, valid=100)
@@ -21,8 +21,10 @@ def test_a_good_teacher(trained):
     assert found.expect=='gain' and found.begin=='FitNet()' and not found.faults
     right = accuracy_of(trained, few())
     assert found.found['accuracy']==pytest.approx(right, abs=.15)
-    assert found.gains==expected(found.found['accuracy'], .5) and found.gains['hints']==pytest.approx(100*fractions['hints']*(found.found['accuracy']-.5))
-    assert 'Expect a gain' in str(found) and 'hints' in str(found)
+    assert found.gains==expected(found.found['accuracy'], .5) and found.gains['hints']==pytest.approx(100*fractions['hints']*widest)
+    assert 'Expect a gain' in str(found) and 'hints' in str(found) and 'wider than 20 points' in str(found)
+    near = asked(few(), trained, partial(wrn, 10, 1), alone=.9)
+    assert near.gains['hints']==pytest.approx(100*fractions['hints']*(near.found['accuracy']-.9)) and 'wider' not in str(near)
 
 def test_a_teacher_that_knows_no_more(trained):
     found = asked(few(), trained, partial(wrn, 10, 1), alone=.98)

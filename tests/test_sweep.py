@@ -95,11 +95,15 @@ def test_a_cluster_of_two_workers(tmp_path):
     distributed = pytest.importorskip('distributed')
     one = Sweep('one machine', [kd,at], tmp_path/'one')
     one.run()
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+    with distributed.LocalCluster(n_workers=0, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+        started = [subprocess.Popen(warm.command('-m', 'distributed.cli.dask_worker', cluster.scheduler_address, '--nthreads', '1', '--no-nanny', '--no-dashboard'), cwd=tmp_path, stderr=subprocess.DEVNULL) for _ in range(2)]
+        client.wait_for_workers(2, timeout=60)
         sweep = Sweep('cluster', [kd,at,replace(kd, method='blocks', epochs=1)], tmp_path/'many')
         with pytest.raises(RuntimeError, match='1 of 6 runs of cluster are not done'): sweep.run(client=client)
         assert [(o.method, 'too few' in e) for o,e in sweep.errors().items()]==[('blocks',True)]
         workers = set(client.run(os.getpid).values())
+        client.shutdown()
+        for o in started: o.wait(60)
     assert len(workers)==2 and os.getpid() not in workers
     for o in (kd,at,kd.control): assert sweep.records.get(o)['accuracy']==pytest.approx(one.records.get(o)['accuracy'], abs=.03)
     assert all(sweep.file_of(o).exists() for o in (big,kd,at))

@@ -19,14 +19,14 @@ from .probe import features_of, knn_accuracy, linear_accuracy
 from ..teacher.source import normalizer, Renormalize
 
 # %% ../../nbs/look/outlook.ipynb #a8db271a
-fractions = dict(hints=.8, soft=.35)
+fractions,widest = dict(hints=.7, soft=.35),.2
 
 def expected(
     teacher:float, # Accuracy of the teacher, or of a linear classifier on its features
     alone:float # Accuracy of the student trained without a teacher
 ) -> dict: # Percentage points per kind of method
     "Gains to expect from this gap in accuracy, going by past experiments"
-    return {k: 100*o*(teacher-alone) for k,o in fractions.items()}
+    return {k: 100*o*min(teacher-alone, widest) for k,o in fractions.items()}
 
 # %% ../../nbs/look/outlook.ipynb #9b1ff65c
 class _Steps:
@@ -133,7 +133,8 @@ class Outlook:
         hints,soft = (f'{o:.0f}' for o in self.gains.values())
         told = [f"Expect a gain: about {hints} points with hints, {soft} with soft labels. Start with {self.begin}."]
         longer = f"Longer training narrows the gap, which closes once the student alone reaches {self.reference:.0%}."
-        return told + [longer]*(self.steps is not None)
+        wide = f"The gap is wider than {100*widest:.0f} points, so what the student lacks is steps: train it longer, or expect anything."
+        return told + [longer]*(self.steps is not None) + [wide]*(self.reference-self.alone>widest)
 
     def __repr__(self):
         named = dict(calibration='calibration error', augmented='accuracy on augmented images', linear='linear classifier on its features', neighbours='nearest neighbours on its features')
