@@ -51,8 +51,8 @@ def test_kills_are_spread_and_a_quarter_of_them_within_a_write():
 # --- several processes
 
 @pytest.mark.slow
-def test_two_workers_share_one_sweep(tmp_path, capfd):
-    "Each run is told once, by whichever process did it"
+def test_two_workers_share_one_sweep(tmp_path, capfd, monkeypatch):
+    "Each run is told once, by whichever process did it; later workers see the environment of their time"
     runs = [replace(o, seed=s) for s in range(2) for o in (kd,at)]
     sweep = Sweep('shared', runs, tmp_path/'two')
     table = sweep.run(workers=2)
@@ -61,6 +61,12 @@ def test_two_workers_share_one_sweep(tmp_path, capfd):
     alone = Sweep('alone', [kd], tmp_path/'one')
     alone.run()
     assert all(sweep.records.get(o)['images']==alone.records.get(o)['images'] for o in alone.runs)
+    half = Run(student='wrn-10-0.5', epochs=1, pct=.1, size=8, bs=32, bf16=True)
+    for native,precision in (('0','float32'),('1','bfloat16')):
+        monkeypatch.setenv('KDFAST_NATIVE_BF16', native)
+        again = Sweep('environment', [half], tmp_path/precision)
+        again.run(workers=2)
+        assert again.records.get(half)['precision']==precision
 
 @pytest.mark.slow
 def test_two_commands_share_one_folder(tmp_path):

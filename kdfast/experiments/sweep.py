@@ -255,9 +255,10 @@ def _end_with_parent():
         os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
 
-def _one_of(sweep, i, n, retry, device):
+def _one_of(sweep, i, n, retry, device, env):
     "Worker process `i` of `n`"
     _end_with_parent()
+    os.environ.update(env)  # which may have changed since the server that it was forked from began
     torch.set_num_threads(max(1, torch.get_num_threads()//n))
     default_device(device=='cuda')
     if device=='cuda': torch.cuda.set_device(i%torch.cuda.device_count())
@@ -392,7 +393,7 @@ def run(self:Sweep,
 def _beside(self:Sweep, workers, retry):
     context = multiprocessing.get_context('forkserver' if sys.platform=='linux' and not torch.cuda.is_available() else 'spawn')  # a fork can use no GPU
     context.set_forkserver_preload(['__main__',__name__])  # imported once for all of them
-    processes = [context.Process(target=_one_of, args=(self, i, workers, retry, default_device().type)) for i in range(workers)]
+    processes = [context.Process(target=_one_of, args=(self, i, workers, retry, default_device().type, dict(os.environ))) for i in range(workers)]
     try:
         for o in processes: o.start()
         for o in processes: o.join()
