@@ -88,14 +88,12 @@ bench: .venv/developing
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/slim.py --cifar $(CIFAR) | tee results/slim.md
 	$(BIN)/python benchmarks/kills.py | tee results/kills.md
 
-.venv/installed: settings.ini pyproject.toml setup.py
+.venv/installed: EXTRA = onnx
+.venv/developing: EXTRA = dev
+.venv/installed .venv/developing: settings.ini pyproject.toml setup.py
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile -e '.[onnx]'
-	touch $@
-
-.venv/developing: .venv/installed
-	$(BIN)/pip install --quiet --no-compile -e '.[dev]'
-	touch $@
+	$(BIN)/pip install --quiet --no-compile -e '.[$(EXTRA)]'
+	touch .venv/installed $@
 
 clean:
 	rm -rf .venv build dist _proc _docs demo *.egg-info
