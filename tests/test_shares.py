@@ -40,11 +40,11 @@ shared = dict(at=lambda: [AT(share=.3)], kd=lambda: [KD(share=.5)], two=lambda: 
 
 @pytest.mark.parametrize('name', shared)
 def test_the_share_is_what_was_asked_for(name, teacher, quiet):
-    "Exactly on the first batch, on which it is measured; within a tenth over those that follow"
+    "Exactly on the first batch, on which it is measured; within a seventh over the four of an epoch, whatever their images"
     learn = looked(shared[name](), quiet, teacher)
     for label,first in learn.look.seen[0].items():
         assert first==pytest.approx(1, rel=2e-3)
-        assert np.mean([np.log(o[label]) for o in learn.look.seen])==pytest.approx(0, abs=.1)
+        assert np.mean([np.log(o[label]) for o in learn.look.seen])==pytest.approx(0, abs=.15)
     assert n_hooks(teacher, learn.student)==0
 
 @pytest.mark.parametrize('more', [lambda: [MixUp()], lambda: [GradientAccumulation(40)], lambda: [GradientClip(.1)]], ids=['mixup','accumulation','clip'])
