@@ -135,8 +135,18 @@ def test_words_of_the_command():
     assert isinstance(term, AT) and term.share==.3 and term.weight==1e3
     for o in ('at:share=.3:since=.5','at:share=.3:weight=10'):
         with pytest.raises(ValueError, match='share'): terms_of(o)
-    with pytest.raises(ValueError, match='share, weight'): AT(weight=10., share=.3)
     assert method_table().loc['at','arguments'].startswith('weight=an equal share, published 1000:')
+
+@pytest.mark.parametrize('given', [lambda: AT(weight=10., share=.3), lambda: AT(None, 10., share=.3), lambda: KD(alpha=.5, share=.3), lambda: KD(4, .5, share=.3), lambda: DKD(ramp=.1, share=.3)])
+def test_a_share_and_a_weight_contradict_each_other(given):
+    with pytest.raises(ValueError, match='Give exactly one of share, (weight|alpha|ramp), got'): given()
+    assert DKD(alpha=2., share=.3).share==.3
+
+def test_a_subclass_that_passes_its_arguments_on():
+    class Passes(AT):
+        def __init__(self, **kwargs): super().__init__(**kwargs)
+    with pytest.raises(ValueError, match='Give exactly one of share, weight'): Passes(weight=1., share=.3)
+    assert Passes(area=False, share=.3).share==.3
 
 def by_hand(learn):
     "Norm of each term's gradient beside that of the labels, on the parameters that both reach, and its own"

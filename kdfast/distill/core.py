@@ -146,7 +146,7 @@ def with_ramp(
 # %% ../../nbs/distill/core.ipynb #aefe8b49
 class KD(LogitKD):
     "Soft labels: `(1-alpha)*loss + alpha*kd_loss` (Hinton et al., arXiv:1503.02531)"
-    dominates = True  # as far as alpha allows
+    dominates,weighs = True,('alpha',)  # dominates as far as alpha allows
     def __init__(self,
         T:float=4., # Temperature; raises `ValueError` unless positive
         alpha:float=.9, # Fraction of the loss that comes from the teacher, in [0,1], or a fastai schedule over the fit

@@ -118,7 +118,9 @@ class TakesShare(type):
     def __call__(cls, *args, share=None, **kwargs):
         if share is not None and not 0<share<1: raise ValueError(
             f"share must be a fraction of the gradient between 0 and 1, got {share}: pass for example share=.3")
-        if share is not None: check_one(share=share, weight=kwargs.get('weight'))
+        if share is not None:
+            given = {**kwargs, **inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs).arguments}
+            check_one(share=share, **{k:given[k] for k in cls.weighs if k in given})
         self = super().__call__(*args, **kwargs)
         if share is not None: self.share = share
         return self
