@@ -146,7 +146,7 @@ def loader(args):
 def sanity(args):
     """Rows of `kdfast table sanity` on CIFAR-10, teachers first, for as long as a run is likely to end in time
 
-    OUT/sanity.jsonl has every finished run, and the teachers' weights lie next to it: `Records('results/records.db').take(file)` adds them to the records."""
+    OUT/sanity.jsonl has every finished run, and the teachers' weights lie next to it: `Records('results/records.jsonl').take(file)` adds them to the records."""
     from kdfast.experiments.research import table_of
     from kdfast.experiments.sweep import Sweep
     if not args.tiny and not (args.cifar and args.cifar.is_file()): raise FileNotFoundError('no archive of CIFAR-10: make wheels CIFAR=path, or --cifar path')
@@ -160,7 +160,7 @@ def sanity(args):
             start = perf_counter()
             Sweep('sanity', [run], folder, path, command=f'kdfast table sanity --schedule {schedule} --seeds 3').run()
             took,result = perf_counter()-start,whole.records.get(run)
-            shutil.copy(whole.records.exported, args.out/'.sanity')
+            shutil.copy(whole.records.file, args.out/'.sanity')
             (args.out/'.sanity').replace(args.out/'sanity.jsonl')
             if any(run in o.needs for o in whole.runs): shutil.copy(whole.file_of(run), args.out)
             yield dict(what=str(run), value=f"{result['accuracy']:.2%} in {result['seconds']:.0f} s")

@@ -1,14 +1,15 @@
 """Does a sweep that is killed, again and again, end as one that is not? `python benchmarks/kills.py`
 
 Runs `kdfast table sanity --schedule smoke` once without harm; then again, killed with SIGKILL at moments spread over its whole duration: by the clock, in
-the middle of writing a checkpoint, and with a record inserted but not committed. Each time it is started again. At the end accuracies, curves and weights of all runs must
+the middle of writing a checkpoint, or a record. Each time it is started again. At the end accuracies, curves and weights of all runs must
 be those of the first, and no epoch that had been written to a checkpoint may have been trained again."""
 import argparse, json, os, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
 def child(args):
     "One start of the command, in this process, which kills itself as `--at` asks"
-    import io, sqlite3, threading
+    import io, threading
+    from contextlib import contextmanager
     from kdfast import cli
     from kdfast.experiments import checkpoint, records
     kind,_,n = args.at.partition(':')
@@ -17,7 +18,7 @@ def child(args):
     def due(what):
         count[what] += 1
         return what==kind and count[what]==int(n)
-    write,save,connect = checkpoint.EpochCheckpoint._write,checkpoint.torch.save,sqlite3.connect
+    write,save,whole_file = checkpoint.EpochCheckpoint._write,checkpoint.torch.save,records.whole_file
     def saved(o, file):
         if not (isinstance(o, dict) and 'fits' in o and due('checkpoint')): return save(o, file)
         whole = io.BytesIO()
@@ -28,15 +29,15 @@ def child(args):
         write(self)
         with (Path(args.out)/'epochs.txt').open('a') as f: f.write(f'{self.key} {self.nth} {self.learn.epoch}\n')
         if due('after'): threading.Timer(.1, die).start()
-    class Database(sqlite3.Connection):
-        def execute(self, sql, *values):
-            doomed = sql.startswith('insert') and due('record')
-            if doomed: super().execute('begin')
-            done = super().execute(sql, *values)
-            if doomed: die()
-            return done
+    @contextmanager
+    def halved(dest):
+        with whole_file(dest) as part:
+            yield part
+            if due('record'):
+                part.write_bytes(part.read_bytes()[:part.stat().st_size//2])
+                die()
     checkpoint.torch.save,checkpoint.EpochCheckpoint._write = saved,wrote
-    records.sqlite3.connect = lambda *a, **k: connect(*a, **k, factory=Database)
+    records.whole_file = halved
     if kind=='time': threading.Timer(float(n), die).start()
     cli.main(['table', args.table, '--schedule', 'smoke', '--out', args.out, *args.more])
     os._exit(0)  # a timer may be waiting
@@ -94,7 +95,7 @@ def main():
     print('| killed | after | then | at the end |\n|---|---|---|---|')
     for at,(killed,first,rest,trained,wrong) in rows.items():
         kind,_,where = at.partition(':')
-        what = dict(time='by the clock', checkpoint=f'half through writing checkpoint {where}', record=f'in the transaction of record {where}')[kind]
+        what = dict(time='by the clock', checkpoint=f'half through writing checkpoint {where}', record=f'half through writing record {where}')[kind]
         print(f"| {what if killed else 'too late'} | {first:.0f} s | {rest:.0f} s | {', '.join(wrong) or 'the same'} |")
     killed,inside = sum(o[0] for o in rows.values()),sum(o[0] and not k.startswith('time') for k,o in rows.items())
     print(f"\n{killed} kills, {inside} of them inside a write; {sum(not o[-1] for o in rows.values())} of {len(rows)} ended with the same accuracies, curves and weights, and no epoch on file was trained twice")

@@ -71,8 +71,8 @@ def _carry_out(f, given, runs, files=None, path=None, notes={}, **kwargs):
     files = files or {}
     with in_turn(): dls_of(runs[-1], path)
     learners = {r:f for r,f in files.items() if isinstance(f, Teacher) or Path(f).suffix=='.pkl'}
-    for o in dict.fromkeys(replace(o, seed=0) for o in runs): rehearse(o, path, learners.get(first(o.needs)))
     sweep = Sweep(f.__name__, runs, given['out'], path, files, command=_command(f, given), **kwargs)
+    for o in dict.fromkeys(replace(o, seed=0) for o in runs): rehearse(o, path, learners.get(first(o.needs)))
     for name,text in ({} if rank_distrib() else notes).items():
         with whole_file(sweep.folder/f'{name}.txt') as f: f.write_text(text)
     say(f"{sweep} in {sweep.folder}")
@@ -142,10 +142,6 @@ def _exported(sweep, run):
     names = {o:sweep.folder/o.name.replace(kept.stem, _stem(run)) for o in sorted(kept.parent.glob(f'{kept.stem}*'))}
     return [shutil.copy(o, to) for o,to in names.items()]
 
-def _save(figure, file):
-    with whole_file(file) as f: figure.savefig(f, dpi=120, format='png')
-    return file
-
 # %% ../nbs/cli.ipynb #3fc64fb4
 def _compared(arms):
     "What the arms of a table are, a line each"
@@ -191,15 +187,14 @@ def _report(sweep, *files):
     "Print the recorded results, write curves and export students"
     if rank_distrib(): return
     results = _timed(sweep, _on_record(sweep))
-    sweep.records.export()
     table,labelled = result_table(results),bool(vocab_of(dls_of(sweep.runs[-1], sweep.path)))
     say(f"\n{described(results)}\n\n{table.to_string()}\n\n{_legend if labelled else _unlabelled}")
     _verdicts(results)
     if told := _compared(dict.fromkeys(map(label_of, arms_of(results)))): say(f'\n{told}')
     curves = {arm:drawn for arm,runs in by_arm(results, 'history').items() if (drawn := [o for o in runs if o])}
-    drawn = [_save(plot_history(curves, columns), sweep.folder/'curves.png')] if (columns := _columns(curves)) else []
+    drawn = save_figure(plot_history(curves, columns), sweep.folder/'curves', ['png']) if (columns := _columns(curves)) else []
     ours = [r for r in arms_of(sweep.results()) if not r.seed]
-    say('\n' + _listed([sweep.records.exported, *drawn, *files, *(o for r in ours for o in _exported(sweep, r))]))
+    say('\n' + _listed([sweep.records.file, *drawn, *files, *(o for r in ours for o in _exported(sweep, r))]))
 
 # %% ../nbs/cli.ipynb #547f26ed
 demo_arms = 'control','kd','at','kd+at','fitnet'
@@ -230,7 +225,7 @@ def demo(
     at = first(o for o in taught if o.method=='at')
     kept = all(sweep.file_of(o).exists() for o in (teacher,at,control))  # or only their records are
     figures = [show_attention(sweep.learner(at), control=sweep.learner(control), stage=1)] if kept else []
-    _report(sweep, *(_save(o, sweep.folder/'attention.png') for o in figures))
+    _report(sweep, *(f for o in figures for f in save_figure(o, sweep.folder/'attention', ['png'])))
     best = first(o for o in taught if o.method=='kd+at')
     if best and not missing('onnx') and sweep.file_of(best).exists():
         served = _to_serve(sweep, best)
@@ -398,8 +393,8 @@ def _tell_chains(sweep):
 
 # %% ../nbs/cli.ipynb #9f311c7c
 def compress(
-    data:str='digits', # digits, cifar10, cifar100, imagenette or imagenet
-    path:Path=None, # Folder or archive of the data; downloaded if left out
+    data:str='digits', # digits, cifar10, cifar100, imagenette or imagenet; or labelled images, as for `kdfast distill`
+    path:Path=None, # Folder or archive of a named data set; downloaded if left out
     size:int=None, # Image size in pixels; by default 128, or 32 for digits
     pct:float=1., # Fraction of the training images for the epochs after each step, the same for each class
     teacher:str='wrn-16-2', # The network, such as resnet34, wrn-40-2, or a torchvision classifier
@@ -412,22 +407,25 @@ def compress(
     bs:int=64, # Batch size
     lr:float=3e-3, # Maximum learning rate of the one-cycle schedule
     bf16:bool=False, # Train in bfloat16, or in float32 on a device that only emulates it
-    from_files:bool=False, # Read images when needed instead of keeping them in memory
+    from_files:bool=False, # Read images when needed instead of keeping them in memory; automatic for folders that would take over 4 GB
     out:Path=Path('compress') # Folder for the results; existing runs are resumed; its .pkl files can run code when loaded, so use a folder that you trust
 ):
     "Train or load a network, then compress it step by step, distilled from the original; write a report and each network, also as ONNX"
     given,chains = dict(locals()),[*dict.fromkeys(steps.split(';'))]
+    if own := _own(data, path): data,path,from_files = own.name,{own.name:own.path},from_files or own.is_large(size)
+    if own and not own.labels: raise ValueError(f"{own.path} has no labels, by which a network is compared with its compressed self: pass class folders, or a CSV with labels")
     _check(data, from_files, epochs=epochs, teacher_epochs=teacher_epochs, seeds=seeds, bs=bs, size=size)
     if num_distrib()>1: raise ValueError(f"kdfast compress runs in one process, got {num_distrib()}: start it without a launcher")
     for o in chains: steps_of(o)
     if any(isinstance(o, FitNet) for o in terms_of(method)) and ',' in steps: raise ValueError(
         "A second step would change the channels that fitnet's adapters read: use one step per chain, or another --method")
     if schedule_of(method) is not None: raise ValueError(f"{method} trains block by block: choose terms such as kd, or control")
+    notes = _surveyed(own, out) if own else {}
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files)
     source,files = _source(teacher, teacher_file, path, **shared, epochs=teacher_epochs)
     how = dict(shared, student=source.student, start=source, pct=pct, epochs=epochs, method=method, teacher=None if method=='control' else source)
     runs = [Run(**how, chain=_to_file(o), seed=seed) for seed in range(seeds) for o in chains]
-    sweep = _carry_out(compress, given, runs, files, path, exports=True, controls=False)
+    sweep = _carry_out(compress, given, runs, files, path, notes, exports=True, controls=False)
     _report(sweep, *_tell_chains(sweep))
 
 # %% ../nbs/cli.ipynb #90cb69b3
@@ -443,6 +441,7 @@ def _tell_table(research, records, schedule, out):
     "Write a table and its figures, and print it"
     text,stem = research.markdown(records, schedule),out/'tables'/f'{research.name}-{schedule}'
     if rank_distrib(): return
+    out.mkdir(parents=True, exist_ok=True)
     with FileLock(out/'tables.lock'):
         with whole_file(stem.with_suffix('.md')) as f: f.write_text(text)
         with whole_file(stem.with_suffix('.csv')) as f: research.cells(records, schedule).to_csv(f, index=False)
@@ -472,18 +471,14 @@ def table(
     if dry_run: return _dry([*dict.fromkeys(r for o in runs.values() for r in o)], schedule, name)
     for research,of_it in runs.items():
         if not report: _fill(f'{research.name}-{schedule}', of_it, out, None if schedule=='smoke' else data, workers, cluster, retry)
-        _tell_table(research, Records(Path(out)/'records.db'), schedule, Path(out))
+        _tell_table(research, Records(Path(out)/'records.jsonl'), schedule, Path(out))
 
 # %% ../nbs/cli.ipynb #ed624f3d
 def _fill(name, runs, out, data, workers, cluster, retry):
-    client = _client(cluster) if cluster else None
-    if not (Path(out)/'records.db').exists():
-        with in_turn(): dls_of(runs[0], data)  # before the folder is created
+    client = cluster and import_extra('sweep', 'distributed').Client(cluster)
     sweep = Sweep(name, runs, out, data)
     say(f"{sweep} in {sweep.folder}")
     _sweep(sweep, workers=workers, retry=retry, client=client)
-
-def _client(address): return import_extra('sweep', 'distributed').Client(address)
 
 # %% ../nbs/cli.ipynb #c1e2677a
 def tell_doctor():

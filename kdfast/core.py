@@ -157,7 +157,7 @@ def random_like(
     return tuple(numbers(o).to(o) if o.is_floating_point() or o.dtype==torch.uint8 else o for o in xb)
 
 # %% ../nbs/core.ipynb #318adf93
-def _no_room(e): return getattr(e, 'errno', None) in (errno.ENOSPC,errno.EDQUOT) or 'inline_container.cc' in str(e)
+def _no_room(e): return getattr(e, 'errno', None) in (errno.ENOSPC,errno.EDQUOT,errno.EFBIG) or 'inline_container.cc' in str(e)
 
 def _parts_of(dest): return dest.parent.glob(f'.{glob.escape(dest.name)}.*.part')
 

@@ -80,11 +80,18 @@ def in_turn():
 def say(*args):
     if not rank_distrib(): print(*args, flush=True)
 
+# %% ../nbs/devices.ipynb #cf432bc3
 def from_first(o=None):
-    "Broadcast the object of the first process to all processes"
+    "The object of the first process, in all processes"
     box = [o]
-    torch.distributed.broadcast_object_list(box, 0)
+    if num_distrib()>1: torch.distributed.broadcast_object_list(box, 0)
     return box[0]
+
+def from_all(o):
+    "The objects of all processes, in each of them"
+    box = [o]*max(1, num_distrib())
+    if num_distrib()>1: torch.distributed.all_gather_object(box, o)
+    return box
 
 # %% ../nbs/devices.ipynb #4a6ccd82
 class LoaderHint(Callback):

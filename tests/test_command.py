@@ -8,7 +8,7 @@ from kdfast.all import *
 from kdfast.core import digest
 from kdfast.cli import _stem, main
 from kdfast.experiments.arm import load_network, save_network
-from kdfast.experiments.records import read_results
+from kdfast.experiments.records import read_results, Records
 from kdfast.experiments.results import arms_of, by_arm, label_of, result_table, teachers_of
 from kdfast.experiments.run import Run
 from kdfast.experiments.spec import methods
@@ -51,9 +51,9 @@ def test_distill_writes_what_it_says(done):
     stdout,out = done
     exported = {f'student-{o}.pkl' for o in ('control','kd','kd+at')}
     shown = {'records.jsonl','curves.png',*exported}
-    assert {o.name for o in out.iterdir() if o.name[0]!='.'}=={'records.db','records.csv','records.lock','teachers','students',*shown}
+    assert {o.name for o in out.iterdir() if o.name[0]!='.'}=={'teachers','students',*shown}
     assert all(str(out/o) in stdout for o in shown)
-    results,table = results_of(out),pd.read_csv(out/'records.csv')
+    results,table = results_of(out),Records(out/'records.jsonl').table()
     assert arms(results)==[(a,s) for s in range(2) for a in ('control','kd','kd+at')]
     assert [*table.accuracy]==[o['accuracy'] for o in results.values()] and len(table)==7
     (run,teacher),ours = teacher_of_all(results),arms_of(results).values()
@@ -403,7 +403,7 @@ def test_other_images_are_refused(done, tmp_path, monkeypatch):
 def test_a_foreign_file_stays(tmp_path):
     for text in ('{', '[]', '{"runs": 3}', '{"state": "done", "settings": {"magic": 1}, "result": {}}', '{"settings": null}'):
         (tmp_path/'records.jsonl').write_text(text)
-        fails('holds no runs that can be imported', '--out', tmp_path)
+        fails('does not hold JSON lines of runs', '--out', tmp_path)
         assert (tmp_path/'records.jsonl').read_text()==text
 
 @pytest.mark.slow

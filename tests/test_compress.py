@@ -43,7 +43,7 @@ def test_what_it_leaves(done):
         sizes = [o['MB on disk'] for o in r['report'][:-1]]
         assert sizes==sorted(sizes, reverse=True) and all(o['ms of one']>0 and o['ms of 64']>0 for o in r['report'])
     assert first['report'][1]['accuracy']>first['report'][1]['before'] and second['accuracy']>second['before']
-    assert {o.name for o in done.iterdir() if o.is_file()}=={*(f'records.{o}' for o in ('db','jsonl','csv','lock')),'report.csv','curves.png',*(f'{stem}.{o}' for stem in stems for o in ('pkl','onnx'))}
+    assert {o.name for o in done.iterdir() if o.is_file()}=={'records.jsonl','.records.jsonl.lock','report.csv','curves.png',*(f'{stem}.{o}' for stem in stems for o in ('pkl','onnx'))}
     report = pd.read_csv(done/'report.csv')
     assert [*report.chain.unique()]==chains.split(';') and len(report)==8
     net = wrn(10, 1)

@@ -181,13 +181,31 @@ def test_a_folder_on_the_command_line(from_files, tmp_path, capsys):
     assert f'{name}: 30 images in 3 classes, the smallest ' in told and 'sides from 32 to 32 pixels, median 32; no broken files' in told
     assert {o.data for o in results}=={name} and labels(results)==['control','kd'] and all(r.from_files==from_files for r in results)
     assert all(0<=o['accuracy']<=1 and o['images']['training']==24 and o['images']['validation']==6 for o in results.values())
-    record = (tmp_path/'out/records.jsonl').read_text()+(tmp_path/'out/records.csv').read_text()+(tmp_path/f'out/{name}.txt').read_text()
+    record = (tmp_path/'out/records.jsonl').read_text()+(tmp_path/f'out/{name}.txt').read_text()
     assert str(tmp_path) not in record and '--data ./pets --size 32' in record
     assert load_learner(tmp_path/'out/student-kd.pkl').model(torch.zeros(2,3,32,32)).shape==(2,3)
     assert distilled('--data', path.rename(tmp_path/'moved').rename(path), *args, out=tmp_path/'out')==results and 'epoch 1 of' not in capsys.readouterr().out
     paint(path/'cat/cat0.png', 0, 99)
     after = distilled('--data', path, *args, out=tmp_path/'out')
     assert len(after)==2*len(results) and {o.data for o in after}=={name,ImageFiles(path).name}
+
+@pytest.mark.slow
+def test_a_folder_is_compressed(tmp_path, capsys):
+    "A student that `distill` left, then one of its own"
+    path,out = classes(tmp_path/'pets'),tmp_path/'out'
+    distilled('--data', path, '--teacher', 'wrn-10-1', '--method', 'control', out=tmp_path/'students')
+    args = ['compress','--data',str(path),'--steps','factorize:.5','--out',str(out),*small[:-2]]
+    main([*args, '--teacher-file', str(tmp_path/'students/student-control.pkl')])
+    main([*args, '--teacher', 'wrn-10-1'])
+    results,name = read_results(out/'records.jsonl'),ImageFiles(path).name
+    assert {o.data for o in results}=={name} and [r.student for r in arms_of(results)]==['student-control.pkl','wrn-10-1'] and str(tmp_path) not in (out/'records.jsonl').read_text()
+    assert f'{name}: 30 images in 3 classes' in capsys.readouterr().out and (out/f'{name}.txt').is_file()
+    assert OnnxModel(out/'student-factorize-.5.onnx')(torch.zeros(1,3,32,32)).shape==(1,3)
+
+def test_images_without_labels_are_not_compressed(tmp_path):
+    with pytest.raises(SystemExit, match='raw has no labels, by which a network is compared with its compressed self: pass class folders'):
+        main(['compress','--data',str(loose(tmp_path/'raw')),'--out',str(tmp_path/'out')])
+    assert not (tmp_path/'out').exists()
 
 def test_a_broken_file_that_comes_later_is_found(tmp_path):
     path = classes(tmp_path/'pets')

@@ -1,7 +1,6 @@
 "Runs, records and sweeps: killed, broken, shared"
-import functools, importlib.util, json, multiprocessing, os, resource, shutil, signal, sqlite3, subprocess, sys, time, pytest, torchvision, warm
+import functools, importlib.util, json, multiprocessing, os, resource, shutil, signal, subprocess, sys, time, pytest, torchvision, warm
 from conftest import slow_but
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from fastai.vision.all import *
@@ -38,7 +37,7 @@ def whole(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize('at', ['after:2','checkpoint:5','record:2'])
 def test_a_killed_command_ends_as_an_uninterrupted_one(whole, at, tmp_path):
-    "Half through writing a checkpoint, in the transaction of a record, and in the midst of whatever comes a tenth of a second after the second epoch"
+    "Half through writing a checkpoint or a record, and in the midst of whatever comes a tenth of a second after the second epoch"
     killed,_,_,trained,wrong = kills.trial(at, tmp_path, 'sanity', few, whole, warm.command)
     assert not wrong and killed and trained in ((5,6) if at=='after:2' else (6,))  # it may die between a checkpoint and telling of it
 
@@ -212,70 +211,87 @@ def test_seconds_are_those_of_all_sessions(cut, tmp_path):
     torch.save(dict(saved, seconds=1000.), file)
     assert 1000<do_run(run, checkpoint=file)[1]['seconds']<1100
 
+@pytest.mark.parametrize('more', [dict(chain='prune:.5', method='blocks', teacher=big), dict(steps=(.5,), chain='prune:.5'), dict(steps=(.5,), method='fitnet+blocks', teacher=big)])
+def test_schedules_that_exclude_each_other(more):
+    with pytest.raises(ValueError, match='exclude each other: leave out'): Run(student='wrn-10-1', size=16, **more)
+    with pytest.raises(ValueError, match='keeps its layers: leave out start, conv, params, steps, chain'): Run(student='resnet18', pretrained=True, chain='prune:.5')
+
 # --- the store
 
-def test_a_full_disk_leaves_the_store_whole(tmp_path, monkeypatch):
-    records = Records(tmp_path/'records.db')
-    records.add(kd, dict(accuracy=.5, seconds=1.))
-    connect = sqlite3.connect
-    def small(*args, **kwargs):
-        db = connect(*args, **kwargs)
-        db.execute('pragma max_page_count=4')
-        return db
-    monkeypatch.setattr('kdfast.experiments.records.sqlite3.connect', small)
-    with pytest.raises(OSError, match='full.*free some space'): records.add(at, dict(accuracy=.6, seconds=1., history=['x'*1000]*100))
-    assert (records.get(kd)['accuracy'],records.get(at))==(.5,None)
-    monkeypatch.undo()
-    assert records.add(at, dict(accuracy=.6, seconds=1.)) and len(records.table())==2
-    with closing(connect(records.file)) as db: assert db.execute('pragma integrity_check').fetchone()==('ok',)
-
-def test_a_store_that_is_removed_meanwhile(tmp_path):
-    records = Records(tmp_path/'records.db')
-    records.add(kd, dict(accuracy=.5, seconds=1.))
-    records.export()
-    records.file.unlink()
-    for f in (lambda: records.get(kd), lambda: records.add(at, dict(accuracy=.6, seconds=1.)), records.table):
-        with pytest.raises(OSError, match='records.db was removed while in use: .*records.jsonl, and run again'): f()
-    assert not records.file.exists() and Records(records.file).get(kd)['accuracy']==.5
-
-@pytest.mark.parametrize('write', [lambda net, file: save_network(net, file), lambda net, file: Learner(digits_dls(), net, path=file.parent).export_student(file.name)])
-def test_a_full_disk_is_said_with_the_name_of_the_file(write, tmp_path):
+@contextmanager
+def file_size_limited(n):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000,before[1]))
-    try:
-        with pytest.raises(OSError, match='net.pkl cannot be written, as on a full disk: free some space'): write(wrn(16, 2), tmp_path/'net.pkl')
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n,before[1]))
+    try: yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
+
+def test_a_full_disk_leaves_the_store_whole(tmp_path):
+    records = Records(tmp_path/'records.jsonl')
+    records.add(kd, dict(accuracy=.5, seconds=1.))
+    before = records.file.read_bytes()
+    with file_size_limited(50_000), pytest.raises(OSError, match='records.jsonl cannot be written, as on a full disk: free some space'):
+        records.add(at, dict(accuracy=.6, seconds=1., history=['x'*1000]*100))
+    assert (records.get(kd)['accuracy'],records.get(at))==(.5,None) and records.file.read_bytes()==before
+    assert records.add(at, dict(accuracy=.6, seconds=1.)) and len(records.table())==2
+    assert records.file.read_bytes().startswith(before) and [o.name for o in tmp_path.iterdir() if o.suffix!='.lock']==['records.jsonl']
+
+def test_a_store_that_is_removed_meanwhile(tmp_path):
+    records = Records(tmp_path/'records.jsonl')
+    records.add(kd, dict(accuracy=.5, seconds=1.))
+    kept = records.file.replace(tmp_path/'kept')
+    for f in (lambda: records.get(kd), lambda: records.add(at, dict(accuracy=.6, seconds=1.)), records.table):
+        with pytest.raises(OSError, match='records.jsonl was removed while in use: restore it, and run again'): f()
+    assert not records.file.exists()
+    kept.replace(records.file)
+    assert records.get(kd)['accuracy']==.5
+
+@pytest.mark.parametrize('write', [lambda net, file: save_network(net, file), lambda net, file: Learner(digits_dls(), net, path=file.parent).export_student(file.name)])
+def test_a_full_disk_is_said_with_the_name_of_the_file(write, tmp_path):
+    with file_size_limited(50_000), pytest.raises(OSError, match='net.pkl cannot be written, as on a full disk: free some space'): write(wrn(16, 2), tmp_path/'net.pkl')
     assert not [*tmp_path.iterdir()]
 
 def test_training_that_diverges_is_no_result(tmp_path):
     sweep = Sweep('diverged', [Run(epochs=1, pct=.4, lr=1e20, size=16)], tmp_path)
     with pytest.raises(RuntimeError, match='1 of 1 runs'): sweep.run()
-    assert 'diverged to weights that are not finite: lower its lr' in first(sweep.errors().values()) and not sweep.records.runs()
+    assert 'diverged to weights that are not finite: lower its lr' in first(sweep.errors().values()) and not sweep.records.results()
 
-def test_other_files_are_refused_and_stay(tmp_path):
-    def made(name, *statements):
-        with closing(sqlite3.connect(tmp_path/name)) as db:
-            for o in statements: db.execute(o)
-            db.commit()
-        return tmp_path/name
-    before = made('theirs.db', 'create table runs (key text)').read_bytes()
-    with pytest.raises(ValueError, match='not one of kdfast'): Records(tmp_path/'theirs.db')
-    assert (tmp_path/'theirs.db').read_bytes()==before
-    Records(tmp_path/'later.db')
-    made('later.db', 'pragma user_version=2')
-    with pytest.raises(ValueError, match='version 2, this kdfast reads version 1: pip install -U kdfast'): Sweep('later', [kd], tmp_path/'x').records.__class__(tmp_path/'later.db')
+@pytest.mark.parametrize('text', [b'SQLite format 3\0\x10\xff', b'{', b'[]', b'{"state": "done", "settings": {}}', b'{"state": "done", "settings": {"magic": 1}, "result": {}}'])
+def test_other_files_are_refused_and_stay(text, tmp_path):
+    (file := tmp_path/'records.jsonl').write_bytes(text)
+    records = Records(tmp_path/'ours.jsonl')
+    records.add(kd, dict(accuracy=.5, seconds=1.))
+    for f in (lambda: Records(file), lambda: Sweep('theirs', [kd], tmp_path), lambda: records.take(file)):
+        with pytest.raises(ValueError, match='records.jsonl does not hold JSON lines of runs.*' + 'pip install -U kdfast'*(b'magic' in text)): f()
+    assert file.read_bytes()==text and {*records.results()}=={kd}
+
+def test_what_is_read_cannot_change_what_is_written(tmp_path):
+    records = Records(tmp_path/'records.jsonl')
+    records.add(kd, dict(accuracy=.5, seconds=1., history=dict(accuracy=[.5])))
+    line = records.file.read_text()
+    records.get(kd)['history']['accuracy'].append(.9)
+    records.results()[kd]['accuracy'] = .9
+    records.add(at, dict(accuracy=.6, seconds=1.))
+    assert records.file.read_text().startswith(line) and records.get(kd)['history']['accuracy']==[.5]
+
+def test_what_another_process_writes_is_seen(tmp_path):
+    ours,theirs = (Records(tmp_path/'records.jsonl') for _ in range(2))
+    ours.add(kd, dict(error='out of memory'), 'failed')
+    assert theirs.get(kd, 'failed') and theirs.get(kd) is None
+    theirs.add(kd, dict(accuracy=.5, seconds=1.))
+    theirs.add(at, dict(accuracy=.6, seconds=1.))
+    assert not ours.add(at, dict(accuracy=.1, seconds=1.)) and {k:o['accuracy'] for k,o in ours.results().items()}=={kd:.5, at:.6}
 
 @pytest.mark.slow
 def test_many_processes_write_at_once(tmp_path):
     "No record is lost, and the table is made by one of them"
-    code = f"import sys; from kdfast.experiments.records import *; from kdfast.experiments.run import Run; r = Records('{tmp_path}/r.db'); " \
+    code = f"import sys; from kdfast.experiments.records import *; from kdfast.experiments.run import Run; r = Records('{tmp_path}/r.jsonl'); " \
         "[r.add(Run(seed=100*int(sys.argv[1])+i), dict(accuracy=i/25, seconds=1.)) for i in range(25)]"
     many = [subprocess.Popen(warm.command('-W', 'ignore', '-c', code, i)) for i in range(3)]
     assert [o.wait(200) for o in many]==[0]*3
-    assert {o.seed for o in Records(tmp_path/'r.db').runs()}=={100*i+j for i in range(3) for j in range(25)}
+    assert {o.seed for o in Records(tmp_path/'r.jsonl').results()}=={100*i+j for i in range(3) for j in range(25)}
 
 # --- teachers
 
@@ -316,22 +332,6 @@ def test_a_teacher_that_cannot_be_made_again_ends_the_sweep(tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match='2 of 4 runs of teachers are not done'): sweep.run()
     assert calls==[big] and 'CUDA out of memory' in sweep.errors()[big] and sweep.records.get(big)
 
-def test_an_export_is_never_lost(tmp_path):
-    "What others have written to the JSON lines is taken before they are written again"
-    ours,theirs = Records(tmp_path/'a/records.db'),Records(tmp_path/'b/records.db')
-    ours.add(kd, dict(accuracy=.5, seconds=1.))
-    theirs.add(at, dict(accuracy=.6, seconds=1.))
-    ours.export()
-    shutil.copy(theirs.export(), ours.exported)
-    again = Records(tmp_path/'a/records.db')
-    assert {*again.runs()}=={kd,at}
-    good = again.export().read_text()
-    again.exported.write_text(good.replace('wrn-10-0.5', 'banana'))
-    again.file.unlink()
-    for _ in range(2):
-        with pytest.raises(ValueError, match='holds no runs that can be imported'): Records(tmp_path/'a/records.db')
-    assert 'banana' in again.exported.read_text()
-
 def test_callbacks_with_a_state_of_their_own_are_refused(tmp_path):
     run,file = Run(epochs=2, pct=.2, size=16),tmp_path/'a.pth'
     watch = SaveModelCallback(monitor='accuracy', fname='best')
@@ -367,8 +367,8 @@ def test_two_processes_train_one_network(tmp_path):
     "As `accelerate launch` would start them"
     from test_processes import launch
     outs = launch(2, Path(__file__).parent/'together.py', tmp_path)
-    records = Records(tmp_path/'records.db')
-    assert len(records.runs())==3 and all(records.get(o)['processes']==2 for o in records.runs())
+    results = Records(tmp_path/'records.jsonl').results()
+    assert len(results)==3 and all(o['processes']==2 for o in results.values())
     assert sum(o.count('% in ') for o in outs)==3 and not [*(tmp_path/'.checkpoints').iterdir()]
 
 @pytest.mark.slow
@@ -424,11 +424,6 @@ def test_workers_end_with_their_command(how, tmp_path):
         time.sleep(.1)
     assert not alive(p.pid)
     if how!='SIGKILL': assert p.returncode==130 and 'Interrupted' in err and 'resumes after the last whole epoch' in err and 'Traceback' not in err
-
-@pytest.mark.parametrize('name', ['a.csv','a.jsonl','a.lock'])
-def test_records_do_not_lie_where_their_export_is_written(name, tmp_path):
-    with pytest.raises(ValueError, match='such as records.db'): Records(tmp_path/name)
-    assert not [*tmp_path.iterdir()]
 
 def test_a_remade_network_is_there_before_its_record(tmp_path, monkeypatch):
     "A command that is killed in between makes it again"

@@ -1,7 +1,8 @@
 "`kdfast table`, and the tables that are committed"
-import json, re, shlex, sqlite3, pytest
+import json, re, shlex, pytest
 from fastai.vision.all import *
 from kdfast.all import *
+from kdfast.experiments import records as records_module
 from kdfast.experiments.records import Records
 from kdfast.experiments.arm import load_network
 from kdfast.experiments.run import Run, do_run, network_at
@@ -151,34 +152,24 @@ def test_the_late_arm_is_late():
 committed = sorted((root/'results/tables').glob('*.md'))
 
 @pytest.fixture(scope='module')
-def records(tmp_path_factory):
-    store = Records(tmp_path_factory.mktemp('records')/'records.db')
-    store.take(root/'results/records.jsonl')
-    return store
+def records(): return Records(root/'results/records.jsonl')
 
 def test_a_table_reads_the_records_once(records, monkeypatch):
-    opened,connect = [],sqlite3.connect
-    monkeypatch.setattr('kdfast.experiments.records.sqlite3.connect', lambda *args, **kwargs: opened.append(1) or connect(*args, **kwargs))
+    parsed,of_json = [],json.loads
+    monkeypatch.setattr('kdfast.experiments.records.json.loads', lambda *args: parsed.append(1) or of_json(*args))
     research['sanity'].markdown(records, 'cpu')
-    assert len(opened)==1
+    assert len(parsed)==len(records.lines)
 
-def test_lines_are_taken_in_one_transaction(records, tmp_path, monkeypatch):
-    "All of them or none"
+def test_lines_are_taken_all_or_none(tmp_path, monkeypatch):
     lines = (root/'results/records.jsonl').read_text().splitlines()
     (tmp_path/'few.jsonl').write_text('\n'.join(lines[:20]))
-    store,begun = Records(tmp_path/'records.db'),[]
-    class Watched(sqlite3.Connection):
-        def execute(self, sql, *values):
-            begun.append(sql.startswith('begin'))
-            if len(begun)==15 and stop: raise sqlite3.OperationalError('disk I/O error')
-            return super().execute(sql, *values)
-    connect,stop = sqlite3.connect,True
-    monkeypatch.setattr('kdfast.experiments.records.sqlite3.connect', lambda *args, **kwargs: connect(*args, **kwargs, factory=Watched))
-    with pytest.raises(OSError, match='is unchanged'): store.take(tmp_path/'few.jsonl')
-    stop = False
-    assert not store.runs()
-    begun.clear()
-    assert store.take(tmp_path/'few.jsonl')==20==len(store.runs()) and sum(begun)==1 and store.take(tmp_path/'few.jsonl')==0
+    (tmp_path/'broken.jsonl').write_text('\n'.join([*lines[:20],lines[20][:-9]]))
+    store,written,whole = Records(tmp_path/'records.jsonl'),[],records_module.whole_file
+    with pytest.raises(ValueError, match='broken.jsonl does not hold JSON lines of runs'): store.take(tmp_path/'broken.jsonl')
+    assert not store.results() and not store.file.exists()
+    monkeypatch.setattr(records_module, 'whole_file', lambda dest: written.append(dest) or whole(dest))
+    assert store.take(tmp_path/'few.jsonl')==20==len(store.results()) and store.take(tmp_path/'few.jsonl')==0 and len(written)==1
+    assert store.file.read_text().splitlines()==lines[:20]
 
 @pytest.mark.parametrize('file', committed, ids=lambda f: f.stem)
 def test_committed_tables_are_those_of_the_committed_records(file, records):
@@ -197,13 +188,13 @@ def test_the_page_of_results_is_that_of_the_records():
 def test_there_are_committed_tables(): assert {'sanity-cpu','stagewise-cpu'} <= {f.stem for f in committed}
 
 def test_committed_records_name_their_commands(records):
-    for run in records.runs():
+    for run in records.results():
         result = records.get(run)
         assert result.get('command') or result['commit'], run
         assert run.chain or abs(result['accuracy']-result['history']['accuracy'][-1])<1e-3, run
 
 def test_committed_teachers_are_those_that_taught(records):
-    taught = {run.teacher for run in records.runs() if run.teacher and run.data=='cifar10' and run.teacher.epochs==12}
+    taught = {run.teacher for run in records.results() if run.teacher and run.data=='cifar10' and run.teacher.epochs==12}
     for run in taught:
         net = network_at(run, digits_dls(8))
         about = load_network(net, root/f'results/teachers/{run.data}-{run.student}-{run.key}.pth')

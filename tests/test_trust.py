@@ -52,7 +52,7 @@ rows = {
     '`--teacher-file`, `load_network`: weights': ('t.pth', by_torch, lambda f: load_network(wrn(10, 1), f)),
     '`--teacher-weights`, `Teacher(name, weights=)`': ('t.pth', by_torch, lambda f: Teacher('test_resnet', weights=f)),
     '`learn.load`': ('t.pth', by_torch, lambda f: Learner(digits_dls(), wrn(10, 1)).load(f.with_suffix(''))),
-    'a folder of results: `records.db`, `records.jsonl`': ('records.jsonl', by_pickle, lambda f: Records(f.with_suffix('.db'))),
+    'a folder of results: `records.jsonl`': ('records.jsonl', by_pickle, Records),
     'a folder of results: networks in `.pth`': ('out', partial(finished, run, by_torch), partial(network_in, run)),
     'a folder of results: networks in `.pkl`, of `compress` and `simkd`': ('out', partial(finished, simkd, by_torch), partial(network_in, simkd)),
     'a folder of results: `.checkpoints`': ('t.pth', by_torch, EpochCheckpoint),

@@ -79,8 +79,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     data,rng = dict(cifar10=args.cifar, imagenette=args.imagenette),random.Random(args.seed)
     with tempfile.TemporaryDirectory() as tmp:
-        records = Records(Path(tmp)/'records.db')
-        records.take(args.results/'records.jsonl')
+        records = Records(args.results/'records.jsonl')
         known = records.results()
         cells = {o:f for o in tables(args.results) if len(f := o.cells(records, schedule))}
     try: todo = chosen(args.cell, cells, rng)

@@ -86,21 +86,19 @@ def pipeline(
     return stages
 
 # %% ../../nbs/compress/pipeline.ipynb #0e57bbce
-def compressing(
+def compressed(
+    learn:Learner, # As for `pipeline`
     steps:list, # `Step`s
     fit, # Called with the learner after each step that trains
     seed:int=0 # As for `pipeline`
-): # Called with a learner, returns what `run_arm` records: accuracies, the curves of all steps, costs, and the report
-    "A function that runs a `pipeline` on a learner"
-    def stepwise(learn):
-        shape = image_shape(learn.dls)
-        stages = pipeline(learn, steps, fit, seed)
-        table = report(stages, shape)
-        last = max(i for i,o in enumerate(stages) if not isinstance(o.network, InFile))
-        curves = [o.history for o in stages if o.history is not None]
-        before = [dict(before=o.before) for o in stages if o.before is not None][-1:]
-        costs = {k:table[k].iloc[last].item() for k in ('parameters','MACs')}
-        result = dict(accuracy=stages[last].accuracy, seconds=round(sum(o.seconds for o in stages), 1), **costs, **first(before) or {})
-        history,rows = plain_curves(pd.concat(curves)) if curves else {},json.loads(table.reset_index().to_json(orient='records'))
-        return dict(result, history=history, report=rows)
-    return stepwise
+) -> dict: # What `run_arm` records: accuracies, the curves of all steps, costs, and the report
+    "Run a `pipeline` and tell its results as plain values"
+    shape = image_shape(learn.dls)
+    stages = pipeline(learn, steps, fit, seed)
+    table = report(stages, shape)
+    last = max(i for i,o in enumerate(stages) if not isinstance(o.network, InFile))
+    curves = [o.history for o in stages if o.history is not None]
+    before = [dict(before=o.before) for o in stages if o.before is not None][-1:]
+    costs = {k:table[k].iloc[last].item() for k in ('parameters','MACs')}
+    history,rows = plain_curves(pd.concat(curves)) if curves else {},json.loads(table.reset_index().to_json(orient='records'))
+    return dict(accuracy=stages[last].accuracy, **costs, **first(before) or {}, history=history, report=rows)

@@ -11,13 +11,14 @@ __all__ = ['EpochCheckpoint']
 import time
 from fastai.vision.all import *
 from ..core import unreadable, whole_file
+from ..devices import from_all
 
 # %% ../../nbs/experiments/checkpoint.ipynb #90c0da6d
 def _plain_state(o):
-    "A copy of `o` as lists, dictionaries, numbers and tensors"
+    "A copy of `o` as lists, tuples, dictionaries, numbers and tensors"
     if isinstance(o, Tensor): return o.detach().cpu().clone().as_subclass(Tensor)
     if isinstance(o, dict): return {k:_plain_state(v) for k,v in o.items()}
-    if isinstance(o, (list,tuple,L)): return [_plain_state(v) for v in o]
+    if isinstance(o, (list,tuple,L)): return (tuple if isinstance(o, tuple) else list)(map(_plain_state, o))
     return o.tolist() if isinstance(o, (np.ndarray,np.generic)) else o
 
 def _numbers(model): return {**dict(model.named_parameters()), **{f'buffer {k}':v for k,v in model.named_buffers()}}
@@ -38,15 +39,11 @@ def _state_of(learn):
         order=_loader_rng(learn.dls).getstate(), recorded=recorded, train_iter=learn.train_iter))
 
 # %% ../../nbs/experiments/checkpoint.ipynb #87a10f15
-def _tupled(o): return tuple(map(_tupled, o)) if isinstance(o, list) else o
-
 def _restore_rng(learn, rng, order):
-    name,keys,*rest = rng['numpy_state']
     cuda = rng['torch_cuda_state']
     if cuda and torch.cuda.is_available(): torch.cuda.set_rng_state(cuda[0])
-    numpy_state = name,np.array(keys, dtype=np.uint32),*rest
-    set_random_states(**dict(rng, torch_cuda_state=[], random_state=_tupled(rng['random_state']), numpy_state=numpy_state))
-    _loader_rng(learn.dls).setstate(_tupled(order))
+    set_random_states(**dict(rng, torch_cuda_state=[]))
+    _loader_rng(learn.dls).setstate(order)
 
 # %% ../../nbs/experiments/checkpoint.ipynb #e7327959
 def _shapes(numbers): return {k:v.shape for k,v in numbers.items()}
@@ -67,13 +64,6 @@ def _restore(learn, state):
     _restore_rng(learn, state['rng'], state['order'])
 
 # %% ../../nbs/experiments/checkpoint.ipynb #92e7401a
-def _agree(place):
-    "Whether `place` is the same in all processes"
-    if num_distrib()<2: return True
-    places = [None]*num_distrib()
-    torch.distributed.all_gather_object(places, place)
-    return all(o==places[0] for o in places)
-
 class EpochCheckpoint(Callback):
     "Save the training state to a file after every epoch; with a file of an earlier session, resume after its last epoch"
     order,remove_on_fetch = 100,True
@@ -83,12 +73,13 @@ class EpochCheckpoint(Callback):
         key:str='' # Identifies the run; a file that has another key or cannot be read is overwritten
     ):
         file,rank = Path(file),f'.{rank_distrib()}' if num_distrib()>1 else ''
-        self.file,self.key,self.nth,self.live = file.with_suffix(rank+file.suffix),f'{key} {num_distrib()}',-1,False
+        self.file,self.key,self.nth,self.live = file.with_suffix(rank+file.suffix),f'{key} of {num_distrib()}',-1,False
         self.fits,self.earlier = self._read()
         self.start = time.perf_counter()
 
     def before_train(self):
-        if self.nth<0 and not _agree([o['epochs'] for o in self.fits]): self.fits,self.earlier = [],0.
+        places = from_all([o['epochs'] for o in self.fits]) if self.nth<0 else []
+        if any(o!=places[0] for o in places): self.fits,self.earlier = [],0.
         if not self.epoch:
             self.nth += 1
             if self._done and not _fits(self.learn, self.fits[self.nth]): self.fits = self.fits[:self.nth]

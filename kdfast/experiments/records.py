@@ -1,4 +1,4 @@
-"""Finished runs in one SQLite file
+"""Finished runs in one file of JSON lines
 
 Docs: https://kdfast.github.io/kdfast/experiments/records.html.md"""
 
@@ -8,79 +8,68 @@ Docs: https://kdfast.github.io/kdfast/experiments/records.html.md"""
 __all__ = ['Records', 'read_results']
 
 # %% ../../nbs/experiments/records.ipynb #da97ec08
-import json, sqlite3
-from contextlib import closing
+import json
+from functools import lru_cache
 from fastai.vision.all import *
 from filelock import FileLock
 from ..core import whole_file
 from .run import Run, run_of
 
 # %% ../../nbs/experiments/records.ipynb #9c8a2192
-_ours,_version = 0x6b646673,1
-_schema = """create table runs (key text primary key, state text not null check (state in ('done','failed')),
-    student text not null, method text not null,
-    seed integer not null, accuracy real, seconds real, settings text not null, result text not null)"""
+@lru_cache(100_000)  # the file is read again whenever it has grown
+def _run_in(line):
+    settings,_,_ = map(json.loads(line).__getitem__, ('settings','state','result'))
+    return run_of(settings)
 
-def _check_file(file, db):
-    db.execute('begin')  # reads all three in one transaction
-    tables = db.execute("select name from sqlite_master where type='table'").fetchall()
-    (ours,),(version,) = (db.execute(f'pragma {o}').fetchone() for o in ('application_id','user_version'))
-    db.execute('commit')
-    remedy = 'pip install -U kdfast' if version>_version else 'export it with the version of kdfast that wrote it'
-    wrong = ("is a database, but not one of kdfast's:" if ours!=_ours and tables else
-        f"holds records of version {version}, this kdfast reads version {_version}: {remedy}, or" if ours==_ours and version!=_version else '')
-    if wrong: raise ValueError(f"{file} {wrong} choose another file")
-    return bool(tables)
+def _lines_of(file):
+    "Run to line"
+    try: return {_run_in(o):o for o in Path(file).read_text().splitlines()}
+    except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} does not hold JSON lines of runs ({type(e).__name__}: {e}): "
+        "choose another file, or restore it") from e
 
-def _made(db):
-    "Create the empty table, unless another process was first"
-    db.execute('begin immediate')
-    if not db.execute("select count(*) from sqlite_master").fetchone()[0]:
-        db.execute(_schema)
-        db.execute(f'pragma application_id={_ours}')
-        db.execute(f'pragma user_version={_version}')
-    db.execute('commit')
+def _done(lines):
+    "Run to result of those that finished"
+    read = {run:json.loads(o) for run,o in lines.items()}
+    return {run:o['result'] for run,o in read.items() if o['state']=='done'}
 
 # %% ../../nbs/experiments/records.ipynb #a6480e53
-_columns = 'key','state','student','method','seed','accuracy','seconds','settings','result'
-_update = ', '.join(f'{o}=excluded.{o}' for o in _columns[1:])
-_insert = (f"insert into runs ({','.join(_columns)}) values ({','.join('?'*len(_columns))}) "
-    f"on conflict (key) do update set {_update} where state='failed' or ?")
-
-def _row(run, result, state):
-    scores = result.get('accuracy'), result.get('seconds')
-    return run.key, state, run.student, run.method, run.seed, *scores, json.dumps(run.settings), json.dumps(result)
-
 class Records:
-    "Results of runs in a file; raises `ValueError` for a file that contains anything else, or records of another version"
+    "Results of runs in a file of JSON lines; raises `ValueError` for a file that holds anything else, or settings that this version does not know"
     def __init__(self,
-        file:Path # Created if it does not exist; runs in the '.jsonl' file of the same name, if any, are imported first
+        file:Path # Created with the first result, as is its folder
     ):
-        self.file = Path(file)
-        if self.file.suffix in ('.csv','.jsonl','.lock'): raise ValueError(f"{file} has the suffix of an export: choose a name such as records.db")
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self._db('rwc') as db: _check_file(self.file, db) or _made(db)
-        if self.exported.exists(): self.take(self.exported)
+        self.file,self.stamp,self.lines = Path(file),None,{}
+        self._read()
 
-    @property
-    def exported(self): return self.file.with_suffix('.jsonl')
+    def _read(self):
+        "Run to line, anew if the file has changed"
+        there = self.file.exists()
+        if self.stamp and not there: raise OSError(f"{self.file} was removed while in use: restore it, and run again")
+        o = there and self.file.stat()
+        stamp = there and (o.st_ino,o.st_mtime_ns,o.st_size)
+        if stamp!=self.stamp: self.lines,self.stamp = _lines_of(self.file) if there else {},stamp
+        return self.lines
 
     @contextmanager
-    def _db(self, mode='rw'):
-        "A connection in autocommit mode"
-        try:
-            with closing(sqlite3.connect(f'{self.file.absolute().as_uri()}?mode={mode}', uri=True, timeout=60, isolation_level=None)) as db: yield db
-        except sqlite3.OperationalError as e:
-            gone = mode=='rw' and not self.file.exists()
-            why = f"was removed while in use: restore it, or resume from {self.exported.name}" if gone else \
-                f"cannot be read or written, and is unchanged ({e}): free some space or make it writable"
-            raise OSError(f"{self.file} {why}, and run again") from e
-        except sqlite3.DatabaseError as e: raise ValueError(f"{self.file} is not a database ({e}): choose another file") from e
-
-    def _rows(self, where='', *values):
-        with self._db() as db: return db.execute(f"select {','.join(_columns)} from runs {where}", values).fetchall()
+    def _changed(self):
+        "A copy of the lines, written after the block, one process at a time"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.file.with_name(f'.{self.file.name}.lock')):
+            yield (lines := {**self._read()})
+            if lines!=self.lines:
+                with whole_file(self.file) as f: f.write_text(''.join(f'{o}\n' for o in lines.values()))
+                self._read()
 
 # %% ../../nbs/experiments/records.ipynb #1dd6b6b2
+@patch
+def get(self:Records,
+    run:Run, # The run to look up
+    state:str='done' # Or 'failed', whose result has the traceback as `error`
+) -> dict:
+    "The result of a run, or None"
+    found = json.loads(self._read().get(run, 'null'))
+    return found['result'] if found and found['state']==state else None
+
 @patch
 def add(self:Records,
     run:Run, # The run to record
@@ -89,85 +78,45 @@ def add(self:Records,
     again:bool=False # Overwrite a finished run
 ) -> bool: # Whether it was written
     "Record a run completely or not at all; raises `OSError` on a full disk, with the file unchanged"
-    with self._db() as db: return db.execute(_insert, (*_row(run, result, state), again)).rowcount>0
-
-@patch
-def get(self:Records,
-    run:Run # The run to look up
-) -> dict:
-    "The result of a finished run, or None"
-    rows = self._rows("where key=? and state='done'", run.key)
-    return json.loads(rows[0][-1]) if rows else None
-
-@patch
-def error(self:Records,
-    run:Run # The run to look up
-) -> str:
-    "The traceback of a failed run, or None"
-    rows = self._rows("where key=? and state='failed'", run.key)
-    return json.loads(rows[0][-1])['error'] if rows else None
+    with self._changed() as lines:
+        if not again and self.get(run): return False
+        lines[run] = json.dumps(dict(state=state, settings=run.settings, result=result))
+    return True
 
 # %% ../../nbs/experiments/records.ipynb #7b867a03
-def _flat(key, state, student, method, seed, accuracy, seconds, settings, result):
-    settings,result = json.loads(settings),json.loads(result)
-    teacher = {'teacher': str(run_of(settings['teacher']))} if 'teacher' in settings else {}
+@patch
+def results(self:Records) -> dict: # `Run` to result, in the order of recording
+    "All finished runs"
+    return _done(self._read())
+
+def _flat(run, state, result):
+    settings = {k:v for k,v in run.settings.items() if k not in ('teacher','start')}
+    teacher = {'teacher':str(run.teacher)} if run.teacher else {}
     plain = {k:v for k,v in result.items() if k not in ('history','losses','images','report','fed','error')}
     losses = {f'last {k}':v for k,v in (result.get('losses') or {}).items()}
-    others = {k:v for k,v in settings.items() if k not in ('teacher','start')}
-    return {**dict(key=key, state=state, student=student, method=method, seed=seed), **others, **teacher, **plain, **losses}
+    return {**dict(key=run.key, state=state, student=run.student, method=run.method, seed=run.seed), **settings, **teacher, **plain, **losses}
 
 @patch
 def table(self:Records) -> pd.DataFrame:
     "One row per run, without curves"
-    return pd.DataFrame([_flat(*row) for row in self._rows('order by rowid')])
-
-# %% ../../nbs/experiments/records.ipynb #5d1de7bb
-@patch
-def results(self:Records) -> dict: # `Run` to result, in the order of recording
-    "All finished runs, read in one query"
-    return {run_of(json.loads(row[7])): json.loads(row[8]) for row in self._rows("where state='done' order by rowid")}
-
-@patch
-def runs(self:Records) -> list:
-    "All finished runs"
-    return [*self.results()]
+    read = {run:json.loads(o) for run,o in self._read().items()}
+    return pd.DataFrame([_flat(run, o['state'], o['result']) for run,o in read.items()])
 
 # %% ../../nbs/experiments/records.ipynb #2043e949
 @patch
-def export(self:Records) -> Path: # The JSON lines file
-    "Write all runs as JSON lines and as CSV next to the database, one process at a time"
-    with FileLock(self.file.with_suffix('.lock')):
-        rows = self._rows('order by rowid')
-        lines = [json.dumps(dict(state=row[1], settings=json.loads(row[7]), result=json.loads(row[8]))) for row in rows]
-        with whole_file(self.exported) as f: f.write_text(''.join(f'{o}\n' for o in lines))
-        with whole_file(self.file.with_suffix('.csv')) as f: pd.DataFrame([_flat(*row) for row in rows]).to_csv(f, index=False)
-    return self.exported
+def take(self:Records,
+    file:Path # JSON lines; raises `ValueError` for any other file, with nothing added
+) -> int: # Number of new runs
+    "Add the runs of another file that are not finished here"
+    with self._changed() as lines:
+        done = _done(lines)
+        new = {run:o for run,o in _lines_of(file).items() if run not in done}
+        lines.update(new)
+    return len(new)
 
 # %% ../../nbs/experiments/records.ipynb #0def9020
-def _of_line(line):
-    o = json.loads(line)
-    return run_of(o['settings']), o['result'], o['state']
-
-def _read(file):
-    try: return [*map(_of_line, Path(file).read_text().splitlines())]
-    except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} holds no runs that can be imported ({type(e).__name__}: {e}): "
-        "pass a file that Records.export wrote; if the records.db next to it is intact, remove it") from e
-
-@patch
-def take(self:Records,
-    file:Path # JSON lines; raises `ValueError` for any other file, with nothing imported
-) -> int: # Number of new runs
-    "Add the runs of an export that are not finished here"
-    rows = _read(file)
-    with self._db() as db:
-        db.execute('begin immediate')
-        new = sum(db.execute(_insert, (*_row(*o), False)).rowcount for o in rows)
-        db.execute('commit')
-        return new
-
-# %% ../../nbs/experiments/records.ipynb #295eaf3c
 def read_results(
-    file:Path # JSON lines, as written by `Records.export`; raises `ValueError` for any other file
+    file:Path # JSON lines, as written by `Records`; raises `ValueError` for any other file
 ) -> dict: # `Run` to result
-    "All finished runs of an export"
-    return {run:result for run,result,state in _read(file) if state=='done'}
+    "All finished runs of a file"
+    return _done(_lines_of(file))

@@ -8,7 +8,7 @@ Docs: https://kdfast.github.io/kdfast/experiments/sweep.html.md"""
 __all__ = ['with_controls', 'Sweep']
 
 # %% ../../nbs/experiments/sweep.ipynb #5356b059
-import json, multiprocessing, os, sys, threading, time, traceback
+import multiprocessing, os, sys, threading, time, traceback
 from contextlib import ExitStack
 from operator import attrgetter
 from fastai.vision.all import *
@@ -50,7 +50,7 @@ class Sweep:
     ):
         self.name,self.runs,self.folder,self.path = name,with_controls(runs, controls),Path(folder).absolute(),path
         self.files,self.exports,self.command = files or {},exports,command
-        self.records,self.started,self.broken = Records(self.folder/'records.db'),origin_of()['finished'],{}
+        self.records,self.started,self.broken = Records(self.folder/'records.jsonl'),origin_of()['finished'],{}
 
     def __repr__(self): return f"Sweep {self.name}: {sum(map(self.ready, self.runs))} of {len(self.runs)} runs done"
 
@@ -60,7 +60,7 @@ def _claimed(self:Sweep, run):
     "Whether this process, and no other, executes `run` within the block"
     lock = FileLock(self.folder/'.locks'/f'{run.key}.lock')
     lock_file = Path(lock.lock_file)
-    lock_file.parent.mkdir(exist_ok=True)
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
     try: lock.acquire(timeout=0)
     except Timeout: yield False
     else:
@@ -122,8 +122,8 @@ def ready(self:Sweep,
 def _same_images(self:Sweep, run, dls):
     "Raise `ValueError` if the recorded results are of other images"
     ours = images_of(dls)
-    for other in self.records.runs():
-        theirs = self.records.get(other).get('images', ours)
+    for other,result in self.records.results().items():
+        theirs = result.get('images', ours)
         alike = all(getattr(other, k)==getattr(run, k) for k in ('data','size','from_files'))
         if alike and any(theirs[k]!=ours[k] for k in ('validation','first')): raise ValueError(
             f"{self.folder} holds results of other images of {run.data} (validation {theirs['validation']} {theirs['first']}, "
@@ -195,7 +195,7 @@ def _told(self:Sweep, run):
 @patch
 def errors(self:Sweep) -> dict: # Run to traceback
     "The runs that failed"
-    return {o:e for o in self.runs if (e := self.records.error(o) or self.broken.get(o))}
+    return {o:e for o in self.runs if (e := (self.records.get(o, 'failed') or {}).get('error') or self.broken.get(o))}
 
 # %% ../../nbs/experiments/sweep.ipynb #70c29d10
 @patch
@@ -214,8 +214,8 @@ def _left(self:Sweep):
 @patch
 def _settled(self:Sweep, run, retry):
     if self.ready(run) or run in self.broken: return True
-    rows = self.records._rows("where key=? and state='failed'", run.key)
-    return bool(rows) and not (retry and json.loads(rows[0][-1])['finished']<self.started)
+    failed = self.records.get(run, 'failed')
+    return bool(failed) and not (retry and failed['finished']<self.started)
 
 @patch
 def _hopeless(self:Sweep, run, retry):
@@ -224,30 +224,20 @@ def _hopeless(self:Sweep, run, retry):
 
 @patch
 def _work(self:Sweep, retry=False, quiet=True, show=None):
-    "Execute runs until none is left"
-    while left := [o for o in self.runs if not self._settled(o, retry) and not self._hopeless(o, retry)]:
-        for run in (o for o in left if all(map(self.ready, o.needs))):
-            with self._claimed(run) as mine:
-                if mine and not self._settled(run, retry):
-                    self._attempt(run, quiet, show and show(run))
-                    break
-        else: time.sleep(.3)
+    "Execute runs, with all launched processes together, until none is left"
+    while True:
+        with ExitStack() as claims:
+            left = [] if rank_distrib() else [o for o in self.runs if not self._settled(o, retry) and not self._hopeless(o, retry)]
+            ready = [o for o in left if all(map(self.ready, o.needs))]
+            run = first(o for o in ready if claims.enter_context(self._claimed(o)) and not self._settled(o, retry))
+            waits,run = from_first((bool(left),run))
+            if run: self._attempt(run, quiet, show and show(run))
+            elif waits: time.sleep(.3)
+            else: break
+            distrib_barrier()
     if show: show()
 
 # %% ../../nbs/experiments/sweep.ipynb #d56c7f13
-@patch
-def _together(self:Sweep, retry, quiet):
-    with ExitStack() as stack:
-        while True:
-            left = [] if rank_distrib() else [o for o in self.runs if not self._settled(o, retry) and not self._hopeless(o, retry)]
-            ready = [o for o in left if all(map(self.ready, o.needs))]
-            run = first(o for o in ready if stack.enter_context(self._claimed(o)) and not self._settled(o, retry))
-            waits,run = from_first((bool(left), run))
-            if run is None and not waits: return
-            self._attempt(run, quiet) if run is not None else time.sleep(.3)
-            distrib_barrier()
-            stack.close()
-
 def _end_with_parent():
     "Exit when the parent process ends, however it ends"
     def wait():
@@ -375,14 +365,10 @@ def run(self:Sweep,
     self.started,self.broken = origin_of()['finished'],{}
     if not all(map(self.ready, self.runs)): self._look()
     how = 'after the last finished run' if client is not None else 'after the last whole epoch'
-    try:
-        with on_interrupt(lambda: f"{self}. The same command, or sweep.run(), resumes {how}."):
-            if client is not None: self._on_cluster(client, retry)
-            elif num_distrib()>1: self._together(retry, quiet)
-            elif workers==1: self._work(retry, quiet, _watched(self) if quiet else None)
-            else: self._beside(workers, retry)
-    finally:
-        if not rank_distrib(): self.records.export()
+    with on_interrupt(lambda: f"{self}. The same command, or sweep.run(), resumes {how}."):
+        if client is not None: self._on_cluster(client, retry)
+        elif workers==1 or num_distrib()>1: self._work(retry, quiet, _watched(self) if quiet and num_distrib()<2 else None)
+        else: self._beside(workers, retry)
     failed = [str(o) for o in self.runs if not self.ready(o)]
     more = ' and more' if len(failed)>3 else ''
     if failed: raise RuntimeError(f"{len(failed)} of {len(self.runs)} runs of {self.name} are not done: "

@@ -8,15 +8,15 @@ Docs: https://kdfast.github.io/kdfast/experiments/tables.html.md"""
 __all__ = ['schedule_names', 'recipe', 'ResearchTable', 'to_markdown', 'estimate']
 
 # %% ../../nbs/experiments/tables.ipynb #a5cb7f67
-import inspect, time
+import time
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from statistics import mean, stdev
 from fastai.vision.all import *
 from ..data.files import data_sets
 from ..devices import native_bf16
-from .run import images_in, Run
-from .spec import conv_of, network_of, one_of, schedule_of, student_at
+from .run import images_in, network_for, Run
+from .spec import one_of, schedule_of
 from ..look.plots import plot_history, plot_tradeoff
 from ..models.measure import count_macs
 
@@ -257,12 +257,6 @@ def _facts(run): return data_sets()[run.data].facts
 
 def _size_of(run): return run.size or _facts(run).size
 
-def _as_trained(run):
-    "The network of a run, without data"
-    classes = _facts(run).classes
-    arch = student_at(network_of(run.student, _size_of(run)), run.conv and conv_of(run.conv), run.params, classes)[0]
-    return arch(n_out=classes) if 'n_out' in inspect.signature(arch).parameters else create_vision_model(arch, classes, pretrained=False)
-
 # %% ../../nbs/experiments/tables.ipynb #daea1bb4
 def _seconds_of(net, run, trains, left):
     "Seconds per image of a training step or forward pass on random images; the faster of two if there is time"
@@ -290,7 +284,7 @@ def _costs(runs, limit):
     for run,trains in wanted:
         left = end-time.perf_counter()
         if left<0: break
-        net = _as_trained(run)
+        net = network_for(run, _size_of(run), _facts(run).classes)[0]
         with torch.device('meta'): macs[run,trains] = count_macs(deepcopy(net).to('meta'), _size_of(run))*(3 if trains else 1)
         if not told or macs[run,trains]*4*max(told[o]/macs[o] for o in told)<end-time.perf_counter():
             told[run,trains] = _seconds_of(net.to(default_device(), memory_format=torch.channels_last), run, trains, left/4)

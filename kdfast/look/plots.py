@@ -41,10 +41,11 @@ def name_lines(
 # %% ../../nbs/look/plots.ipynb #34dcd26a
 def save_figure(
     fig:plt.Figure, # Any figure
-    stem:Path # File name without suffix
-) -> list: # Paths of both files
+    stem:Path, # File name without suffix
+    forms:tuple=('svg','png') # Suffixes of the files
+) -> list: # Paths of the files
     "Save a figure as SVG and PNG, each written atomically"
-    files = [Path(f'{stem}.{o}') for o in ('svg','png')]
+    files = [Path(f'{stem}.{o}') for o in forms]
     with plt.rc_context({'svg.hashsalt':'kdfast'}):
         for file in files:
             metadata = {'Date':None} if file.suffix=='.svg' else None

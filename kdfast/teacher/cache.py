@@ -12,9 +12,8 @@ import hashlib, json, os, shutil
 from contextlib import ExitStack, nullcontext
 from filelock import FileLock
 from fastai.vision.all import *
-from torch import distributed
 from ..core import fingerprint, keep_rng, on_interrupt, part_of, PlainErrors, seen_by, unreadable, whole_folder
-from ..devices import autocast_dtype
+from ..devices import autocast_dtype, from_all, from_first
 from ..layers.adapters import bare_model
 from ..layers.taps import given_mark
 from .callback import check_source, TeacherCallback
@@ -204,19 +203,13 @@ def _meta(self:TeacherCache):
     return dict(how, data=data, views=self.views, components=self.components, **stands)
 
 # %% ../../nbs/teacher/cache.ipynb #0d36af25
-def _agreed(flag):
-    "The first process's `flag`"
-    flags = [flag]
-    if num_distrib()>1: distributed.broadcast_object_list(flags, src=0)
-    return flags[0]
-
 @contextmanager
 def _together():
     "A block that all processes leave at the same time, with an error if any of them fails"
-    error,told = None,[None]*max(1, num_distrib())
+    error = None
     try: yield
     except Exception as e: error = e
-    if num_distrib()>1: distributed.all_gather_object(told, error and f'{type(error).__name__}: {error}')
+    told = from_all(error and f'{type(error).__name__}: {error}')
     if error: raise error
     for rank,e in enumerate(told):
         if e: raise RuntimeError(f"Process {rank} could not make or read the cache ({e}): fix this, and restart all processes")
@@ -248,9 +241,9 @@ def _open(self:TeacherCache):
         "precision=None is for a teacher that changes during training, which cannot be cached: use precision='auto', or no cache")
     now = self._meta()
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    if _agreed(not self.path.exists()):
+    if from_first(not self.path.exists()):
         with nullcontext() if rank_distrib() else FileLock(f'{self.path}.lock'):
-            if _agreed(not self.path.exists()): self._make(now)
+            if from_first(not self.path.exists()): self._make(now)
     with _together(): self.files = self._kept(now)
 
 @patch
