@@ -65,7 +65,7 @@ class Run:
         self._check_numbers()
         theirs = self.student if self.student.startswith('timm:') else f"torchvision.{self.student.removeprefix('torchvision.')}"
         if self.pretrained: object.__setattr__(self, 'student', theirs)
-        if not self.weights: network_of(self.student)
+        if not (self.weights or self.start): network_of(self.student)
         _builds(self.method),schedule_of(self.method),self.conv and conv_of(self.conv)
         remedy = 'has no teacher: leave it out' if self.teacher else 'needs a teacher: pass a Run'
         if (self.method=='control')!=(self.teacher is None): raise ValueError(f"The method {self.method} {remedy}")
