@@ -420,6 +420,7 @@ def compress(
     if any(isinstance(o, FitNet) for o in terms_of(method)) and ',' in steps: raise ValueError(
         "A second step would change the channels that fitnet's adapters read: use one step per chain, or another --method")
     if schedule_of(method) is not None: raise ValueError(f"{method} trains block by block: choose terms such as kd, or control")
+    if not teacher_file: network_of(teacher)  # before all images are opened
     notes = _surveyed(own, out) if own else {}
     shared = dict(data=data, size=size, bs=bs, lr=lr, bf16=bf16, from_files=from_files)
     source,files = _source(teacher, teacher_file, path, **shared, epochs=teacher_epochs)

@@ -15,6 +15,10 @@ def rerun():
 
 def lines(folder): return [json.loads(o) for o in (folder/'reruns.jsonl').read_text().splitlines()]
 
+def test_a_folder_without_records_is_refused(rerun, tmp_path, capsys):
+    with pytest.raises(SystemExit): rerun.main(['random','--results',str(tmp_path)])
+    assert 'records.jsonl has no results: pass --results' in capsys.readouterr().err
+
 @pytest.mark.slow
 def test_a_cell_trained_anew_is_compared_with_its_record(rerun, tmp_path, monkeypatch, capsys):
     "On this machine it is the same to the last image; a record that says otherwise is found out, and a cell that takes too long is named"

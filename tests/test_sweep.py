@@ -6,7 +6,7 @@ from pathlib import Path
 from fastai.vision.all import *
 from kdfast.all import *
 from kdfast.core import digest
-from kdfast.experiments.records import Records
+from kdfast.experiments.records import read_results, Records
 from kdfast.experiments.checkpoint import EpochCheckpoint
 from kdfast.experiments.arm import save_network
 from kdfast.experiments.run import Run, do_run
@@ -243,8 +243,10 @@ def test_a_store_that_is_removed_meanwhile(tmp_path):
     records.add(kd, dict(accuracy=.5, seconds=1.))
     kept = records.file.replace(tmp_path/'kept')
     for f in (lambda: records.get(kd), lambda: records.add(at, dict(accuracy=.6, seconds=1.)), records.table):
-        with pytest.raises(OSError, match='records.jsonl was removed while in use: restore it, and run again'): f()
+        with pytest.raises(OSError, match='records.jsonl was removed or replaced while in use, and lacks wrn-10-1 kd .*: restore it, and run again'): f()
     assert not records.file.exists()
+    Records(records.file).add(at, dict(accuracy=.6, seconds=1.))
+    with pytest.raises(OSError, match='removed or replaced while in use'): records.add(big, dict(accuracy=.7, seconds=1.))
     kept.replace(records.file)
     assert records.get(kd)['accuracy']==.5
 
@@ -258,7 +260,7 @@ def test_training_that_diverges_is_no_result(tmp_path):
     with pytest.raises(RuntimeError, match='1 of 1 runs'): sweep.run()
     assert 'diverged to weights that are not finite: lower its lr' in first(sweep.errors().values()) and not sweep.records.results()
 
-@pytest.mark.parametrize('text', [b'SQLite format 3\0\x10\xff', b'{', b'[]', b'{"state": "done", "settings": {}}', b'{"state": "done", "settings": {"magic": 1}, "result": {}}'])
+@pytest.mark.parametrize('text', [b'SQLite format 3\0\x10\xff', b'{', b'[]', b'5', b'null', b'{"state": "done", "settings": {"student": 5}, "result": {}}', b'{"state": "done", "settings": {}, "result": null}', b'{"state": "fine", "settings": {}, "result": {}}', b'{"state": "done", "settings": {}}', b'{"state": "done", "settings": {"magic": 1}, "result": {}}'])
 def test_other_files_are_refused_and_stay(text, tmp_path):
     (file := tmp_path/'records.jsonl').write_bytes(text)
     records = Records(tmp_path/'ours.jsonl')
@@ -266,6 +268,27 @@ def test_other_files_are_refused_and_stay(text, tmp_path):
     for f in (lambda: Records(file), lambda: Sweep('theirs', [kd], tmp_path), lambda: records.take(file)):
         with pytest.raises(ValueError, match='records.jsonl does not hold JSON lines of runs.*' + 'pip install -U kdfast'*(b'magic' in text)): f()
     assert file.read_bytes()==text and {*records.results()}=={kd}
+
+def test_of_two_lines_the_finished_one_counts(tmp_path):
+    "As after a merge of two versions of the file, in either order; what failed is taken once"
+    failed,done = (Records(tmp_path/f'{o}.jsonl') for o in ('failed','done'))
+    failed.add(kd, dict(error='out of memory'), 'failed')
+    done.add(kd, dict(accuracy=.5, seconds=1.))
+    texts = [o.file.read_text() for o in (failed,done)]
+    for i in (1,-1):
+        (tmp_path/'both.jsonl').write_text(''.join(texts[::i]))
+        both = Records(tmp_path/'both.jsonl')
+        assert both.get(kd)['accuracy']==.5 and read_results(both.file)==done.results() and Records(tmp_path/f'{i}.jsonl').take(both.file)==1
+        both.add(at, dict(accuracy=.6, seconds=1.))
+        assert both.file.read_text().startswith(texts[1]) and both.file.read_text().count('\n')==2
+    assert (done.take(failed.file),failed.take(failed.file))==(0,0)
+
+def test_a_linked_file_stays_a_link(tmp_path):
+    (tmp_path/'link.jsonl').symlink_to(tmp_path/'records.jsonl')
+    Records(tmp_path/'link.jsonl').add(kd, dict(accuracy=.5, seconds=1.))
+    assert (tmp_path/'link.jsonl').is_symlink() and Records(tmp_path/'records.jsonl').get(kd)
+    with pytest.raises(FileNotFoundError): Records(tmp_path/'new/records.jsonl').take(tmp_path/'nowhere.jsonl')
+    assert not (tmp_path/'new').exists()
 
 def test_what_is_read_cannot_change_what_is_written(tmp_path):
     records = Records(tmp_path/'records.jsonl')
@@ -286,7 +309,7 @@ def test_what_another_process_writes_is_seen(tmp_path):
 
 @pytest.mark.slow
 def test_many_processes_write_at_once(tmp_path):
-    "No record is lost, and the table is made by one of them"
+    "No record is lost"
     code = f"import sys; from kdfast.experiments.records import *; from kdfast.experiments.run import Run; r = Records('{tmp_path}/r.jsonl'); " \
         "[r.add(Run(seed=100*int(sys.argv[1])+i), dict(accuracy=i/25, seconds=1.)) for i in range(25)]"
     many = [subprocess.Popen(warm.command('-W', 'ignore', '-c', code, i)) for i in range(3)]
@@ -370,6 +393,7 @@ def test_two_processes_train_one_network(tmp_path):
     results = Records(tmp_path/'records.jsonl').results()
     assert len(results)==3 and all(o['processes']==2 for o in results.values())
     assert sum(o.count('% in ') for o in outs)==3 and not [*(tmp_path/'.checkpoints').iterdir()]
+    assert not any('% in ' in o for o in launch(2, Path(__file__).parent/'together.py', tmp_path))
 
 @pytest.mark.slow
 def test_a_terminal_shows_a_bar_in_a_bar(tmp_path):

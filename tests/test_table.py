@@ -152,7 +152,9 @@ def test_the_late_arm_is_late():
 committed = sorted((root/'results/tables').glob('*.md'))
 
 @pytest.fixture(scope='module')
-def records(): return Records(root/'results/records.jsonl')
+def records():
+    assert (store := Records(root/'results/records.jsonl')).results()
+    return store
 
 def test_a_table_reads_the_records_once(records, monkeypatch):
     parsed,of_json = [],json.loads

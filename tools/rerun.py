@@ -78,10 +78,9 @@ def main(argv=None):
     parser.add_argument('--results', type=Path, default=root/'results')
     args = parser.parse_args(argv)
     data,rng = dict(cifar10=args.cifar, imagenette=args.imagenette),random.Random(args.seed)
-    with tempfile.TemporaryDirectory() as tmp:
-        records = Records(args.results/'records.jsonl')
-        known = records.results()
-        cells = {o:f for o in tables(args.results) if len(f := o.cells(records, schedule))}
+    records = Records(args.results/'records.jsonl')
+    if not (known := records.results()): parser.error(f"{records.file} has no results: pass --results with the folder of the records")
+    cells = {o:f for o in tables(args.results) if len(f := o.cells(records, schedule))}
     try: todo = chosen(args.cell, cells, rng)
     except ValueError as e: parser.error(str(e))
     found = []

@@ -18,13 +18,17 @@ from .run import Run, run_of
 # %% ../../nbs/experiments/records.ipynb #9c8a2192
 @lru_cache(100_000)  # the file is read again whenever it has grown
 def _run_in(line):
-    settings,_,_ = map(json.loads(line).__getitem__, ('settings','state','result'))
-    return run_of(settings)
+    "The run of a line, and whether it is done"
+    settings,state,result = map(json.loads(line).__getitem__, ('settings','state','result'))
+    if state not in ('done','failed') or not isinstance(result, dict): raise ValueError(f"{state!r} with {result!r:.40} is no result")
+    return run_of(settings),state=='done'
 
 def _lines_of(file):
-    "Run to line"
-    try: return {_run_in(o):o for o in Path(file).read_text().splitlines()}
-    except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} does not hold JSON lines of runs ({type(e).__name__}: {e}): "
+    "Run to line; of several, as after a merge, the last that is done"
+    try:
+        read = [(*_run_in(o),o) for o in Path(file).read_text().splitlines()]
+        return {**{run:o for run,_,o in read}, **{run:o for run,done,o in read if done}}
+    except (AttributeError,ValueError,KeyError,TypeError) as e: raise ValueError(f"{file} does not hold JSON lines of runs ({type(e).__name__}: {e}): "
         "choose another file, or restore it") from e
 
 def _done(lines):
@@ -38,17 +42,20 @@ class Records:
     def __init__(self,
         file:Path # Created with the first result, as is its folder
     ):
-        self.file,self.stamp,self.lines = Path(file),None,{}
+        self.file,self.stamp,self.lines = Path(file).resolve(),None,{}
         self._read()
 
     def _read(self):
         "Run to line, anew if the file has changed"
         there = self.file.exists()
-        if self.stamp and not there: raise OSError(f"{self.file} was removed while in use: restore it, and run again")
         o = there and self.file.stat()
         stamp = there and (o.st_ino,o.st_mtime_ns,o.st_size)
-        if stamp!=self.stamp: self.lines,self.stamp = _lines_of(self.file) if there else {},stamp
-        return self.lines
+        if stamp==self.stamp: return self.lines
+        lines = _lines_of(self.file) if there else {}
+        lost = [str(o) for o in self.lines if o not in lines]
+        if lost: raise OSError(f"{self.file} was removed or replaced while in use, and lacks {lost[0]}: restore it, and run again")
+        self.lines,self.stamp = lines,stamp
+        return lines
 
     @contextmanager
     def _changed(self):
@@ -108,9 +115,10 @@ def take(self:Records,
     file:Path # JSON lines; raises `ValueError` for any other file, with nothing added
 ) -> int: # Number of new runs
     "Add the runs of another file that are not finished here"
+    theirs = _lines_of(file)
     with self._changed() as lines:
         done = _done(lines)
-        new = {run:o for run,o in _lines_of(file).items() if run not in done}
+        new = {run:o for run,o in theirs.items() if run not in done and lines.get(run)!=o}
         lines.update(new)
     return len(new)
 

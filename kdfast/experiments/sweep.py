@@ -275,9 +275,8 @@ def _put_aside(self:Sweep):
 
 @patch
 def _look(self:Sweep):
-    with in_turn():
-        self._same_images(self.runs[0], dls_of(self.runs[0], self.path))
-        self._put_aside()
+    self._same_images(self.runs[0], dls_of(self.runs[0], self.path))
+    self._put_aside()
 
 # %% ../../nbs/experiments/sweep.ipynb #d7933663
 class _Batches(Callback):
@@ -363,7 +362,8 @@ def run(self:Sweep,
     "Execute all unfinished runs; after an interruption, the same call resumes; raises `RuntimeError` at the end, naming those that failed"
     if workers<1: raise ValueError(f"workers must be at least 1, got {workers}")
     self.started,self.broken = origin_of()['finished'],{}
-    if not all(map(self.ready, self.runs)): self._look()
+    with in_turn():
+        if not all(map(self.ready, self.runs)): self._look()
     how = 'after the last finished run' if client is not None else 'after the last whole epoch'
     with on_interrupt(lambda: f"{self}. The same command, or sweep.run(), resumes {how}."):
         if client is not None: self._on_cluster(client, retry)
