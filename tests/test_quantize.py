@@ -48,10 +48,10 @@ def test_int8_is_a_network_like_others(dls, tmp_path):
     with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(int8(x), int8(x.double()))
 
 def test_the_reference_clips_nowhere_else(dls):
-    "Images brighter than those that ranges were taken from"
-    int8,_ = quantize(settled(wrn(10, 1), dls), dls)
+    "Images brighter than those that ranges were taken from, which a network without ranges does not clip at all"
+    int8,_ = quantize(net := settled(wrn(10, 1), dls), dls)
     x = 1.7*images(dls)
-    with torch.no_grad(): assert relative(int8.reference(x), int8(x))<.05
+    with torch.no_grad(): assert relative(int8.reference(x), int8(x))<.4*relative(net(x), int8(x))
 
 @pytest.mark.parametrize('make,size', [(lambda: wrn(16, 1), 32), (lambda: resnet(10), 64)])
 def test_faster_than_float32(make, size):

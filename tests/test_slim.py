@@ -52,15 +52,22 @@ def by_hand(stop, teacher, widths, loss):
             grads[n] = grads.get(n, 0) + full
     return grads
 
+class Double(Transform):
+    order = 200
+    def encodes(self, x:TensorImage): return x.double()
+
 @pytest.mark.parametrize('terms', ['kd', 'kd and dkd', 'alone', 'features'])
 def test_gradients_are_those_of_all_widths(terms, dls, teacher, quiet):
+    "In double precision: rounded otherwise, a ReLU near zero may pass its gradient on one side alone"
+    dls.add_tfms([Double()], 'after_batch')
+    teacher.double()
     made = dict(kd=[KD(T=2, alpha=.7)], alone=[], features=[AT(weight=10.)]).get(terms, [KD(T=2, alpha=.7), DKD(weight=.5, ramp=0.)])
     teacher.eval()
     kd,task = (lambda p, t, T: T**2*F.kl_div(F.log_softmax(p/T, 1), F.softmax(t/T, 1), reduction='batchmean')),CrossEntropyLossFlat()
     dkd = DKD().func
     taught = lambda p,y,t: .3*task(p, y) + .7*kd(p, t, 2.) + (.5*dkd(p, t, y=y) if terms=='kd and dkd' else 0)
     slim,stop = Slimmable(n=2),Stop()
-    learn = quiet(distill_learner(dls, None if terms=='alone' else teacher, wrn(10, 1), cbs=[*made, slim, stop], precision='float32'), 1)
+    learn = quiet(distill_learner(dls, None if terms=='alone' else teacher, wrn(10, 1).double(), cbs=[*made, slim, stop], precision='float32'), 1)
     drawn = slim.drawn()
     assert len({*drawn})==3 and drawn[0]==.25 and max(drawn)<1
     if terms.startswith('kd'): expected = by_hand(stop, teacher, [1,*drawn], taught)
@@ -71,7 +78,7 @@ def test_gradients_are_those_of_all_widths(terms, dls, teacher, quiet):
         again = distill_learner(dls, None if terms=='alone' else teacher, deepcopy(stop.net), cbs=[*[AT(weight=10.)]*(terms=='features'), plain], precision='float32')
         with replaced_batch(again, stop.batch): quiet(again, 1)
         expected = {n:g+plain.grads[n] for n,g in bare.items()}
-    for n,g in expected.items(): assert (stop.grads[n]-g).norm()<=1e-4*g.norm()+1e-6, n
+    for n,g in expected.items(): assert (stop.grads[n]-g).norm()<=1e-6*g.norm()+1e-9, n
 
 @contextmanager
 def replaced_batch(learn, batch):
