@@ -240,7 +240,7 @@ bad = {
     'no decay': (['--conv','separable','--wd','0','--wd-groups'], 'The weight decay is 0'),
     'nothing to scale': (['--wd-groups'], 'No layer of this network is compressed'),
     'out': (['--out','/proc/nothing/here'], '/proc/nothing'),
-    'out is a file': (['--out',__file__], 'File exists')}
+    'out is a file': (['--out',__file__], 'test_command.py is a file, so records.jsonl cannot be written below it')}
 
 @pytest.mark.parametrize('case', slow_but(*{*bad}-{'too fast','no machine'}, of=bad))
 def test_bad_arguments(case, tmp_path, monkeypatch):

@@ -329,6 +329,16 @@ def test_of_an_int8_student(dls, quiet, tmp_path):
         with pytest.raises(ValueError, match='int8 already: deploy it to .onnx without int8=True'): learn.deploy(**kwargs)
     assert [*tmp_path.iterdir()]==[] and learn.deploy(agree=.9).images==60
 
+@pytest.mark.slow
+def test_weights_of_seven_bits(dls, quiet, tmp_path):
+    "Two products fit in 16 bits, in which processors without VNNI add them"
+    import onnx
+    learn = quiet(distill_learner(dls, None, wrn(10, .5), path=tmp_path), 1)
+    learn.deploy('student.onnx', int8=True, agree=0)
+    whole = [onnx.numpy_helper.to_array(o).astype(int) for o in onnx.load(tmp_path/'student.onnx').graph.initializer if o.data_type==onnx.TensorProto.INT8]
+    most = max(abs(o).max() for o in whole)
+    assert len([o for o in whole if o.ndim==4])==10 and 60<most and 2*255*most<2**15
+
 class PerBatch(nn.Sequential):
     "Reads the mean of the batch"
     def forward(self, x): return super().forward(x-x.mean(0))

@@ -137,7 +137,7 @@ def _to_onnx(net, x, about, file, batches):
     onnx_program(net, (x,), (free,), about).save(file)
     if not batches: return
     q = import_extra('onnx', 'onnxruntime.quantization')
-    kinds = dict(quant_format=q.QuantFormat.QDQ, activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, per_channel=True)
+    kinds = dict(quant_format=q.QuantFormat.QDQ, activation_type=q.QuantType.QUInt8, weight_type=q.QuantType.QInt8, per_channel=True, reduce_range=True)
     with writing('ONNX in int8', net): q.quantize_static(file, file, _Calibration(batches), op_types_to_quantize=_in_integers, **kinds)
 
 _in_integers = 'Conv Gemm MatMul Add Relu Clip MaxPool AveragePool GlobalAveragePool Concat'.split()

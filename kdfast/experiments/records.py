@@ -43,6 +43,8 @@ class Records:
         file:Path # Created with the first result, as is its folder
     ):
         self.file,self.stamp,self.lines = Path(file).resolve(),None,{}
+        above = first(o for o in self.file.parents if o.exists())
+        if not above.is_dir(): raise NotADirectoryError(f"{above} is a file, so {self.file.name} cannot be written below it: choose another folder")
         self._read()
 
     def _read(self):
