@@ -243,8 +243,12 @@ def network_at(
     "The network that a run trains"
     return network_for(run, min(image_shape(dls)[1:]), _n_out(dls))[0]
 
-def network_for(run, size, n_out):
-    "The same without data, for `size` pixels, and the setting that met its budget"
+def network_for(
+    run:Run, # Run whose student is created
+    size:int, # Image size in pixels
+    n_out:int # Number of classes
+) -> tuple: # The network with random weights, and the `ratio` or `width` that met its budget
+    "The network that a run trains, without its data"
     arch,setting = student_at(network_of(run.student, size), run.conv and conv_of(run.conv), run.params, n_out)
     return student_of(arch, SimpleNamespace(c=n_out)),setting
 
