@@ -133,7 +133,7 @@ class Outlook:
         hints,soft = (f'{o:.0f}' for o in self.gains.values())
         told = [f"Expect a gain: about {hints} points with hints, {soft} with soft labels. Start with {self.begin}."]
         longer = f"Longer training narrows the gap, which closes once the student alone reaches {self.reference:.0%}."
-        wide = f"The gap is wider than {100*widest:.0f} points, and no more of it are counted: in past runs that meant too few steps. If longer training narrows it, ask again then."
+        wide = f"The gap is wider than {100*widest:.0f} points, and no more of it is counted: in past runs that meant too few steps. If longer training narrows it, ask again then."
         return told + ([wide] if self.reference-self.alone>widest else [longer]*(self.steps is not None))
 
     def __repr__(self):

@@ -44,7 +44,7 @@ def save_figure(
     stem:Path, # File name without suffix
     forms:tuple=('svg','png') # Suffixes of the files
 ) -> list: # Paths of the files
-    "Save a figure as SVG and PNG, each written atomically"
+    "Save a figure, by default as SVG and PNG, each file written atomically"
     files = [Path(f'{stem}.{o}') for o in forms]
     with plt.rc_context({'svg.hashsalt':'kdfast'}):
         for file in files:
