@@ -257,7 +257,7 @@ class DistillCallback(PlainErrors, metaclass=TakesShare):
     "Adds `weight` times `term` to the loss of every training batch, or as much of it as takes `share` of the gradient"
     order,run_valid,layers,reads_logits,label,now,value,total,count = 1,False,{},True,None,None,None,0.,0
     taught,train_mode,stage,stages,reuses,last_calls,share,raw,measured,dominates,warned = True,False,None,(None,2),True,(),None,None,None,False,False
-    published,balances,apart,weighs = 1.,False,False,('weight','ramp')
+    published,balances,apart = 1.,False,False
     def __init__(self,
         weight:float=None # A number, or a fastai schedule over the fit such as `SchedExp(1e3, 1e1)`; by default `published`, or an equal share if the class `balances`
     ):

@@ -114,7 +114,8 @@ def measure(cb, acting, portions, labels):
 
 # %% ../../nbs/teacher/shares.ipynb #1acd5d00
 class TakesShare(type):
-    "Metaclass that adds an argument `share`, a fraction between 0 and 1"
+    "Metaclass that adds an argument `share`, a fraction between 0 and 1, in place of those that `weighs` names"
+    weighs = 'weight','ramp'
     def __call__(cls, *args, share=None, **kwargs):
         if share is not None and not 0<share<1: raise ValueError(
             f"share must be a fraction of the gradient between 0 and 1, got {share}: pass for example share=.3")
