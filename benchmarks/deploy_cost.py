@@ -69,7 +69,7 @@ def main(argv=None):
     options = ''.join(f' --{k} {v}' for k,v in vars(args).items() if v!=parser.get_default(k))
     chosen = {k:v for k,v in networks.items() if k.startswith(args.only or '')}
     runtimes = ', '.join(f'{o} {version(o)}' for o in ('torch','onnxruntime','openvino','executorch'))
-    print(f"`python benchmarks/deploy_cost.py{options}`, {runtimes}, {torch.get_num_threads()} threads; ms per image, one or 64 at a time, and how many times faster than the ONNX file in float32 that is; first classes that are those of the student in float32, and accuracy, both in %.\n")
+    print(f"`python benchmarks/deploy_cost.py{options}`, {runtimes}, {torch.get_num_threads()} threads, {'' if torch.cpu._is_vnni_supported() else 'no '}VNNI; ms per image, one or 64 at a time, and how many times faster than the ONNX file in float32 that is; first classes that are those of the student in float32, and accuracy, both in %.\n")
     print('| network | file | MB | ms, one | times | ms, 64 | times | agreement | accuracy |\n|---|---|---|---|---|---|---|---|---|')
     for name,(make,epochs,lr) in chosen.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -181,7 +181,7 @@ def test_what_the_student_feeds_itself(teacher, fit):
     "The hint losses in `fed`, computed from the networks alone"
     dls,student = few_digits(),wrn(10, 1)
     teacher = wrn(16, 1)  # as wide, so that hints are its own maps
-    run = fit(distill_learner(dls, teacher, student), 2, head=0, mode='parallel')
+    run = fit(distill_learner(dls, teacher, student, precision='float32'), 2, head=0, mode='parallel')
     x = torch.cat([b[0].as_subclass(Tensor) for b in dls.valid])
     student.eval(), teacher.eval()
     with torch.no_grad():

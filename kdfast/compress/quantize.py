@@ -91,10 +91,22 @@ def _quiet():
         warnings.simplefilter('ignore')
         yield
 
+def _given(observer): return getattr(getattr(observer, 'p', None), 'keywords', {})
+
+def _fitting(config):
+    "Weights use 7 bits and feature maps 8: two products fit in 16 bits, in which processors without VNNI add them"
+    act,weight = config.activation,config.weight
+    if 'reduce_range' in _given(act): act = act.with_args(reduce_range=False)
+    follow = dict(averaging_constant=1) if 'observer' in _given(weight) else {}  # in training, none is clipped
+    if 'qscheme' in _given(weight): weight = weight.with_args(quant_min=-63, quant_max=63, **follow)
+    return config._replace(activation=act, weight=weight)
+
 def _prepared(model, batches, floats, aware=False):
     "A copy with an observer on every feature map and every weight"
     model = _plain(model).train(aware)
     mapping = (get_default_qat_qconfig_mapping if aware else get_default_qconfig_mapping)(torch.backends.quantized.engine)
+    mapping.set_global(_fitting(mapping.global_qconfig))
+    for kind,config in [*mapping.object_type_qconfigs.items()]: mapping.set_object_type(kind, _fitting(config))
     for n in floats: mapping.set_module_name(n, None)
     custom = PrepareCustomConfig().set_non_traceable_module_names([*floats])
     if aware: _check_training(model, floats)
@@ -184,15 +196,8 @@ def _store(m):
     m.__class__ = kind
     m.weight = nn.Parameter(torch.ops.quantized_decomposed.quantize_per_channel(m.weight.detach(), *m.levels), requires_grad=False)
 
-def _widened(reference):
-    "Let feature maps use all 256 levels, as kernels do: on x86, observers use every other one, so that sums do not overflow"
-    for node in reference.graph.nodes:
-        if 'quantize_per_tensor' in str(node.target) and node.args[-1]==torch.uint8: node.args = *node.args[:3],0,255,torch.uint8
-    reference.recompile()
-
 def _converted(prepared, samples):
     with _quiet(): net,reference = quantize_fx.convert_fx(deepcopy(prepared)),quantize_fx._convert_to_reference_decomposed_fx(prepared)
-    _widened(reference)
     for m in reference.modules(): _store(m)
     for o in (net,reference): o.requires_grad_(False)
     return Int8(net, reference, samples)
@@ -228,7 +233,7 @@ def quantize(
     if is_aware(model) and keep: raise ValueError("quantize_aware has fixed which modules are kept: pass keep= there")
     floats,batches = model.meta['kept'] if is_aware(model) else _why_float(model, keep),_plain_batches(dls, n)
     prepared = deepcopy(model).cpu().eval() if is_aware(model) else _prepared(model, batches, floats)
-    if not is_aware(model): _observe(prepared, batches)
+    _observe(prepared, batches)
     int8 = _converted(prepared, tuple(o[:4].half() if o.is_floating_point() else o[:4] for o in batches[0]))
     report = _precision(int8.net, floats)
     if 'int8' not in set(report.precision): raise ValueError("Nothing was quantized: "
@@ -306,9 +311,8 @@ def int8_teacher(
 class _Rounding(FusedMovingAvgObsFakeQuantize):
     "Round to the levels of a range that follows the values seen in training"
     def forward(self, x):
-        if self.training: self.follow(x.detach().float())
-        levels = (0,255) if self.dtype==torch.quint8 else (self.quant_min,self.quant_max)
-        args = x.float(),self.scale,self.zero_point
+        if self.training or self.dtype==torch.qint8: self.follow(x.detach().float())  # weights have changed since their last forward pass
+        args,levels = (x.float(),self.scale,self.zero_point),(self.quant_min,self.quant_max)
         if self.is_per_channel: rounded = torch.fake_quantize_per_channel_affine(*args, self.ch_axis, *levels)
         else: rounded = torch.fake_quantize_per_tensor_affine(*args, *levels)
         return rounded.to(x.dtype)
@@ -322,6 +326,7 @@ def _rounding(net, batches):
     _observe(net, batches)
     for m in net.modules():
         if type(m) is FusedMovingAvgObsFakeQuantize: m.__class__ = _Rounding
+    _observe(net, batches[:1])  # torch's module divides the range of weights by another number
     return net
 
 @patch
