@@ -84,13 +84,6 @@ def _check_training(model, floats):
         "use modules such as nn.Dropout, or name that part in keep=")
 
 # %% ../../nbs/compress/quantize.ipynb #13eff2fa
-@contextmanager
-def _quiet():
-    "torch.ao warns of a successor, which lacks support for residual networks, and draws random weights that it then replaces"
-    with warnings.catch_warnings(), keep_rng():
-        warnings.simplefilter('ignore')
-        yield
-
 def _given(observer): return getattr(getattr(observer, 'p', None), 'keywords', {})
 
 def _fitting(config):
@@ -100,6 +93,14 @@ def _fitting(config):
     follow = dict(averaging_constant=1) if 'observer' in _given(weight) else {}  # in training, none is clipped
     if 'qscheme' in _given(weight): weight = weight.with_args(quant_min=-63, quant_max=63, **follow)
     return config._replace(activation=act, weight=weight)
+
+# %% ../../nbs/compress/quantize.ipynb #6a82121f
+@contextmanager
+def _quiet():
+    "torch.ao warns of a successor, which lacks support for residual networks, and draws random weights that it then replaces"
+    with warnings.catch_warnings(), keep_rng():
+        warnings.simplefilter('ignore')
+        yield
 
 def _prepared(model, batches, floats, aware=False):
     "A copy with an observer on every feature map and every weight"
